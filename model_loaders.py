@@ -281,16 +281,12 @@ class UserError(Exception):
 
 # --- Tokenizers -----------------------------------------------------------------------------------
 
-# The kinds that are read: types, patterns and replacements, as they stand in tokenizer.json.
-BYTE_LEVEL = "BPE; normalizer (none|NFC); pre_tokenizer ByteLevel; decoder ByteLevel"
-SENTENCEPIECE = (
-    "BPE with byte_fallback; normalizer Replace ' ' '▁'; pre_tokenizer (none|Split ' '); "
-    "decoder Replace '▁' ' ' ByteFallback Fuse"
-)
-OPTIONS = (
-    "dropout continuing_subword_prefix end_of_word_suffix ignore_merges add_prefix_space".split()
-)
-STRIPS = "lstrip", "rstrip", "single_word"
+# Normalizer, pre-tokenizer and decoder of the two kinds that are read; options must be these.
+BYTE_LEVEL = '(null|"NFC"); "ByteLevel"; "ByteLevel"'
+SENTENCEPIECE = '"Replace" " " "▁"; (null|"Split" " "); "Replace" "▁" " " "ByteFallback" "Fuse"'
+OPTIONS = dict(dropout=0, continuing_subword_prefix=0, end_of_word_suffix=0, ignore_merges=0)
+OPTIONS |= dict(add_prefix_space=0, use_regex=1, lstrip=0, rstrip=0, single_word=0)
+
 # GPT-2 writes a byte as a character: the same where printable, else the next one from U+0100 on.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
@@ -298,8 +294,8 @@ BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in en
 UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]  # the other 13 never occur
 
 # GPT-2's split is WORDS|\s+(?!\S)|\s+; without the blocks of 500, which change no match, a long run
-# of white space would overflow the regex engine's stack. In NeoX's, runs of 2 to M spaces are tokens
-# that are cut out of the text first: white space (V: but a space) ends where two spaces follow.
+# of white space would overflow the regex engine's stack. In NeoX's, runs of 2 to M spaces are cut
+# out first, as tokens, and white space (V: all but a space) ends where two spaces follow.
 WORDS = r"'(?:[stmd]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
 GPT2_SPLIT = WORDS + r"|(?:\s{500})*\s+(?!\S)|\s"
 NEOX_SPLIT = r" {2,M}|" + WORDS + r"|(?:(?>(?: ?V){500}))*(?: (?! )|V)+(?!\S)|\s"
@@ -319,33 +315,31 @@ def _nfc(text: str) -> str:
     return _OLDER.sub(lambda run: unicodedata.normalize("NFC", run[0]), text)
 
 
-def _is_sentencepiece(spec: dict) -> bool:
-    """Which of the two kinds it is; UserError if anything in it could mean other ids."""
-    model, split = spec["model"], spec.get("pre_tokenizer") or {}
-    found = model["type"] + " with byte_fallback" * bool(model.get("byte_fallback"))
-    for key in ("normalizer", "pre_tokenizer", "decoder"):
-        part = json.dumps(spec.get(key), ensure_ascii=False)
-        words = re.findall(r'"type": "(?!Sequence)(\w+)|"(?:String|Regex|content)": "(.*?)"', part)
-        found += f"; {key} " + (" ".join(kind or repr(text) for kind, text in words) or "none")
-    odd = [key for key in OPTIONS if model.get(key) or split.get(key)]
-    odd += [key for t in spec["added_tokens"] for key in STRIPS if t.get(key)]
-    odd += ["use_regex false"] * (split.get("use_regex") is False)
-    found = "; ".join([found, *odd])
-    if not re.fullmatch(f"{BYTE_LEVEL}|{SENTENCEPIECE}", found):
-        raise UserError(
-            f"tokenizer of an unknown kind ({found}): only byte-level BPE, as GPT-NeoX's, and "
-            "SentencePiece BPE with byte fallback, as Gemma's, can be read"
-        )
-    return bool(model.get("byte_fallback"))
-
-
-def _plain(text: str) -> str:
+def _spaces(text: str) -> str:
     return text.replace("▁", " ")
 
 
 def _gpt2_bytes(token: str) -> bytes:
     known = all(c in BYTE_OF_CHAR for c in token)
     return bytes(BYTE_OF_CHAR[c] for c in token) if known else token.encode()
+
+
+def _is_sentencepiece(spec: dict) -> bool:
+    """Which of the two kinds it is; UserError if anything in the file could mean other ids."""
+    model, keys = spec["model"], ("normalizer", "pre_tokenizer", "decoder")
+    word = re.compile(r'"(?:type|String|Regex|content)": (?!"Sequence")(".*?")')
+    parts = [word.findall(json.dumps(spec.get(key), ensure_ascii=False)) for key in keys]
+    found = "; ".join(" ".join(part) or "null" for part in parts)
+    options = [model, spec.get("pre_tokenizer") or {}, *spec["added_tokens"]]
+    odd = [f"{k} {v}" for o in options for k, v in o.items() if bool(v) != OPTIONS.get(k, bool(v))]
+    fallback = bool(model.get("byte_fallback"))
+    kind = SENTENCEPIECE if fallback else BYTE_LEVEL
+    if model["type"] != "BPE" or odd or not re.fullmatch(kind, found):
+        found = "; ".join([model["type"], found, f"byte_fallback {fallback}", *odd[:1]])
+        raise UserError(
+            f"tokenizer is {found}: only GPT-NeoX's and Gemma's kinds of BPE can be read"
+        )
+    return fallback
 
 
 def _made_by_merges(merges: list[tuple[str, str]]) -> list[str]:
@@ -370,14 +364,14 @@ def _made_by_merges(merges: list[tuple[str, str]]) -> list[str]:
 
 
 def _longest_run(char: str, added: dict[str, int]) -> int:
-    """M if the added tokens with `char` in them are its runs of 2 (or 1) to M characters; else 0."""
-    runs = {text for text in added if char in text} | {char}
-    longest = max(map(len, runs))
-    return longest if runs == {char * n for n in range(1, longest + 1)} else 0
+    """M if runs of 2 (or 1) to M of `char` are all the added tokens that it is in; else 0."""
+    runs = {text for text in added if char in text}
+    longest = max(map(len, runs), default=0)
+    return longest if runs | {char} == {char * n for n in range(1, longest + 1)} else 0
 
 
 def _byte_level(vocab: dict[str, int], added: dict[str, int], made: list[str]):
-    """GPT-NeoX's kind: a character of a token is a byte. As `_sentencepiece`, returns
+    """GPT-NeoX's kind, where a character of a token is a byte. As `_sentencepiece`, returns
     {bytes: ids} in the order of merging, the split, and the added tokens that the split cuts out.
     """
     entries = {bytes([b]): [vocab[c]] if c in vocab else [] for c, b in BYTE_OF_CHAR.items()}
@@ -390,41 +384,32 @@ def _byte_level(vocab: dict[str, int], added: dict[str, int], made: list[str]):
 
 
 def _sentencepiece(vocab: dict[str, int], added: dict[str, int], made: list[str]):
-    """Gemma's kind: a token is characters, ▁ for a space (for us a space: one byte, not three).
+    """Gemma's kind, where a token is characters, ▁ a space (for us a space: one byte, not three).
 
     tiktoken starts from bytes. To make it start from characters, the leading bytes of each one in
     the vocabulary rank lowest; what is left of any other falls back to bytes. The split cuts only
     where no token can lie across: before spaces, and around line ends and tabs.
     """
-    made = [token for token in made if " " not in token]  # a text has none by then
+    made = [token for token in made if " " not in token]  # a normalized text has no space
     if wrong := [token for token in made if "▁" in token.lstrip("▁")]:
         raise UserError(f"tokenizer has {wrong[0]!r}, with ▁ after another character: unsupported")
     fallback = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
-    entries = {bytes([b]): [i] if i is not None else [] for b, i in enumerate(fallback)}
-    chars = {_plain(c).encode(): [i] for c, i in vocab.items() if len(c) == 1 and c != " "}
+    entries = {bytes([b]): [] if i is None else [i] for b, i in enumerate(fallback)}
+    chars = {_spaces(c).encode(): [i] for c, i in vocab.items() if len(c) == 1 and c != " "}
     for char in chars:
         entries |= {char[:n]: [fallback[b] for b in char[:n]] for n in range(2, len(char))}
-    entries |= chars | {_plain(token).encode(): [vocab[token]] for token in made}
+    entries |= chars | {_spaces(token).encode(): [vocab[token]] for token in made}
     mixed = {c for token in made for c in token if set(token) != {c}}
-    runs = {c: _longest_run(c, added) for c in "\n\t" if c not in mixed and _longest_run(c, added)}
-    cuts = "".join(f"{c}{{1,{longest}}}|" for c, longest in runs.items())
-    split = cuts + f" *[^ {''.join(runs)}]+| +"
+    runs = {c: _longest_run(c, added) for c in {"\n", "\t"} - mixed if _longest_run(c, added)}
+    split = "".join(f"{c}{{1,{longest}}}|" for c, longest in runs.items())
+    split += f" *[^ {''.join(runs)}]+| +"
     return entries, split, [text for text in added if text[0] in runs]
 
 
-def _cutter(ids: dict[str, int], normalize):
-    """A function that normalizes a text and cuts `ids` out of it: [text, id, text, id, .., text]."""
-    if not ids:
-        return lambda text: [normalize(text)]
-    longest_first = sorted(ids, key=len, reverse=True)
-    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-    def cut(text: str) -> list:
-        parts = pattern.split(normalize(text))
-        parts[1::2] = [ids[part] for part in parts[1::2]]
-        return parts
-
-    return cut
+def _any_of(texts) -> re.Pattern:
+    """Matches any of the texts, the longest possible; of none, nothing, and that fast."""
+    words = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    return re.compile("(" + (words or r"\ud800(?!)") + ")")
 
 
 class Tokenizer:
@@ -441,54 +426,53 @@ class Tokenizer:
         gemma = _is_sentencepiece(spec)
         rules = [spec.get(key) for key in ("model", "added_tokens", "normalizer")]
         self.fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
-        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        vocab = spec["model"]["vocab"] | added
+        self._normalize = _spaces if gemma else _nfc if spec.get("normalizer") else str
+        self._added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        vocab = spec["model"]["vocab"] | self._added
         self.n_vocab = max(vocab.values()) + 1
         self.bos_id, self.eos_id = (
             vocab.get("<bos>"),
             vocab.get("<|endoftext|>", vocab.get("<eos>")),
         )
         if self.eos_id is None:
-            raise UserError(
-                "tokenizer has no token between documents: it needs <|endoftext|> or <eos>"
-            )
-        self._normalize = _plain if gemma else _nfc if spec.get("normalizer") else str
+            raise UserError("tokenizer lacks a token between documents, <|endoftext|> or <eos>")
         self._bytes = {
-            i: (_plain(t).encode() if gemma else _gpt2_bytes(t)) for t, i in vocab.items()
+            i: _spaces(t).encode() if gemma else _gpt2_bytes(t) for t, i in vocab.items()
         }
         names = {f"<0x{b:02X}>": b for b in range(256)} if gemma else {}
         self._fallback = {vocab[name]: bytes([b]) for name, b in names.items() if name in vocab}
-        self._build_encoder(spec, added, _sentencepiece if gemma else _byte_level)
+        self._build_encoder(spec, _sentencepiece if gemma else _byte_level)
 
-    def _build_encoder(self, spec: dict, added: dict[str, int], kind) -> None:
+    def _build_encoder(self, spec: dict, kind) -> None:
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         made = _made_by_merges([(left, right) for left, right in merges])
-        entries, split, in_split = kind(spec["model"]["vocab"], added, made)
-        entries |= {text.encode(): [added[text]] for text in in_split}
+        entries, split, in_split = kind(spec["model"]["vocab"], self._added, made)
+        entries |= {text.encode(): [self._added[text]] for text in in_split}
         if lacking := [b for b in UTF8_BYTES if not entries[bytes([b])]]:
-            raise UserError(f"tokenizer has no token for byte {lacking[0]:#04x}: unsupported")
+            raise UserError(f"tokenizer lacks a token for byte {lacking[0]:#04x}: unsupported")
         ranks = {token: rank for rank, token in enumerate(entries)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        width = max(
-            map(len, entries.values())
-        )  # 1, or 3 with starts of characters, which are bytes
-        self._ids = np.array([i + [-1] * (width - len(i)) for i in entries.values()], np.int32)
+        width = max(map(len, entries.values()))  # 3 where a rank can be 3 bytes of a character
+        self._ids = np.array(
+            [ids + [-1] * (width - len(ids)) for ids in entries.values()], np.int32
+        )
         cut = [token for token in spec["added_tokens"] if token["content"] not in in_split]
-        raw = {t["content"]: t["id"] for t in cut if not t.get("normalized")}
         late = {self._normalize(t["content"]): t["id"] for t in cut if t.get("normalized")}
-        self._cutters = _cutter(raw, str), _cutter(late, self._normalize)
+        self._cut = _any_of(t["content"] for t in cut if not t.get("normalized"))
+        self._cut_late, self._added = _any_of(late), self._added | late
 
     def _encode(self, text: str) -> np.ndarray:
-        parts = [text]
-        for cut in self._cutters:
-            parts = [q for p in parts for q in (cut(p) if isinstance(p, str) else [p])]
+        parts = []  # text, added token, text, .., text
+        for i, part in enumerate(self._cut.split(text)):
+            parts += [part] if i % 2 else self._cut_late.split(self._normalize(part))
         try:
-            arrays = [self._encode_part(p) if isinstance(p, str) else [p] for p in parts]
+            parts[::2] = [self._encode_plain(part) for part in parts[::2]]
         except UnicodeEncodeError:  # a lone surrogate, for which the reference has no ids: U+FFFD
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        return np.concatenate(arrays, dtype=np.int32)
+        parts[1::2] = [[self._added[part]] for part in parts[1::2]]
+        return np.concatenate(parts, dtype=np.int32)
 
-    def _encode_part(self, text: str) -> np.ndarray:
+    def _encode_plain(self, text: str) -> np.ndarray:
         ids = self._ids[self._bpe.encode_to_numpy(text, disallowed_special=())]
         return ids[ids >= 0]
 
@@ -503,15 +487,14 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of ids, added tokens included; numbers that are no token's are left out."""
-        text = []
-        known = (i for i in map(int, ids) if i in self._bytes)
+        text, known = "", (i for i in map(int, ids) if i in self._bytes)
         for fallback, run in groupby(known, self._fallback.__contains__):
             data = b"".join((self._fallback if fallback else self._bytes)[i] for i in run)
             try:
-                text.append(data.decode())
+                text += data.decode()
             except UnicodeDecodeError:  # as the reference: byte fallback fails byte by byte
-                text.append("\ufffd" * len(data) if fallback else data.decode(errors="replace"))
-        return "".join(text)
+                text += "\ufffd" * len(data) if fallback else data.decode(errors="replace")
+        return text
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -557,6 +540,7 @@ DATASETS = {  # short name -> Hub dataset; beside them "stdlib", the running Pyt
 }
 HUB_FOLDERS = {"allenai/c4": "/en", "monology/pile-uncopyrighted": "/train"}  # listing all is slow
 TEXT_FILE = re.compile(r"\.(jsonl|json|txt|md|py)(\.gz|\.zst)?$")
+HUB_TEXT = re.compile(r"(?<!info)(?<!infos)\.(jsonl?|txt)(\.gz|\.zst)?$")  # not README.md and such
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -573,7 +557,7 @@ def documents(data: str) -> Iterator[str]:
     Raises UserError where it cannot be read.
     """
     data = DATASETS.get(data, data)
-    for path in local_files(data) or [path for path, _ in hub_files(data, TEXT_FILE)]:
+    for path in local_files(data) or [path for path, _ in hub_files(data, HUB_TEXT)]:
         hub = hub_errors(f"datasets/{data}", path) if path.startswith("hf:") else nullcontext()
         try:
             with hub, _open_text(path) as file:
@@ -594,11 +578,11 @@ def local_files(data: str) -> list[str]:
         below[:] = sorted(set(below) - skip)
         paths = [os.path.join(folder, name) for name in sorted(names) if name.endswith(ending)]
         found += [path for path in paths if TEXT_FILE.search(path) and os.path.isfile(path)]
-    if not found and (root.exists() or TEXT_FILE.search(data) or data.count("/") != 1):
-        known = f"stdlib, {', '.join(DATASETS)}, owner/name on the Hub"
-        raise UserError(
-            f"no text in {data!r}: give {known}, or .txt, .jsonl, .py files (.gz) or .bin"
-        )
+    if not found and (
+        root.exists() or TEXT_FILE.search(data) or not re.fullmatch(r"[\w-]+/[\w.-]+", data)
+    ):
+        forms = "files of .txt, .jsonl, .py (.gz), a .bin, owner/name on the Hub, stdlib"
+        raise UserError(f"no text in {data!r}: give {forms}, {', '.join(DATASETS)}")
     random.Random(0).shuffle(found)
     return found
 
@@ -607,11 +591,9 @@ def hub_files(repo: str, wanted: re.Pattern) -> list[tuple[str, int]]:
     """(path, bytes) of a Hub dataset's files, in order: those for training where names tell."""
     with hub_errors(f"datasets/{repo}"):
         listing = HfFileSystem().find(f"datasets/{repo}{HUB_FOLDERS.get(repo, '')}", detail=True)
-    found = sorted(
-        (f"hf://{name}", listing[name]["size"]) for name in listing if wanted.search(name)
-    )
+    found = sorted((f"hf://{n}", info["size"]) for n, info in listing.items() if wanted.search(n))
     if not found:
-        raise UserError(f"{repo} has no file in a form that is read: {wanted.pattern}")
+        raise UserError(f"{repo} has no file that is read: .jsonl, .json or .txt (.gz, .zst)")
     return [file for file in found if "train" in file[0].split(repo, 1)[1]] or found
 
 
@@ -661,6 +643,7 @@ def _json_text(number: int, line: str, path: str) -> str:
 # --- Token ids -------------------------------------------------------------------------------
 
 PYTHIA_IDS = (DATASETS["pythia"], DATASETS["pythia-deduped"])  # uint16, sequences of 2,049 ids
+SIDES = {"train": ("training", "--tokens"), "val": ("validation", "--eval-tokens")}
 BLOCK = 1 << 18  # characters tokenised at a time
 
 
@@ -694,7 +677,7 @@ class TokenStream:
         self.n_train = self.need["train"] // self.stride
 
     def train(self, start: int, count: int) -> Tensor:
-        """Sequences start..start+count, int64 [count, context]; waits. UserError: data too short."""
+        """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         return self._read("train", start, count)
 
     def validation(self) -> Tensor:
@@ -726,14 +709,12 @@ class TokenStream:
         return self.ended[side] or self.tokens[side] >= self.need[side]
 
     def _too_short(self, side: str) -> UserError:
-        kind, flag = (
-            ("training", "--tokens") if side == "train" else ("validation", "--eval-tokens")
-        )
-        has = f"{self.data} has {self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
+        kind, flag = SIDES[side]
+        has = f"{self.data} has {self.tokens[side]:,} {kind} tokens"
         advice = f"lower {flag}, or pass --allow-short to train on what there is"
-        return UserError(
-            f"{has}: {advice if self.tokens[side] >= self.stride else 'give more text'}"
-        )
+        if self.tokens[side] < self.stride:
+            advice = "give more text"
+        return UserError(f"{has}, {self.asked[side]:,} were asked for: {advice}")
 
     def _use_what_there_is(self) -> None:
         with self.changed:
@@ -748,9 +729,8 @@ class TokenStream:
         try:
             ids = np.memmap(path, self.dtype, "r")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path} as {self.dtype.name} token ids: {error}"
-            ) from error
+            name = f"{path} as {self.dtype.name} token ids"
+            raise UserError(f"cannot read {name}: {error}") from error
         spare = max(len(ids) - self.need["train"], len(ids) // 20)
         start = len(ids) - min(self.need["val"], spare)
         near = max(start - (1 << 20), 0)
@@ -761,11 +741,9 @@ class TokenStream:
         self.ended = {"train": True, "val": True}
 
     def _open_cache(self, root: Path | None) -> None:
-        """A folder for this source: train.bin, val.bin, and meta.json, which tells what is in it."""
+        """A folder for this source: train.bin, val.bin, and meta.json, which says what is there."""
         if self.data in PYTHIA_IDS and not 50254 <= self.tokenizer.n_vocab <= 50304:
-            raise UserError(
-                f"{self.data} holds Pythia's token ids: take another --data, such as c4"
-            )
+            raise UserError(f"{self.data} holds Pythia's own ids: take another --data, such as c4")
         files = [(p, os.path.getsize(p), os.path.getmtime(p)) for p in local_files(self.data)]
         key = json.dumps([files or self.data, self.tokenizer.fingerprint, self.dtype.str]).encode()
         name = re.sub(r"[^\w.-]", "-", self.data)[-40:] + "-" + hashlib.sha256(key).hexdigest()[:16]
@@ -826,15 +804,17 @@ class TokenStream:
         eos = np.array([self.tokenizer.eos_id], self.dtype)
         for side in [side for side in block if not self._done(side)]:
             ids = [eos[:0]]
-            for document in self.tokenizer.encode_batch(block[side], (os.cpu_count() + 1) // 2):
+            for document in self.tokenizer.encode_batch(
+                block[side], (os.cpu_count() or 1) // 2 or 1
+            ):
                 ids += [np.asarray(document, self.dtype), eos]
             self._append(side, np.concatenate(ids), max(number, self.passed[side]), ended)
 
     def _fetch_ids(self) -> None:
         """Pythia's files laid end to end: training from their start, validation in the last one."""
-        *files, last = hub_files(self.data, re.compile(r"\.bin$"))
-        skip = -sum(size for _, size in files) % 4098  # bytes to the next of its sequences
-        for side, parts, skip in (("val", [last], skip), ("train", files, 0)):
+        *first, last = hub_files(self.data, re.compile(r"\.bin$"))
+        align = -sum(size for _, size in first) % 4098  # bytes to the next of its sequences
+        for side, parts, skip in (("val", [last], align), ("train", first, 0)):
             total = (sum(size for _, size in parts) - skip) // 2
             while not (self._done(side) or self.stopped):
                 at = skip + self.tokens[side] * 2

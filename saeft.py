@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -25,18 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_loaders import (
-    TokenStream,
-    UserError,
-    load_config,
-    load_tokenizer,
-    load_weights,
-    save_sae,
-)
+import model_loaders
+from model_loaders import TokenStream, UserError, load_tokenizer
 
 # ---- Settings --------------------------------------------------------------------------------
 
@@ -61,14 +57,10 @@ class Config:
     """Every setting of a run. PRESETS replace these defaults per model; flags replace both."""
 
     model: str = flag("tiny", "short name (pythia-160m, gemma-2-2b, ...), Hub owner/name or folder")
-    layer: int | None = flag(
-        None, "block whose output the SAE reads, 0-based (default: the middle)"
-    )
+    layer: int | None = flag(None, "block whose output the SAE reads (default: the middle one)")
     data: str | None = flag(None, "c4, pile, pythia, stdlib, a Hub dataset, or local files")
     sae: str = flag("topk", "activation of the SAE", choices=["topk", "batchtopk", "relu"])
-    k: list[int] = flag(
-        lambda: [80], "active latents a token; several train one SAE each", nargs="+"
-    )
+    k: list[int] = flag(lambda: [80], "active latents K; for several, an SAE each", nargs="+")
     d_sae: int = flag(2**14, "number of latents F")
     tokens: int = flag(500_000_000, "training tokens in all")
     kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's")
@@ -86,9 +78,7 @@ class Config:
     eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation")
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
-    dtype: str = flag(
-        "float32", "of the language model", choices=["float32", "bfloat16", "float16"]
-    )
+    dtype: str = flag("float32", "of the model", choices=["float32", "bfloat16", "float16"])
     name: str | None = flag(None, "folder under --out (default: model, layer, k and seed)")
     out: str = flag("runs", "where run folders go")
     overwrite: bool = flag(False, "replace a run of the same name")
@@ -96,15 +86,12 @@ class Config:
     log_every: int = flag(50, "steps between lines of metrics.jsonl")
 
 
-PRESETS = {
-    "tiny": dict(
-        layer=3, k=[8], d_sae=1024, tokens=1_500_000, kl_tokens=300_000, context=128, method=["kl", "mse"],
-        batch=4096, buffer=2000, kl_lr=2e-4, warmup=30, dead_after=100_000, eval_tokens=100_000, log_every=10,
-    ),
-    "pythia-160m": dict(layer=8),
-    "gemma-2-2b": dict(layer=12, dtype="bfloat16", kl_batch=2),
-    "gemma-2-9b": dict(dtype="bfloat16", kl_batch=2),
-}  # fmt: skip
+TINY = dict(layer=3, k=[8], d_sae=1024, data="stdlib", context=128, method=["kl", "mse"])
+TINY |= dict(tokens=1_500_000, kl_tokens=300_000, batch=4096, buffer=2000, kl_lr=2e-4, warmup=30)
+TINY |= dict(dead_after=100_000, eval_tokens=100_000, log_every=10)
+GEMMA = dict(dtype="bfloat16", kl_batch=2)
+PRESETS = {"tiny": TINY, "gemma-2-2b": GEMMA | {"layer": 12}, "gemma-2-9b": GEMMA}
+PRESETS["pythia-160m"] = dict(layer=8)
 
 # ---- Language models: what both families share -----------------------------------------------
 
@@ -360,8 +347,8 @@ def load_lm(name_or_folder: str, device="cpu", dtype=torch.float32) -> LanguageM
     Raises UserError where the model cannot be had or its tensors do not match name for name.
     """
     with torch.device("meta"):
-        lm = build_lm(load_config(name_or_folder))
-    weights = load_weights(name_or_folder, device, dtype)
+        lm = build_lm(model_loaders.load_config(name_or_folder))
+    weights = model_loaders.load_weights(name_or_folder, device, dtype)
     tied = () if hasattr(lm, "embed_out") else ("embed_out.weight", "lm_head.weight")
     weights = {k: w for k, w in weights.items() if not k.endswith(IGNORED + tied)}
     expected = {name: tuple(p.shape) for name, p in lm.named_parameters()}
@@ -381,11 +368,17 @@ def load_lm(name_or_folder: str, device="cpu", dtype=torch.float32) -> LanguageM
 
 
 class Acts(NamedTuple):
-    """The active latents of N tokens, as one flat list of P (token, latent) pairs."""
+    """The active latents of N tokens: an [N, F] matrix f as a flat list of P entries, by row."""
 
     values: Tensor  # [P], above 0; or 0 where a token has fewer than K positive latents
-    latents: Tensor  # [P], which latent
-    offsets: Tensor  # [N], where each token's pairs begin
+    latents: Tensor  # [P], the column
+    offsets: Tensor  # [N], where each token's entries begin
+
+    @property
+    def tokens(self) -> Tensor:
+        """[P], the row of each entry."""
+        entries = torch.arange(len(self.latents), device=self.offsets.device)
+        return torch.bucketize(entries, self.offsets, right=True) - 1
 
     @property
     def l0(self) -> Tensor:
@@ -394,13 +387,23 @@ class Acts(NamedTuple):
 
 
 def top_k(pre: Tensor, k: int) -> Acts:
-    """The K largest of each row of pre [N, F], after ReLU."""
-    values, latents = pre.topk(k, dim=-1, sorted=False)
-    return Acts(
-        values.relu().flatten(),
-        latents.flatten(),
-        torch.arange(0, latents.numel(), k, device=pre.device),
-    )
+    """The K largest of each row of pre [N, F], after ReLU. Plainly: pre.topk(k).
+
+    Fast path, exact: the K largest lie in the K groups with the largest maxima, so search G groups
+    (g, g + G, g + 2G, ...) first, then inside those K.
+    """
+    n, d_sae = pre.shape
+    size = 1 << (d_sae // max(1024, 4 * k)).bit_length() >> 1  # of a group
+    if size < 4 or d_sae % size:
+        values, latents = pre.topk(k, sorted=False)
+    else:
+        grouped = pre.view(n, size, -1)
+        best = grouped.amax(1).topk(k, sorted=False).indices  # [N, K]
+        inside = grouped.gather(2, best[:, None].expand(n, size, k)).flatten(1)  # [N, size K]
+        values, place = inside.topk(k, sorted=False)
+        latents = place // k * (d_sae // size) + best.gather(1, place % k)
+    offsets = torch.arange(0, n * k, k, device=pre.device)
+    return Acts(values.relu().flatten(), latents.flatten(), offsets)
 
 
 def above(pre: Tensor, threshold: Tensor | float) -> Acts:
@@ -411,48 +414,58 @@ def above(pre: Tensor, threshold: Tensor | float) -> Acts:
     return Acts(pre[tokens, latents], latents, per_token.cumsum(0) - per_token)
 
 
-def weighted_sums(table: Tensor, acts: Acts) -> Tensor:
-    """f @ table for the sparse f that `acts` lists: a weighted sum of few rows per token."""
-    values, latents, offsets = acts
-    return F.embedding_bag(latents, table, offsets, mode="sum", per_sample_weights=values)
+SPARSE_DEVICES = ("cpu",)  # elsewhere a dense bfloat16 product beats a sparse sum
+
+
+def times(f: Acts, table: Tensor) -> Tensor:
+    """The product f @ table [N, D] of a sparse f [N, F] and a dense table [F, D]."""
+    if table.device.type in SPARSE_DEVICES:
+        values = f.values.to(table.dtype)
+        return F.embedding_bag(f.latents, table, f.offsets, mode="sum", per_sample_weights=values)
+    dense = f.values.new_zeros(len(f.offsets), len(table))
+    return dense.index_put((f.tokens, f.latents), f.values) @ table
 
 
 class SparseAutoencode(torch.autograd.Function):
-    """x_hat = W_dec f + b_dec with f = select(W_enc (x - b_dec) + b_enc), and the gradients.
+    """x_hat = f W_dec + b_dec with f = select((x - b_dec) W_enc' + b_enc), and its gradients.
 
-    With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec where f > 0, else 0: dW_dec = f' g,
+    With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
     dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
-    Fast path: only the encoder product is dense. f and h have few entries, so that decoding and
-    the weight gradients are sums over the active pairs, sorted by latent once for both gradients.
+    Fast path: only the encoder product is dense. f' and h' are lists of a few entries, sorted by
+    latent once; h falls out of f' g, since d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>.
     """
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select):
+        ctx.autocast = torch.is_autocast_enabled(x.device.type)
         centred = x - b_dec
-        acts = select(torch.addmm(b_enc, centred, W_enc.T))
+        acts = select(F.linear(centred, W_enc, b_enc))
         ctx.save_for_backward(centred, W_enc, W_dec, *acts)
         ctx.mark_non_differentiable(acts.latents, acts.offsets)
-        return weighted_sums(W_dec, acts) + b_dec, *acts
+        return times(acts, W_dec) + b_dec, *acts
 
     @staticmethod
     def backward(ctx, g, g_values, *_):
         centred, W_enc, W_dec, *acts = ctx.saved_tensors
-        acts = Acts(*acts)
-        with torch.enable_grad():  # d/d values alone: <g[token], W_dec[latent]> for each pair
-            values = acts.values.detach().requires_grad_()
-            x_hat = weighted_sums(W_dec, acts._replace(values=values))
-        h = torch.autograd.grad(x_hat, values, g)[0].add_(g_values).mul_(acts.values > 0)
-        dx = weighted_sums(W_enc, acts._replace(values=h)) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, None, None, None
-        latents, order = acts.latents.sort()
-        tokens = torch.bucketize(order, acts.offsets, right=True) - 1
-        per_latent = torch.bincount(latents, minlength=len(W_enc))
-        offsets = per_latent.cumsum(0) - per_latent
-        dW_dec = weighted_sums(g, Acts(acts.values[order], tokens, offsets))
-        dW_enc = weighted_sums(centred, Acts(h[order], tokens, offsets))
-        db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, acts.latents, h)
-        return dx, dW_enc, db_enc, dW_dec, g.sum(0) - db_enc @ W_enc, None
+        acts, d_sae = Acts(*acts), len(W_enc)
+        with torch.autocast(g.device.type, torch.bfloat16, enabled=ctx.autocast):
+            # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
+            order = acts.latents.int().sort(stable=True).indices
+            per_latent = torch.bincount(acts.latents, minlength=d_sae)
+            values = acts.values[order].float().requires_grad_()
+            f_T = Acts(values, acts.tokens[order], per_latent.cumsum(0) - per_latent)
+            with torch.enable_grad():
+                dW_dec = times(f_T, g)
+            (h,) = torch.autograd.grad(dW_dec, values, W_dec)
+            h = (h + g_values[order]) * (values > 0)
+            dW_enc = times(f_T._replace(values=h), centred)
+            db_enc = h.new_zeros(d_sae).index_add_(0, acts.latents[order], h)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = times(
+                    acts._replace(values=torch.empty_like(h).index_copy_(0, order, h)), W_enc
+                )
+        return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None
 
 
 class SAE(nn.Module):
@@ -507,12 +520,12 @@ class SAE(nn.Module):
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Removes from each W_dec.grad[i] the part along W_dec[i], which has norm 1."""
-        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-        self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+        for w, g in zip(self.W_dec.split(1024), self.W_dec.grad.split(1024)):  # fits the cache
+            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+        F.normalize(self.W_dec, dim=-1, out=self.W_dec)
 
     def folded(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and settings in SAELens's layout, for raw activations: scale goes to biases."""
@@ -688,7 +701,7 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
             update(loss, sae, optimizer, lr)
             idle[i] += len(x)
             idle[i][acts.latents[acts.values > 0]] = 0
-            log(i, step, steps, loss=loss, mse=mse.detach(), l0=acts.l0)
+            log(i, step, steps, loss, mse=mse.detach(), l0=acts.l0)
 
 
 # ---- Phase two: KL+MSE on whole sequences ----------------------------------------------------
@@ -713,14 +726,10 @@ class Splice:
     def trained(self) -> nn.Module:
         return self.lm if any(p.requires_grad for p in self.lm.parameters()) else self.insert
 
-    def resid_post(self, tokens: Tensor, resid: Tensor, layer: int) -> Tensor:
-        """The original model's resid_post [B, T, D] of block `layer`, or this model's own."""
-        return self.lm.prefix(tokens, layer) if self.own_prefix else resid
-
-    def splice(self, resid: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, Acts]:
-        """From resid_post [B, T, D] of block `layer`: that of the last block with x_hat inserted,
-        x and x_hat, all [B (T - n_skip), D], and the activations."""
-        skip = self.lm.n_skip
+    def run(self, tokens: Tensor, resid: Tensor, layer: int):
+        """For tokens [B, T], with the original model's resid_post [B, T, D] of block `layer`:
+        resid_post of the last block with x_hat inserted, x, x_hat [B (T - n_skip), D], and Acts."""
+        resid, skip = self.lm.prefix(tokens, layer) if self.own_prefix else resid, self.lm.n_skip
         x = resid[:, skip:].flatten(0, 1)
         x_hat, acts = self.insert(x)
         if self.loss == "mse" and self.insert.training:
@@ -731,18 +740,16 @@ class Splice:
 
 
 def finetune_loss(s: Splice, last_p: Tensor, last_q: Tensor, x: Tensor, x_hat: Tensor, acts: Acts):
-    """(beta KL + MSE) / 2, and what to log. last_p, last_q: last resid_post [N, D] without and
-    with x_hat [N, D]. beta = MSE / KL makes both halves weigh alike, on every batch anew."""
+    """(beta KL + MSE) / 2, and what to log; last_p, last_q: last resid_post [N, D] of the original
+    model and with x_hat [N, D]. beta = MSE / KL, new for every batch: both halves weigh alike."""
     mse = F.mse_loss(x_hat, x.float())
-    seen = {"mse": mse.detach(), "l0": acts.l0}
-    if s.loss == "mse":
-        loss = mse
-    else:
-        kl = SlicedKL.apply(last_p, last_q, s.lm)
-        seen["kl"] = kl.detach()
-        beta = seen["beta"] = (mse / (kl + 1e-8)).detach()
-        loss = (beta * kl + mse) / 2 if s.loss == "kl" else kl
-    if isinstance(s.insert, SAE) and s.insert.kind == "relu":
+    loss, seen = mse, {"mse": mse.detach(), "l0": acts.l0}
+    if s.loss != "mse":
+        kl = loss = SlicedKL.apply(last_p, last_q, s.lm)
+        seen |= {"kl": kl.detach(), "beta": (mse / (kl + 1e-8)).detach()}
+    if s.loss == "kl":
+        loss = (seen["beta"] * kl + mse) / 2
+    if getattr(s.insert, "kind", None) == "relu":
         # lambda was set beside the squared norm on x / scale, which is D / scale^2 times this MSE.
         loss = loss * x.shape[1] / s.insert.scale**2 + s.l1 * s.insert.sparsity(acts)
         s.l1 *= 1.001 if acts.l0 > s.l0_target else 0.999
@@ -755,113 +762,32 @@ def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: i
     Blocks 0..L run once for the original and every splice. The rate falls linearly to 0; where this
     phase is the whole training (end to end), rate and schedule are those of phase one.
     """
-    layer, kl_batch = config.layer, config.kl_batch
-    steps = max(1, (stop - start) // kl_batch)
-    optimizers = [adam(s.trained.train(), weight_decay=0.01) for s in splices]
+    steps, layer = max(1, (stop - start) // config.kl_batch), config.layer
     peak, warmup, decay = config.kl_lr, 0, 1.0
     if config.kl_tokens == config.tokens:
         peak, warmup, decay = config.lr, min(config.warmup, steps // 10), 0.2
+    optimizers = [adam(s.trained.train(), weight_decay=0.01) for s in splices]
     for step in range(steps):
-        lr = peak * lr_factor(step, steps, warmup, decay)
-        first = start + step * kl_batch
-        tokens = stream.train(first, min(kl_batch, stop - first)).to(lm.W_U.device)
+        first = start + step * config.kl_batch
+        tokens = stream.train(first, min(config.kl_batch, stop - first)).to(lm.W_U.device)
         with torch.no_grad():
             resid = last_p = lm.prefix(tokens, layer)
             if any(s.loss != "mse" for s in splices):
                 last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
         for i, (s, optimizer) in enumerate(zip(splices, optimizers)):
-            spliced = s.splice(s.resid_post(tokens, resid, layer), layer)
-            loss, seen = finetune_loss(s, last_p, *spliced)
-            update(loss, s.trained, optimizer, lr)
-            log(i, step, steps, loss=loss, **seen)
+            loss, seen = finetune_loss(s, last_p, *s.run(tokens, resid, layer))
+            update(loss, s.trained, optimizer, peak * lr_factor(step, steps, warmup, decay))
+            log(i, step, steps, loss, **seen)
     for s in splices:
         s.insert.eval(), s.lm.eval()
 
 
-# ---- Fine-tune methods: the difference of each -----------------------------------------------
-
-
-class LoRA(nn.Module):
-    """alpha / r B A dropout(x) (arXiv 2106.09685), plus layer(x) if it stands beside a layer."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, layer: nn.Module = None):
-        super().__init__()
-        self.A, self.B = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
-        nn.init.zeros_(self.B.weight)
-        self.layer, self.factor, self.dropout = layer, alpha / rank, nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.B(self.A(self.dropout(x.float()))) * self.factor
-        return y if self.layer is None else self.layer(x) + y.to(x.dtype)
-
-
-def lora_lm(lm: LanguageModel, rank: int, first_block: int) -> LanguageModel:
-    """LoRA (alpha = r) on every matrix from a block on; shares lm's weights, leaves lm alone."""
-    adapted = copy.deepcopy(lm, {id(p): p for p in lm.parameters()})
-    for block in adapted.blocks[first_block:]:
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                lora = LoRA(layer.in_features, layer.out_features, rank, rank, layer)
-                parent, _, child = name.rpartition(".")
-                block.get_submodule(parent).add_module(child, lora.to(layer.weight.device))
-    return adapted
-
-
-class LoRASAE(nn.Module):
-    """LoRA (alpha = 32) on the encoder and the decoder of a frozen SAE."""
-
-    def __init__(self, sae: SAE, rank: int):
-        super().__init__()
-        (d_sae, d_model), self.sae = sae.W_enc.shape, sae
-        self.encoder, self.decoder = LoRA(d_model, d_sae, rank, 32), LoRA(d_sae, d_model, rank, 32)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
-        sae, lora = self.sae, self.decoder
-        centred = x.float() / sae.scale - sae.b_dec
-        acts = sae.select(F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred))
-        dropped = acts._replace(values=lora.dropout(acts.values))
-        low_rank = lora.B(weighted_sums(lora.A.weight.T.contiguous(), dropped)) * lora.factor
-        return (weighted_sums(sae.W_dec, acts) + low_rank + sae.b_dec) * sae.scale, acts
-
-    def merged(self) -> SAE:
-        """An ordinary SAE with the same reconstructions."""
-        sae, low_rank = copy.deepcopy(self.sae), lambda m: m.factor * m.B.weight @ m.A.weight
-        sae.W_enc.data += low_rank(self.encoder)
-        sae.W_dec.data += low_rank(self.decoder).T
-        return sae
-
-
-class Adapter(nn.Module):
-    """x_hat + U V x_hat after a frozen SAE, or x_hat + U ReLU(V x_hat + a) + c; U, c = 0 at first."""
-
-    def __init__(self, sae: SAE, rank: int, mlp: bool):
-        super().__init__()
-        self.sae, self.act, d_model = sae, nn.ReLU() if mlp else nn.Identity(), len(sae.b_dec)
-        self.V, self.U = nn.Linear(d_model, rank, bias=mlp), nn.Linear(rank, d_model, bias=mlp)
-        for p in self.U.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
-        x_hat, acts = self.sae.eval()(x)
-        return x_hat + self.U(self.act(self.V(x_hat))), acts
-
-
-METHODS = "kl mse kl-only lora-sae lora-lm lora-lm-after linear-adapter mlp-adapter".split()
-
-
-def start_method(method: str, lm: LanguageModel, sae: SAE, layer: int, rank: int) -> Splice:
-    """A method before its first step: the model and the reconstructions are still the same."""
-    sae, device = copy.deepcopy(sae), sae.b_dec.device
-    if method in ("kl", "mse", "kl-only"):
-        return Splice(sae, lm, method)
-    sae.requires_grad_(False)
-    if method == "lora-lm":
-        return Splice(sae, lora_lm(lm, rank, 0), "kl-only", own_prefix=True)
-    if method == "lora-lm-after":
-        return Splice(sae, lora_lm(lm, rank, layer + 1), "kl-only")
-    if method == "lora-sae":
-        return Splice(LoRASAE(sae, rank).to(device), lm)
-    return Splice(Adapter(sae, rank, mlp=method == "mlp-adapter").to(device), lm)
+# name -> (lm, a copy of the MSE SAE, config) -> what to train. experiments/baselines.py adds more.
+METHODS = {
+    "kl": lambda lm, sae, config: Splice(sae, lm),
+    "kl-only": lambda lm, sae, config: Splice(sae, lm, "kl-only"),
+    "mse": lambda lm, sae, config: Splice(sae, lm, "mse"),  # the control
+}
 
 
 # ---- Evaluation ------------------------------------------------------------------------------
@@ -872,96 +798,86 @@ def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor) -> Tensor:
     block, and KL from the first one's distribution to each. A slice of tokens at a time."""
     out = torch.zeros(2, len(lasts), dtype=torch.double, device=targets.device)
     for rows in slices(len(targets), len(lm.W_U)):
-        logs = (lm.unembed(last[rows]).float().log_softmax(-1) for last in lasts)
-        log_p = None
-        for i, log_q in enumerate(logs):
-            log_p = log_q if i == 0 else log_p
+        log_p = lm.unembed(lasts[0][rows]).float().log_softmax(-1)
+        for i, last in enumerate(lasts):
+            log_q = lm.unembed(last[rows]).float().log_softmax(-1) if i else log_p
             out[0, i] += F.nll_loss(log_q, targets[rows], reduction="sum")
             out[1, i] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return out
 
 
 @torch.no_grad()
-def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice], chunk: int = 8):
+def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice]) -> tuple[dict, list[dict]]:
     """On held-out tokens [n, T]: the model's own CE and zero ablation's, and a dict per splice.
 
     ce, kl: nats per token. fvu: share of the variance of x left unexplained. l0: active latents per
     token. dead: latents that never fired. The first n_skip positions do not count.
     """
-    skip, saes = lm.n_skip, [getattr(s.insert, "sae", s.insert) for s in splices]
+    skip, device = lm.n_skip, lm.W_U.device
     zero = Splice(lambda x: (torch.zeros_like(x), None), lm)
-    fired = [torch.zeros_like(sae.b_enc, dtype=torch.bool) for sae in saes]
-    error, active = torch.zeros(2, len(splices), dtype=torch.double, device=lm.W_U.device)
-    ce_kl = n_x = n = x_sum = x_square = 0
-    for batch in tokens.split(chunk):
-        batch = batch.to(lm.W_U.device)
+    fired = [torch.zeros_like(getattr(s.insert, "sae", s.insert).b_enc) for s in splices]
+    error, active = torch.zeros(2, len(splices), dtype=torch.double, device=device)
+    ce_kl = n = n_x = x_sum = x_square = 0
+    for batch in tokens.to(device).split(8):
         resid = lm.prefix(batch, layer)
         x = resid[:, skip:].flatten(0, 1).double()
         n_x, x_sum, x_square = n_x + len(x), x_sum + x.sum(0), x_square + x.pow(2).sum()
-        lasts = [lm.suffix(resid, layer)[:, skip:].flatten(0, 1), zero.splice(resid, layer)[0]]
+        lasts = [lm.suffix(resid, layer)[:, skip:].flatten(0, 1), zero.run(batch, resid, layer)[0]]
         for i, s in enumerate(splices):
-            last, x, x_hat, acts = s.splice(s.resid_post(batch, resid, layer), layer)
+            last, x, x_hat, acts = s.run(batch, resid, layer)
             lasts.append(last)
             error[i] += (x - x_hat).double().pow(2).sum()
             active[i] += (acts.values > 0).sum()
-            fired[i][acts.latents[acts.values > 0]] = True
+            fired[i][acts.latents[acts.values > 0]] = 1
         lasts = [y.unflatten(0, (len(batch), -1))[:, :-1].flatten(0, 1) for y in lasts]
         ce_kl, n = ce_kl + ce_and_kl(lm, lasts, batch[:, skip + 1 :].flatten()), n + len(lasts[0])
-    ce, kl = (ce_kl / n).tolist()
-    fvu, l0 = error / (x_square - x_sum.pow(2).sum() / n_x), active / n_x
-    figures = [
-        {
-            "ce": ce[i + 2],
-            "gap": ce[i + 2] - ce[0],
-            "kl": kl[i + 2],
-            "loss_recovered": 1 - (ce[i + 2] - ce[0]) / (ce[1] - ce[0]),
-            "fvu": fvu[i].item(),
-            "l0": l0[i].item(),
-            "dead": (~fired[i]).sum().item(),
-        }
-        for i in range(len(splices))
-    ]
-    return {"ce_original": ce[0], "ce_zero": ce[1]}, figures
+    (original, zeroed, *ce), (_, _, *kl) = (ce_kl / n).tolist()
+    fvu, l0 = (error / (x_square - x_sum.pow(2).sum() / n_x)).tolist(), (active / n_x).tolist()
+    dead = [(f == 0).sum().item() for f in fired]
+    rows = [dict(zip(("ce", "kl", "fvu", "l0", "dead"), row)) for row in zip(ce, kl, fvu, l0, dead)]
+    for row in rows:
+        row["gap"] = row["ce"] - original
+        row["loss_recovered"] = 1 - row["gap"] / (zeroed - original)
+    return {"ce_original": original, "ce_zero": zeroed}, rows
 
 
 # ---- A run, from the command line to its report ----------------------------------------------
 
 
 class NotFinite(UserError):
-    """A loss that is not a number; the parameters are those from before it."""
+    """A loss that is not a number. No parameter has moved because of it."""
 
 
 class Log:
     """A phase's progress line, and its lines in the metrics.jsonl of each SAE's folder."""
 
     def __init__(self, phase: str, folders: list[Path], tokens_per_step: int, every: int):
-        self.phase, self.folders, self.every = phase, folders, every
-        self.tokens_per_step, self.start, self.shown = tokens_per_step, time.perf_counter(), 0
-        self.losses: list[list[Tensor]] = [[] for _ in folders]
+        self.phase, self.folders, self.size, self.every = phase, folders, tokens_per_step, every
+        self.losses, self.start, self.shown = [[] for _ in folders], time.perf_counter(), 0
 
     def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
-        """Takes the figures of SAE i; UserError where a loss since the last line is not finite."""
+        """Takes the figures of SAE i; NotFinite where a loss since the last line is not finite."""
         self.losses[i].append(loss.detach())
         if (step + 1) % self.every and step + 1 < steps:
-            return
+            return  # no wait for the device in between
         losses, self.losses[i] = torch.stack(self.losses[i]).tolist(), []
         for j, value in enumerate(losses, start=step + 1 - len(losses)):
             if not math.isfinite(value):
                 raise NotFinite(f"the loss of {self.phase} is {value} at step {j}: lower its rate")
-        tokens, total = (step + 1) * self.tokens_per_step, steps * self.tokens_per_step
-        seconds = time.perf_counter() - self.start
-        line = {"phase": self.phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
-        line |= {"loss": sum(losses) / len(losses)} | {k: float(v) for k, v in metrics.items()}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        done, total, seconds = step + 1, steps * self.size, time.perf_counter() - self.start
+        line = {"phase": self.phase, "step": done, "tokens": done * self.size, "seconds": seconds}
         with open(self.folders[i] / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        live = sys.stdout.isatty()
-        if i == 0 and (live or tokens == total or tokens - self.shown >= total / 10):
+            print(json.dumps(line | {"loss": sum(losses) / len(losses)} | metrics), file=file)
+        live, tokens = sys.stdout.isatty(), done * self.size
+        if i == 0 and (live or done == steps or tokens - self.shown >= total / 10):
             self.shown = tokens
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (total / tokens - 1)))
-            text = f"{self.phase}: {tokens:,} of {total:,} tokens, {tokens / seconds:,.0f}/s, {left} left"
-            text += "".join(f", {name} {float(value):.4g}" for name, value in metrics.items())
-            end = "" if live and tokens < total else "\n"
-            print(f"\r{text}\033[K" if live else text, end=end, flush=True)
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps / done - 1)))
+            text = f"{self.phase}: {tokens / 1e6:.2f}M of {total / 1e6:.2f}M tokens, "
+            text += f"{tokens / seconds:,.0f}/s, {left} left"
+            text += "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+            print(f"\r{text}\033[K" if live else text, end="\n" * (done == steps or not live))
+            sys.stdout.flush()
 
 
 def check(config: Config) -> None:
@@ -974,11 +890,10 @@ def check(config: Config) -> None:
             raise UserError(f"--k {k} is not between 1 and d_sae = {config.d_sae}")
     if config.kl_tokens > config.tokens:
         raise UserError(f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    for method in config.method:
-        *first, last = method.split("+")
-        if last not in METHODS or not set(first) <= {"kl", "mse", "kl-only"}:
-            raise UserError(f"--method {method} is unknown; there are: {', '.join(METHODS)}")
-    n_layers = load_config(config.model).get("num_hidden_layers", 0)
+    for stage in "+".join(config.method).split("+"):
+        if stage not in METHODS:
+            raise UserError(f"--method {stage} is unknown; there are: {', '.join(METHODS)}")
+    n_layers = model_loaders.load_config(config.model).get("num_hidden_layers", 0)
     config.layer = n_layers // 2 if config.layer is None else config.layer
     if not 0 <= config.layer < n_layers:
         raise UserError(f"--layer {config.layer}: {config.model} has layers 0 to {n_layers - 1}")
@@ -990,16 +905,14 @@ def check(config: Config) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that --device names; UserError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device that --device names, cpu or cuda; UserError where it is not there."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported: use cpu or cuda")
-    return device
 
 
 def run_folders(config: Config) -> list[Path]:
@@ -1008,49 +921,45 @@ def run_folders(config: Config) -> list[Path]:
     name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
     folders = [Path(config.out) / name.replace("{k}", str(k)) for k in config.k]
     for folder in folders:
-        replace = config.overwrite and (folder / "config.json").exists()
-        if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        replaced = config.overwrite and (folder / "config.json").exists()
+        if folder.exists() and not replaced and (folder.is_file() or any(folder.iterdir())):
             raise UserError(f"{folder} holds another run: choose a --name, or pass --overwrite")
     return folders
 
 
 def save(insert: nn.Module, folder: Path, config: Config) -> None:
-    """The SAE of a method, in SAELens's layout; LoRA on the SAE is merged into it."""
-    sae = insert.merged() if isinstance(insert, LoRASAE) else getattr(insert, "sae", insert)
+    """A method's SAE, in SAELens's layout."""
+    sae = insert.merged() if hasattr(insert, "merged") else getattr(insert, "sae", insert)
     tensors, cfg = sae.folded()
-    cfg["metadata"] = {
-        "model_name": Path(config.model).name,
-        "hook_name": f"blocks.{config.layer}.hook_resid_post",
-        "context_size": config.context,
-        "dataset_path": config.data,
-    }
-    save_sae(folder, tensors, cfg)
+    hook, model = f"blocks.{config.layer}.hook_resid_post", Path(config.model).name
+    metadata = {"model_name": model, "hook_name": hook, "context_size": config.context}
+    cfg["metadata"] = metadata | {"dataset_path": config.data}
+    model_loaders.save_sae(folder, tensors, cfg)
 
 
 @contextmanager
 def keeping(inserts: list[nn.Module], folders: list[Path], config: Config):
-    """Saves what was trained in the block, also when it ends at a loss that is not finite."""
+    """When a loss in this block is not finite, saves what was trained up to there."""
     try:
         yield
     except NotFinite as error:
-        raise UserError(f"{error}; the last good SAE is in {folders[0]}") from None
-    finally:
-        if (folders[0] / "metrics.jsonl").exists():
-            for insert, folder in zip(inserts, folders):
-                save(insert, folder, config)
+        for insert, folder in zip(inserts, folders):
+            save(insert, folder, config)
+        raise UserError(f"{error}. The last good SAE is in {folders[0]}") from None
 
 
-def fine_tune_by(method: str, lm, stream, saes, start, stop, before, config, folders):
+def finetune_by(method: str, lm, stream, saes, start, stop, before, config, folders):
     """Runs one method from each SAE; stages joined by + share the sequences and follow on."""
     stages = method.split("+")
     bounds = [start + (stop - start) * i // len(stages) for i in range(len(stages) + 1)]
     for stage, first, last in zip(stages, bounds, bounds[1:]):
-        splices = [start_method(stage, lm, sae, config.layer, config.rank) for sae in saes]
+        splices = [METHODS[stage](lm, copy.deepcopy(sae), config) for sae in saes]
         for s, figures in zip(splices, before):
             s.l1, s.l0_target = config.l1, figures["l0"]
         log = Log(stage, folders, config.kl_batch * config.context, config.log_every)
-        finetune(lm, stream, splices, first, last, config, log)
         saes = [s.insert for s in splices]
+        with keeping(saes, folders, config):
+            finetune(lm, stream, splices, first, last, config, log)
     return splices
 
 
@@ -1061,49 +970,46 @@ def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> l
     start = clock()
     if n_mse:
         log = Log("MSE", folders, config.batch, config.log_every)
-        train_mse(lm, stream, saes, n_mse, config, log)
+        with keeping(saes, folders, config):
+            train_mse(lm, stream, saes, n_mse, config, log)
     else:
         x = lm.prefix(stream.train(0, min(32, total)).to(lm.W_U.device), config.layer)
         for sae in saes:
             sae.start_from(x[:, lm.n_skip :].flatten(0, 1))
-    seconds, held_out = {"mse": clock() - start}, stream.validation()
+    seconds, held_out = {"MSE": clock() - start}, stream.validation()
+    for sae, folder in zip(saes, folders):
+        save(sae, folder / "before", config)
     model, before = evaluate(lm, config.layer, held_out, [Splice(sae.eval(), lm) for sae in saes])
-    results = [{"MSE SAE": figures} for figures in before]
+    results = [{"MSE": row} for row in before]
     for method in config.method if n_mse < total else []:
         start = clock()
-        splices = fine_tune_by(method, lm, stream, saes, n_mse, total, before, config, folders)
+        splices = finetune_by(method, lm, stream, saes, n_mse, total, before, config, folders)
         seconds[method] = clock() - start
         _, after = evaluate(lm, config.layer, held_out, splices)
-        for s, figures, rows, folder in zip(splices, after, results, folders):
-            figures["gap_closed"] = 1 - figures["gap"] / rows["MSE SAE"]["gap"]
-            rows[method] = figures
+        for s, row, rows, folder in zip(splices, after, results, folders):
+            row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"]
+            rows[method] = row
             save(s.insert, folder if len(rows) == 2 else folder / method, config)
     return [report(config, model, *one, seconds) for one in zip(folders, config.k, results)]
 
 
 def report(config: Config, model: dict, folder: Path, k: int, results: dict, seconds: dict) -> dict:
     """Writes report.json and prints the closing table; returns the report."""
-    before = results["MSE SAE"]
+    before = results["MSE"]
     final = results.get(config.method[0], before | {"gap_closed": 0.0})
-    out = {
-        name: getattr(config, name)
-        for name in "model layer sae d_sae seed tokens kl_tokens".split()
-    }
-    out |= {"k": k} | model
+    settings = "model layer sae d_sae seed tokens kl_tokens".split()
+    out = {name: getattr(config, name) for name in settings} | {"k": k} | model
     for name in ("ce", "gap", "fvu", "kl"):
         out |= {f"{name}_mse": before[name], f"{name}_final": final[name]}
     out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
     out |= {"seconds": seconds, "results": results}
     (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
-    names = list(final)
-    print(f"\n{folder}\n{'':16s}" + "".join(f"{name:>15s}" for name in names))
-    rows = {
-        "original model": {"ce": model["ce_original"]},
-        "zero ablation": {"ce": model["ce_zero"]},
-    }
+    rows = {"original": {"ce": model["ce_original"]}, "zero ablation": {"ce": model["ce_zero"]}}
+    names = ("ce", "gap", "gap_closed", "kl", "fvu", "l0", "dead", "loss_recovered")
+    print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names[:-1]))
     for label, row in (rows | results).items():
-        cells = (f"{row[name]:15.4f}" if name in row else f"{'':15s}" for name in names)
-        print(f"{label:16s}" + "".join(cells))
+        cells = (f"{row[name]:12.4f}" if name in row else " " * 12 for name in names[:-1])
+        print(f"{label:16}" + "".join(cells))
     return out
 
 
