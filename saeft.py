@@ -79,6 +79,7 @@ class Config:
     seed: int = flag(0, "seed of everything random")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model", choices=["float32", "bfloat16", "float16"])
+    float32: bool = flag(False, "on CUDA: no TF32, and no bfloat16 autocast in the SAE")
     name: str | None = flag(None, "folder under --out (default: model, layer, k and seed)")
     out: str = flag("runs", "where run folders go")
     overwrite: bool = flag(False, "replace a run of the same name")
@@ -114,6 +115,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(x / cap), or x itself where there is no cap."""
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def single(x: Tensor) -> Tensor:
+    """x in float32, where its own precision is less."""
+    return x.float() if x.element_size() < 4 else x
 
 
 class LanguageModel(nn.Module):
@@ -236,9 +242,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = single(x)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype)
+        return (y * (1 + single(self.weight))).to(x.dtype)
 
 
 class GemmaAttention(nn.Module):
@@ -266,7 +272,7 @@ class GemmaAttention(nn.Module):
         hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
         if self.window is not None:
             hidden |= torch.ones_like(hidden).tril(-self.window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1, torch.float32).to(x.dtype)
+        weights = single(scores).masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
         return self.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
 
@@ -452,14 +458,15 @@ class SparseAutoencode(torch.autograd.Function):
             # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
             order = acts.latents.int().sort(stable=True).indices
             per_latent = torch.bincount(acts.latents, minlength=d_sae)
-            values = acts.values[order].float().requires_grad_()
+            values = acts.values[order].requires_grad_()
             f_T = Acts(values, acts.tokens[order], per_latent.cumsum(0) - per_latent)
             with torch.enable_grad():
                 dW_dec = times(f_T, g)
             (h,) = torch.autograd.grad(dW_dec, values, W_dec)
             h = (h + g_values[order]) * (values > 0)
             dW_enc = times(f_T._replace(values=h), centred)
-            db_enc = h.new_zeros(d_sae).index_add_(0, acts.latents[order], h)
+            db_enc = W_enc.new_zeros(d_sae)
+            db_enc.index_add_(0, acts.latents[order], h.to(W_enc.dtype))
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = times(
@@ -486,8 +493,8 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("threshold", torch.zeros(()))
-        # Directions keep norm 1, except beside a penalty that weighs their norms.
-        self.unit_norm = kind != "relu"
+        self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
+        self.autocast = True  # bfloat16 products on CUDA; the parameters stay float32
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
@@ -498,7 +505,8 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
         """Reconstructions [N, D] of x [N, D], and the active latents (in units of x / scale)."""
         weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        x_hat, *acts = SparseAutoencode.apply(x.float() / self.scale, *weights, self.select)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast and x.is_cuda):
+            x_hat, *acts = SparseAutoencode.apply(single(x) / self.scale, *weights, self.select)
         return x_hat * self.scale, Acts(*acts)
 
     def select(self, pre: Tensor) -> Acts:
@@ -541,7 +549,7 @@ class SAE(nn.Module):
 
 
 def geometric_median(x: Tensor) -> Tensor:
-    """The point [D] at the least mean distance from the rows of x [N, D] (Weiszfeld's iteration)."""
+    """The point [D] with the least summed distance to the rows of x [N, D] (Weiszfeld)."""
     point = x.mean(0)
     for _ in range(30):
         weights = 1 / (x - point).norm(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -567,13 +575,13 @@ class SlicedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, resid_p: Tensor, resid_q: Tensor, lm: LanguageModel) -> Tensor:
-        kl, grad = resid_q.new_zeros((), dtype=torch.float), torch.empty_like(resid_q)
+        kl, grad = single(resid_q.new_zeros(())), torch.empty_like(resid_q)
         for rows in slices(len(resid_q), len(lm.W_U)):
-            log_p = lm.unembed(resid_p[rows]).float().log_softmax(-1)
+            log_p = single(lm.unembed(resid_p[rows])).log_softmax(-1)
             with torch.enable_grad():
                 resid = resid_q[rows].detach().requires_grad_()
                 normed = lm.final_norm(resid)
-            logits = soft_cap(normed.detach() @ lm.W_U.T, lm.logit_cap).float()
+            logits = single(soft_cap(normed.detach() @ lm.W_U.T, lm.logit_cap))
             log_q = logits.log_softmax(-1)
             p = log_p.exp()
             kl += (p * (log_p - log_q)).sum() / len(resid_q)
@@ -742,7 +750,7 @@ class Splice:
 def finetune_loss(s: Splice, last_p: Tensor, last_q: Tensor, x: Tensor, x_hat: Tensor, acts: Acts):
     """(beta KL + MSE) / 2, and what to log; last_p, last_q: last resid_post [N, D] of the original
     model and with x_hat [N, D]. beta = MSE / KL, new for every batch: both halves weigh alike."""
-    mse = F.mse_loss(x_hat, x.float())
+    mse = F.mse_loss(x_hat, single(x))
     loss, seen = mse, {"mse": mse.detach(), "l0": acts.l0}
     if s.loss != "mse":
         kl = loss = SlicedKL.apply(last_p, last_q, s.lm)
@@ -798,9 +806,9 @@ def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor) -> Tensor:
     block, and KL from the first one's distribution to each. A slice of tokens at a time."""
     out = torch.zeros(2, len(lasts), dtype=torch.double, device=targets.device)
     for rows in slices(len(targets), len(lm.W_U)):
-        log_p = lm.unembed(lasts[0][rows]).float().log_softmax(-1)
+        log_p = single(lm.unembed(lasts[0][rows])).log_softmax(-1)
         for i, last in enumerate(lasts):
-            log_q = lm.unembed(last[rows]).float().log_softmax(-1) if i else log_p
+            log_q = single(lm.unembed(last[rows])).log_softmax(-1) if i else log_p
             out[0, i] += F.nll_loss(log_q, targets[rows], reduction="sum")
             out[1, i] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return out
@@ -1018,14 +1026,14 @@ def run(config: Config) -> list[dict]:
     check(config)
     folders, device = run_folders(config), find_device(config.device)
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
-    tokenizer, sizes = (
-        load_tokenizer(config.model),
-        (config.context, config.tokens, config.eval_tokens),
-    )
-    stream = TokenStream(config.data, tokenizer, *sizes, allow_short=config.allow_short)
+    torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
+    tokenizer, budget = load_tokenizer(config.model), (config.tokens, config.eval_tokens)
+    short = config.allow_short
+    stream = TokenStream(config.data, tokenizer, config.context, *budget, allow_short=short)
     lm = load_lm(config.model, device, getattr(torch, config.dtype))
     saes = [SAE(lm.W_U.shape[1], config.d_sae, k, config.sae).to(device) for k in config.k]
+    for sae in saes:
+        sae.autocast = not config.float32
     for folder, k in zip(folders, config.k):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
