@@ -85,6 +85,7 @@ class Config:
     overwrite: bool = flag(False, "replace a run of the same name")
     allow_short: bool = flag(False, "train on what there is when the data ends before the budget")
     log_every: int = flag(50, "steps between lines of metrics.jsonl")
+    log_ce: bool = flag(False, "measure CE on 32 held-out sequences for each of these lines")
 
 
 TINY = dict(layer=3, k=[8], d_sae=1024, data="stdlib", context=128, method=["kl", "mse"])
@@ -859,8 +860,11 @@ class NotFinite(UserError):
 class Log:
     """A phase's progress line, and its lines in the metrics.jsonl of each SAE's folder."""
 
-    def __init__(self, phase: str, folders: list[Path], tokens_per_step: int, every: int):
+    def __init__(
+        self, phase: str, folders: list[Path], tokens_per_step: int, every: int, probe=None
+    ):
         self.phase, self.folders, self.size, self.every = phase, folders, tokens_per_step, every
+        self.probe = probe or (lambda i: {})  # more figures of SAE i, measured for each line
         self.losses, self.start, self.shown = [[] for _ in folders], time.perf_counter(), 0
 
     def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
@@ -872,7 +876,7 @@ class Log:
         for j, value in enumerate(losses, start=step + 1 - len(losses)):
             if not math.isfinite(value):
                 raise NotFinite(f"the loss of {self.phase} is {value} at step {j}: lower its rate")
-        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics = {name: float(value) for name, value in (metrics | self.probe(i)).items()}
         done, total, seconds = step + 1, steps * self.size, time.perf_counter() - self.start
         line = {"phase": self.phase, "step": done, "tokens": done * self.size, "seconds": seconds}
         with open(self.folders[i] / "metrics.jsonl", "a") as file:
@@ -956,6 +960,19 @@ def keeping(inserts: list[nn.Module], folders: list[Path], config: Config):
         raise UserError(f"{error}. The last good SAE is in {folders[0]}") from None
 
 
+def ce_probe(config: Config, lm, stream, splices: list[Splice]):
+    """For --log-ce: a function of i that measures CE with splice i on 32 held-out sequences."""
+
+    def probe(i: int) -> dict:
+        s = dataclasses.replace(splices[i], loss="kl")
+        s.trained.eval()
+        model, (row,) = evaluate(lm, config.layer, stream.validation()[:32], [s])
+        s.trained.train()
+        return {"ce": row["ce"], "ce_original": model["ce_original"]}
+
+    return probe if config.log_ce else None
+
+
 def finetune_by(method: str, lm, stream, saes, start, stop, before, config, folders):
     """Runs one method from each SAE; stages joined by + share the sequences and follow on."""
     stages = method.split("+")
@@ -964,7 +981,8 @@ def finetune_by(method: str, lm, stream, saes, start, stop, before, config, fold
         splices = [METHODS[stage](lm, copy.deepcopy(sae), config) for sae in saes]
         for s, figures in zip(splices, before):
             s.l1, s.l0_target = config.l1, figures["l0"]
-        log = Log(stage, folders, config.kl_batch * config.context, config.log_every)
+        tokens, ce = config.kl_batch * config.context, ce_probe(config, lm, stream, splices)
+        log = Log(stage, folders, tokens, config.log_every, ce)
         saes = [s.insert for s in splices]
         with keeping(saes, folders, config):
             finetune(lm, stream, splices, first, last, config, log)
@@ -977,7 +995,8 @@ def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> l
     n_mse = total - total * config.kl_tokens // config.tokens
     start = clock()
     if n_mse:
-        log = Log("MSE", folders, config.batch, config.log_every)
+        ce = ce_probe(config, lm, stream, [Splice(sae, lm) for sae in saes])
+        log = Log("MSE", folders, config.batch, config.log_every, ce)
         with keeping(saes, folders, config):
             train_mse(lm, stream, saes, n_mse, config, log)
     else:

@@ -1,0 +1,38 @@
+# make demo      train an SAE on the embedded model and fine-tune it: two minutes, no network
+# make test      the tests
+# make compare   every method of the paper on the embedded model: about 15 minutes
+# make bench     time and memory of each stage beside its floor
+# TORCH=torch    installs PyTorch's newest build (with CUDA on Linux) instead of this one
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+BIN = .venv/bin
+RUN = $(BIN)/python
+
+demo: .venv/main
+	$(RUN) saeft.py --overwrite
+
+test: .venv/test
+	$(RUN) -m pytest -q test_saeft.py
+
+compare: .venv/plot
+	$(RUN) experiments/compare.py
+	$(RUN) experiments/plot.py runs/compare
+
+bench: .venv/main
+	$(RUN) experiments/bench.py
+
+.venv/main: Makefile pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet numpy "tiktoken>=0.9" "huggingface_hub>=0.30"
+	touch $@
+
+.venv/plot: .venv/main
+	$(BIN)/pip install --quiet matplotlib
+	touch $@
+
+.venv/test: .venv/main
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers
+	touch $@
+
+.PHONY: demo test compare bench

@@ -1,0 +1,114 @@
+"""Pictures of finished runs.
+
+    python saeft.py --log-ce && python experiments/plot.py runs/tiny-topk-k8-seed0    # loss.png
+    python experiments/compare.py && python experiments/plot.py runs/compare
+                                                                # compare.png and cost.png
+
+loss.png: CE on held-out text over the tokens of both phases, the original model's CE as the floor.
+compare.png: the CE gap at each K, after MSE, after the fine-tune, and end to end; all seeds.
+cost.png: the CE gap over training seconds. Needs matplotlib.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("plot: this needs matplotlib: pip install matplotlib")
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {"MSE": "MSE", "kl": "MSE, then KL+MSE", "end to end": "KL+MSE end to end"}
+COLOURS = {"MSE": "tab:grey", "kl": "tab:blue", "end to end": "tab:orange", "mse": "tab:green"}
+
+
+def finish(axes, path: Path, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    axes.figure.tight_layout()
+    axes.figure.savefig(path, dpi=150)
+    plt.close(axes.figure)
+    print(path)
+
+
+def plot_loss(folder: Path) -> None:
+    """CE of metrics.jsonl over tokens: phase one, then each method from where it ended."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    phases = {}
+    for line in lines:
+        if "ce" in line:
+            phases.setdefault(line["phase"], []).append((line["tokens"], line["ce"]))
+    if not phases:
+        sys.exit(f"plot: {folder} has no CE in metrics.jsonl: run it with --log-ce")
+    _, axes = plt.subplots(figsize=(6.4, 3.6))
+    start = phases.get("MSE", [(0, 0)])[-1][0]
+    for phase, points in phases.items():
+        shift = 0 if phase == "MSE" else start
+        label = {"MSE": "phase one: MSE", "kl": "phase two: KL+MSE", "mse": "control: MSE"}
+        tokens, ce = zip(*[((t + shift) / 1e6, ce) for t, ce in points])
+        axes.plot(tokens, ce, label=label.get(phase, phase), color=COLOURS.get(phase))
+    floor = next(line["ce_original"] for line in lines if "ce_original" in line)
+    axes.axhline(floor, color="black", linestyle=":", label="original model")
+    low = min(ce for points in phases.values() for _, ce in points)
+    axes.set_ylim(floor - 0.05 * (low - floor), floor + 3 * (low - floor))
+    finish(axes, folder / "loss.png", "million tokens", "cross entropy, nats per token")
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def plot_compare(folder: Path, rows: list[dict]) -> None:
+    rows = [row for row in rows if row["sae"] == "topk"]
+    ks = sorted({row["k"] for row in rows})
+    _, axes = plt.subplots(figsize=(6.4, 3.6))
+    for method, name in NAMES.items():
+        cells = [[r for r in rows if r["k"] == k and r["method"] == method] for k in ks]
+        axes.plot(ks, [mean(cell, "gap") for cell in cells], color=COLOURS[method], label=name)
+        for k, cell in zip(ks, cells):
+            axes.plot([k] * len(cell), [r["gap"] for r in cell], ".", color=COLOURS[method])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set_ylim(bottom=0)
+    finish(axes, folder / "compare.png", "K, active latents per token", "CE gap, nats per token")
+
+
+def plot_cost(folder: Path, rows: list[dict]) -> None:
+    """Each method where most were run; a fine-tune's seconds include those of its MSE SAE."""
+    counts = {row["k"]: sum(r["k"] == row["k"] for r in rows) for row in rows}
+    rows = [r for r in rows if r["k"] == max(counts, key=counts.get) and r["sae"] == "topk"]
+    base = mean([r for r in rows if r["method"] == "MSE"], "seconds")
+    _, axes = plt.subplots(figsize=(6.4, 4.2))
+    for method in dict.fromkeys(r["method"] for r in rows):
+        cell = [r for r in rows if r["method"] == method]
+        seconds = mean(cell, "seconds") + (0 if method in ("MSE", "end to end") else base)
+        main = method in NAMES
+        axes.plot(seconds, mean(cell, "gap"), "o" if main else ".", color=COLOURS.get(method, "k"))
+        axes.annotate(NAMES.get(method, method), (seconds, mean(cell, "gap")), fontsize=7,
+                      xytext=(4, 3), textcoords="offset points")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.plot([], [], "k.", label=f"K = {rows[0]['k']}, mean over seeds")
+    finish(axes, folder / "cost.png", "training seconds", "CE gap, nats per token")
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    if (folder / "compare.json").exists():
+        rows = json.loads((folder / "compare.json").read_text())["rows"]
+        plot_compare(folder, rows)
+        plot_cost(folder, rows)
+    elif (folder / "metrics.jsonl").exists():
+        plot_loss(folder)
+    else:
+        sys.exit(f"plot: {folder} holds neither a run nor a comparison")
+
+
+if __name__ == "__main__":
+    main()
