@@ -21,7 +21,6 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -458,16 +457,16 @@ class SparseAutoencode(torch.autograd.Function):
         with torch.autocast(g.device.type, torch.bfloat16, enabled=ctx.autocast):
             # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
             order = acts.latents.int().sort(stable=True).indices
-            per_latent = torch.bincount(acts.latents, minlength=d_sae)
-            values = acts.values[order].requires_grad_()
-            f_T = Acts(values, acts.tokens[order], per_latent.cumsum(0) - per_latent)
+            latents, values = acts.latents[order], acts.values[order].requires_grad_()
+            offsets = torch.searchsorted(latents, torch.arange(d_sae, device=g.device))
+            f_T = Acts(values, acts.tokens[order], offsets)
             with torch.enable_grad():
                 dW_dec = times(f_T, g)
             (h,) = torch.autograd.grad(dW_dec, values, W_dec)
             h = (h + g_values[order]) * (values > 0)
             dW_enc = times(f_T._replace(values=h), centred)
             db_enc = W_enc.new_zeros(d_sae)
-            db_enc.index_add_(0, acts.latents[order], h.to(W_enc.dtype))
+            db_enc.index_add_(0, latents, h.to(W_enc.dtype))
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = times(
@@ -696,6 +695,7 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
         sae.train().start_from(buffer.rows[:32768])
     optimizers = [adam(sae, weight_decay=0.0) for sae in saes]
     idle = [torch.zeros_like(sae.b_enc, dtype=torch.long) for sae in saes]  # tokens since it fired
+    dead = [torch.empty(0, dtype=torch.long) for _ in saes]
     steps = n_sequences * buffer.per_sequence // config.batch
     warmup = min(config.warmup, steps // 10)
     for step in range(steps):
@@ -705,11 +705,13 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
             loss = mse = ((x - x_hat) / sae.scale).pow(2).sum(-1).mean()
             if sae.kind == "relu":
                 loss = mse + config.l1 * min(1.0, 20 * step / steps) * sae.sparsity(acts)
-            elif len(dead := (idle[i] > config.dead_after).nonzero()[:, 0]):
-                loss = mse + auxk_loss(sae, x, x_hat, dead) / 32
+            elif len(dead[i]):
+                loss = mse + auxk_loss(sae, x, x_hat, dead[i]) / 32
             update(loss, sae, optimizer, lr)
-            idle[i] += len(x)
-            idle[i][acts.latents[acts.values > 0]] = 0
+            fires = torch.zeros_like(idle[i]).index_add_(0, acts.latents, (acts.values > 0).long())
+            idle[i] = (idle[i] + len(x)) * (fires == 0)
+            if step % config.log_every == 0:  # not at each step: it waits for the device
+                dead[i] = (idle[i] > config.dead_after).nonzero()[:, 0]
             log(i, step, steps, loss, mse=mse.detach(), l0=acts.l0)
 
 
@@ -853,43 +855,57 @@ def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice]) -> tuple[dic
 # ---- A run, from the command line to its report ----------------------------------------------
 
 
-class NotFinite(UserError):
-    """A loss that is not a number. No parameter has moved because of it."""
-
-
 class Log:
-    """A phase's progress line, and its lines in the metrics.jsonl of each SAE's folder."""
+    """A phase's progress line, and its lines in the metrics.jsonl of each splice's folder."""
 
-    def __init__(
-        self, phase: str, folders: list[Path], tokens_per_step: int, every: int, probe=None
-    ):
-        self.phase, self.folders, self.size, self.every = phase, folders, tokens_per_step, every
-        self.probe = probe or (lambda i: {})  # more figures of SAE i, measured for each line
+    def __init__(self, phase: str, step_tokens: int, splices, folders, config, lm, stream):
+        self.phase, self.step_tokens, self.splices, self.folders = (
+            phase,
+            step_tokens,
+            splices,
+            folders,
+        )
+        self.config, self.lm, self.stream = config, lm, stream
         self.losses, self.start, self.shown = [[] for _ in folders], time.perf_counter(), 0
 
     def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
-        """Takes the figures of SAE i; NotFinite where a loss since the last line is not finite."""
+        """Takes the figures of splice i. UserError where a loss since the last line is not finite:
+        such steps have changed no parameter, and what was trained is saved."""
         self.losses[i].append(loss.detach())
-        if (step + 1) % self.every and step + 1 < steps:
+        if (step + 1) % self.config.log_every and step + 1 < steps:
             return  # no wait for the device in between
         losses, self.losses[i] = torch.stack(self.losses[i]).tolist(), []
-        for j, value in enumerate(losses, start=step + 1 - len(losses)):
-            if not math.isfinite(value):
-                raise NotFinite(f"the loss of {self.phase} is {value} at step {j}: lower its rate")
-        metrics = {name: float(value) for name, value in (metrics | self.probe(i)).items()}
-        done, total, seconds = step + 1, steps * self.size, time.perf_counter() - self.start
-        line = {"phase": self.phase, "step": done, "tokens": done * self.size, "seconds": seconds}
+        if not math.isfinite(sum(losses)):
+            for s, folder in zip(self.splices, self.folders):
+                save(s.insert, folder, self.config)
+            bad = step + 1 - len(losses) + [math.isfinite(value) for value in losses].index(False)
+            text = f"the loss of phase {self.phase} is {losses[bad - step - 1]} at step {bad}"
+            raise UserError(f"{text}: lower its rate. The last good SAE is in {self.folders[i]}")
+        metrics |= self.ce(self.splices[i]) if self.config.log_ce else {}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        tokens, total = (step + 1) * self.step_tokens, steps * self.step_tokens
+        seconds = time.perf_counter() - self.start
+        line = {"phase": self.phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
         with open(self.folders[i] / "metrics.jsonl", "a") as file:
             print(json.dumps(line | {"loss": sum(losses) / len(losses)} | metrics), file=file)
-        live, tokens = sys.stdout.isatty(), done * self.size
-        if i == 0 and (live or done == steps or tokens - self.shown >= total / 10):
+        live, done = sys.stdout.isatty(), tokens == total
+        if i == 0 and (live or done or tokens - self.shown >= total / 10):
             self.shown = tokens
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps / done - 1)))
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (total / tokens - 1)))
             text = f"{self.phase}: {tokens / 1e6:.2f}M of {total / 1e6:.2f}M tokens, "
             text += f"{tokens / seconds:,.0f}/s, {left} left"
             text += "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-            print(f"\r{text}\033[K" if live else text, end="\n" * (done == steps or not live))
+            print(f"\r{text}\033[K" if live else text, end="" if live and not done else "\n")
             sys.stdout.flush()
+
+    def ce(self, s: Splice) -> dict:
+        """CE on 32 held-out sequences."""
+        s.trained.eval()
+        held_out = self.stream.validation()[:32]
+        spliced = [dataclasses.replace(s, loss="kl")]
+        model, (row,) = evaluate(self.lm, self.config.layer, held_out, spliced)
+        s.trained.train()
+        return {"ce": row["ce"], "ce_original": model["ce_original"]}
 
 
 def check(config: Config) -> None:
@@ -949,30 +965,6 @@ def save(insert: nn.Module, folder: Path, config: Config) -> None:
     model_loaders.save_sae(folder, tensors, cfg)
 
 
-@contextmanager
-def keeping(inserts: list[nn.Module], folders: list[Path], config: Config):
-    """When a loss in this block is not finite, saves what was trained up to there."""
-    try:
-        yield
-    except NotFinite as error:
-        for insert, folder in zip(inserts, folders):
-            save(insert, folder, config)
-        raise UserError(f"{error}. The last good SAE is in {folders[0]}") from None
-
-
-def ce_probe(config: Config, lm, stream, splices: list[Splice]):
-    """For --log-ce: a function of i that measures CE with splice i on 32 held-out sequences."""
-
-    def probe(i: int) -> dict:
-        s = dataclasses.replace(splices[i], loss="kl")
-        s.trained.eval()
-        model, (row,) = evaluate(lm, config.layer, stream.validation()[:32], [s])
-        s.trained.train()
-        return {"ce": row["ce"], "ce_original": model["ce_original"]}
-
-    return probe if config.log_ce else None
-
-
 def finetune_by(method: str, lm, stream, saes, start, stop, before, config, folders):
     """Runs one method from each SAE; stages joined by + share the sequences and follow on."""
     stages = method.split("+")
@@ -981,11 +973,10 @@ def finetune_by(method: str, lm, stream, saes, start, stop, before, config, fold
         splices = [METHODS[stage](lm, copy.deepcopy(sae), config) for sae in saes]
         for s, figures in zip(splices, before):
             s.l1, s.l0_target = config.l1, figures["l0"]
-        tokens, ce = config.kl_batch * config.context, ce_probe(config, lm, stream, splices)
-        log = Log(stage, folders, tokens, config.log_every, ce)
+        tokens = config.kl_batch * config.context
+        log = Log(stage, tokens, splices, folders, config, lm, stream)
+        finetune(lm, stream, splices, first, last, config, log)
         saes = [s.insert for s in splices]
-        with keeping(saes, folders, config):
-            finetune(lm, stream, splices, first, last, config, log)
     return splices
 
 
@@ -993,41 +984,39 @@ def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> l
     """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
     clock, total = time.perf_counter, stream.n_train
     n_mse = total - total * config.kl_tokens // config.tokens
-    start = clock()
+    start, splices = clock(), [Splice(sae, lm) for sae in saes]
     if n_mse:
-        ce = ce_probe(config, lm, stream, [Splice(sae, lm) for sae in saes])
-        log = Log("MSE", folders, config.batch, config.log_every, ce)
-        with keeping(saes, folders, config):
-            train_mse(lm, stream, saes, n_mse, config, log)
+        log = Log("MSE", config.batch, splices, folders, config, lm, stream)
+        train_mse(lm, stream, saes, n_mse, config, log)
     else:
         x = lm.prefix(stream.train(0, min(32, total)).to(lm.W_U.device), config.layer)
         for sae in saes:
             sae.start_from(x[:, lm.n_skip :].flatten(0, 1))
     seconds, held_out = {"MSE": clock() - start}, stream.validation()
     for sae, folder in zip(saes, folders):
-        save(sae, folder / "before", config)
-    model, before = evaluate(lm, config.layer, held_out, [Splice(sae.eval(), lm) for sae in saes])
-    results = [{"MSE": row} for row in before]
+        save(sae.eval(), folder / "before", config)
+    model, before = evaluate(lm, config.layer, held_out, splices)
+    results = [{"MSE": row} if n_mse else {} for row in before]  # end to end, it is untrained
     for method in config.method if n_mse < total else []:
         start = clock()
         splices = finetune_by(method, lm, stream, saes, n_mse, total, before, config, folders)
         seconds[method] = clock() - start
         _, after = evaluate(lm, config.layer, held_out, splices)
         for s, row, rows, folder in zip(splices, after, results, folders):
-            row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"]
+            row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"] if n_mse else None
             rows[method] = row
-            save(s.insert, folder if len(rows) == 2 else folder / method, config)
+            save(s.insert, folder if method == config.method[0] else folder / method, config)
     return [report(config, model, *one, seconds) for one in zip(folders, config.k, results)]
 
 
 def report(config: Config, model: dict, folder: Path, k: int, results: dict, seconds: dict) -> dict:
     """Writes report.json and prints the closing table; returns the report."""
-    before = results["MSE"]
+    before = results.get("MSE", {})
     final = results.get(config.method[0], before | {"gap_closed": 0.0})
     settings = "model layer sae d_sae seed tokens kl_tokens".split()
     out = {name: getattr(config, name) for name in settings} | {"k": k} | model
     for name in ("ce", "gap", "fvu", "kl"):
-        out |= {f"{name}_mse": before[name], f"{name}_final": final[name]}
+        out |= {f"{name}_mse": before.get(name), f"{name}_final": final[name]}
     out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
     out |= {"seconds": seconds, "results": results}
     (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
@@ -1035,7 +1024,7 @@ def report(config: Config, model: dict, folder: Path, k: int, results: dict, sec
     names = ("ce", "gap", "gap_closed", "kl", "fvu", "l0", "dead", "loss_recovered")
     print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names[:-1]))
     for label, row in (rows | results).items():
-        cells = (f"{row[name]:12.4f}" if name in row else " " * 12 for name in names[:-1])
+        cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names[:-1])
         print(f"{label:16}" + "".join(cells))
     return out
 
@@ -1097,6 +1086,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -97,11 +97,12 @@ class Comparison:
         if (row := self.known("MSE", config)) and path.exists():
             sae.load_state_dict(torch.load(path, weights_only=True))
             return sae.eval(), row
-        log = Log("MSE", [self.folder], config.batch, config.log_every)
+        splice = Splice(sae, self.lm)
+        log = Log("MSE", config.batch, [splice], [self.folder], config, self.lm, self.stream)
         saeft.train_mse(self.lm, self.stream, [sae], self.n_mse, config, log)
         seconds = time.perf_counter() - start
-        torch.save(sae.state_dict(), path)
-        return sae, self.row("MSE", config, Splice(sae.eval(), self.lm), seconds, None)
+        torch.save(sae.eval().state_dict(), path)
+        return sae, self.row("MSE", config, splice, seconds, None)
 
     def finetune(self, name: str, method: str, config, sae: SAE, before: dict, first: int) -> None:
         """Sequences first.. with one method, from one SAE."""
