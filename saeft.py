@@ -39,7 +39,7 @@ from model_loaders import TokenStream, UserError, load_tokenizer
 def count(text: str) -> int:
     """A whole number, also written 500M, 25M, 4k or 1e6."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    number = float(text[:-1] if unit > 1 else text) * unit
+    number = round(float(text[:-1] if unit > 1 else text) * unit, 4)  # 4.1M is not quite 4.1e6
     if not number.is_integer() or number < 0:
         raise ValueError(text)
     return int(number)
@@ -518,7 +518,7 @@ class SAE(nn.Module):
         if not self.training:
             return above(pre, self.threshold)
         smallest = pre.flatten().topk(self.k * len(pre), sorted=False).values.min().clamp_min(0)
-        self.threshold.lerp_(smallest, 0.001 if self.threshold > 0 else 1.0)
+        self.threshold.lerp_(smallest.detach(), 0.001 if self.threshold > 0 else 1.0)
         return above(pre, torch.nextafter(smallest, smallest - 1).clamp_min(0))
 
     def sparsity(self, acts: Acts) -> Tensor:
