@@ -44,30 +44,24 @@ def settings() -> tuple[argparse.Namespace, saeft.Config]:
 class Comparison:
     """The rows so far, and what every cell of the table needs."""
 
-    def __init__(self, args, config):
-        self.config, self.folder = config, args.folder
+    def __init__(self, folder: Path, config: saeft.Config):
+        self.config, self.folder = config, folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "compare.json"
         asked = dataclasses.asdict(config)
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
-        same = known.get("config") == asked
-        self.all = known if same else {"config": asked, "rows": []}
-        if not same:  # SAEs of other settings are of no use
-            for old in self.folder.glob("*.pt"):
-                old.unlink()
+        self.all = known if known.get("config") == asked else {"config": asked, "rows": []}
         self.device = saeft.find_device(config.device)
-        dtype = getattr(torch, config.dtype)
-        self.lm = saeft.load_lm(config.model, self.device, dtype)
-        budget = (config.context, config.tokens, config.eval_tokens)
-        tokenizer = saeft.load_tokenizer(config.model)
-        self.stream = saeft.TokenStream(config.data, tokenizer, *budget)
+        self.lm = saeft.load_lm(config.model, self.device, getattr(torch, config.dtype))
+        tokenizer, sizes = saeft.load_tokenizer(config.model), (config.tokens, config.eval_tokens)
+        self.stream = saeft.TokenStream(config.data, tokenizer, config.context, *sizes)
         n = self.stream.n_train
         self.n, self.n_mse = n, n - n * config.kl_tokens // config.tokens
 
     def new_sae(self, config) -> SAE:
         torch.manual_seed(config.seed)
-        d_model = self.lm.W_U.shape[1]
-        return SAE(d_model, config.d_sae, config.k[0], config.sae).to(self.device)
+        sizes = (self.lm.W_U.shape[1], config.d_sae, config.k[0])
+        return SAE(*sizes, config.sae).to(self.device)
 
     def row(self, name: str, config, splice: Splice, seconds: float, before: dict | None) -> dict:
         """Evaluates one method, and keeps the row."""
@@ -86,9 +80,8 @@ class Comparison:
         return row
 
     def known(self, name: str, config) -> dict | None:
-        key = (name, config.sae, config.k[0], config.seed)
-        rows = self.all["rows"]
-        return next((r for r in rows if (r["method"], r["sae"], r["k"], r["seed"]) == key), None)
+        key = {"method": name, "sae": config.sae, "k": config.k[0], "seed": config.seed}
+        return next((row for row in self.all["rows"] if key.items() <= row.items()), None)
 
     def mse(self, config) -> tuple[SAE, dict]:
         """The MSE SAE that the fine-tunes start from, trained or read."""
@@ -117,7 +110,8 @@ class Comparison:
     def end_to_end(self, config, before: dict) -> None:
         config = dataclasses.replace(config, kl_tokens=config.tokens)
         tokens = self.stream.train(0, min(32, self.n)).to(self.device)
-        (sae := self.new_sae(config)).start_from(self.lm.prefix(tokens, config.layer).flatten(0, 1))
+        x = self.lm.prefix(tokens, config.layer)[:, self.lm.n_skip :].flatten(0, 1)
+        (sae := self.new_sae(config)).start_from(x)
         self.finetune("end to end", "kl", config, sae, before, first=0)
 
     def run(self, ks: list[int], seed: int) -> None:
@@ -152,17 +146,15 @@ def print_table(rows: list[dict]) -> None:
         print(f"{label:34}{figures}{mean('seconds'):10.1f}{mean('cost'):10.2f}")
 
 
-def main() -> int:
+def main() -> str | None:
     try:
         args, config = settings()
-        comparison = Comparison(args, config)
+        comparison = Comparison(args.folder, config)
         for seed in range(args.seeds):
             comparison.run(args.ks, seed)
     except saeft.UserError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
+        return f"compare: {error}"
     print_table(comparison.all["rows"])
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the embedded language model in assets/tiny: a small Pythia on Python source code.
 
-    python experiments/make_tiny.py                            # about an hour on 2 CPU cores
+    python experiments/make_tiny.py                            # about an hour on one CPU core
     python experiments/make_tiny.py --steps 500 --out /tmp/tiny    # a rough one
 
 Data: the running Python's standard library and the .py files of its installed packages, half of
@@ -25,25 +25,13 @@ from model_loaders import held_out, write_safetensors
 from saeft import build_lm
 
 STDLIB = sysconfig.get_paths()["stdlib"]
-CONFIG = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "model_type": "gpt_neox",
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 512,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10000,
-    "use_parallel_residual": True,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "torch_dtype": "float16",
-}
+CONFIG = dict(architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", torch_dtype="float16")
+CONFIG |= dict(vocab_size=2048, hidden_size=128, num_hidden_layers=6, num_attention_heads=4)
+CONFIG |= dict(intermediate_size=512, max_position_embeddings=512, hidden_act="gelu")
+CONFIG |= dict(layer_norm_eps=1e-5, rotary_pct=0.25, rotary_emb_base=10000)
+CONFIG |= dict(
+    use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0
+)
 
 
 def source_files(folder: str) -> list[str]:
@@ -119,7 +107,7 @@ def initialise(lm, lr: float) -> list[torch.optim.Optimizer]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
