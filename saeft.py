@@ -541,6 +541,8 @@ class SAE(nn.Module):
         tensors |= {"b_enc": self.b_enc * self.scale, "b_dec": self.b_dec * self.scale}
         architecture = {"topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}[self.kind]
         cfg = {"architecture": architecture, "d_in": len(self.b_dec), "d_sae": len(self.b_enc)}
+        cfg |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
+        cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
         if self.kind == "topk":
             cfg |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
         if self.kind == "batchtopk":
@@ -867,20 +869,23 @@ class Log:
         )
         self.config, self.lm, self.stream = config, lm, stream
         self.losses, self.start, self.shown = [[] for _ in folders], time.perf_counter(), 0
+        self.good = [copy.deepcopy(s.insert) for s in splices]  # as of the last line
 
     def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
-        """Takes the figures of splice i. UserError where a loss since the last line is not finite:
-        such steps have changed no parameter, and what was trained is saved."""
+        """Takes the figures of splice i. UserError where a loss since the last line is not finite;
+        the SAEs are then saved as they were at that line."""
         self.losses[i].append(loss.detach())
         if (step + 1) % self.config.log_every and step + 1 < steps:
             return  # no wait for the device in between
         losses, self.losses[i] = torch.stack(self.losses[i]).tolist(), []
         if not math.isfinite(sum(losses)):
-            for s, folder in zip(self.splices, self.folders):
-                save(s.insert, folder, self.config)
+            for insert, folder in zip(self.good, self.folders):
+                save(insert, folder, self.config)
             bad = step + 1 - len(losses) + [math.isfinite(value) for value in losses].index(False)
             text = f"the loss of phase {self.phase} is {losses[bad - step - 1]} at step {bad}"
             raise UserError(f"{text}: lower its rate. The last good SAE is in {self.folders[i]}")
+        if all(p.isfinite().all() for p in self.splices[i].insert.parameters()):
+            self.good[i] = copy.deepcopy(self.splices[i].insert)
         metrics |= self.ce(self.splices[i]) if self.config.log_ce else {}
         metrics = {name: float(value) for name, value in metrics.items()}
         tokens, total = (step + 1) * self.step_tokens, steps * self.step_tokens
@@ -961,7 +966,8 @@ def save(insert: nn.Module, folder: Path, config: Config) -> None:
     tensors, cfg = sae.folded()
     hook, model = f"blocks.{config.layer}.hook_resid_post", Path(config.model).name
     metadata = {"model_name": model, "hook_name": hook, "context_size": config.context}
-    cfg["metadata"] = metadata | {"dataset_path": config.data}
+    metadata |= {"dataset_path": config.data, "prepend_bos": "gemma" in model}
+    cfg["metadata"] = metadata | {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
     model_loaders.save_sae(folder, tensors, cfg)
 
 
@@ -1038,6 +1044,9 @@ def run(config: Config) -> list[dict]:
     tokenizer, budget = load_tokenizer(config.model), (config.tokens, config.eval_tokens)
     short = config.allow_short
     stream = TokenStream(config.data, tokenizer, config.context, *budget, allow_short=short)
+    if config.allow_short:
+        total = stream.n_train * config.context
+        config.tokens, config.kl_tokens = total, config.kl_tokens * total // config.tokens
     lm = load_lm(config.model, device, getattr(torch, config.dtype))
     saes = [SAE(lm.W_U.shape[1], config.d_sae, k, config.sae).to(device) for k in config.k]
     for sae in saes:

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +14,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saeft
-from experiments import baselines
 from saeft import SAE, Acts, Config, SlicedKL, SparseAutoencode, Splice, UserError
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -585,3 +588,140 @@ def test_bad_flags_end_in_one_line_and_status_2(flags, capsys):
     assert saeft.main(flags.split()) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and all(word in err for word in flags.split())
+
+
+# ---- Whole runs, from the command line -------------------------------------------------------
+
+SMALL = "--tokens 40k --kl-tokens 16k --eval-tokens 4k --d-sae 64 --k 4 --batch 512 --log-every 5"
+
+
+def command(line, out, extra=SMALL):
+    """saeft.py's exit status for a command line, with runs in `out`."""
+    return saeft.main(f"--data stdlib {extra} {line} --out {out}".split())
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_run_leaves_settings_metrics_report_and_sae(tmp_path, capsys):
+    assert command("--name a --method kl mse", tmp_path) == 0
+    table = capsys.readouterr().out.splitlines()[-6:]
+    folder = tmp_path / "a"
+    report, settings = read_report(folder), json.loads((folder / "config.json").read_text())
+    assert settings["k"] == 4 and settings["seed"] == 0 and settings["kl_tokens"] == 16_000
+    assert report["gap_mse"] == pytest.approx(report["ce_mse"] - report["ce_original"])
+    assert report["gap_closed"] == pytest.approx(1 - report["gap_final"] / report["gap_mse"])
+    assert f"{report['ce_final']:.4f}" in table[-2] and report["l0"] <= 4
+    for name in "model layer k d_sae seed tokens kl_tokens ce_zero fvu_mse fvu_final dead".split():
+        assert name in report
+    assert set(report["seconds"]) == {"MSE", "kl", "mse"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == {"MSE", "kl", "mse"}
+    kl = [line for line in lines if line["phase"] == "kl"]
+    assert all(m["beta"] * m["kl"] == pytest.approx(m["mse"], rel=1e-3) for m in kl)
+    for saved in (folder, folder / "before", folder / "mse"):
+        tensors = safetensors.load_file(saved / "sae_weights.safetensors")
+        cfg = json.loads((saved / "cfg.json").read_text())
+        assert tensors["W_enc"].shape == (128, 64) and cfg["architecture"] == "topk"
+    assert command("--name b --method kl mse", tmp_path) == 0  # the same seed, the same figures
+    assert read_report(tmp_path / "b")["ce_final"] == report["ce_final"]
+    assert command("--name c --method mse kl --seed 1", tmp_path) == 0
+    assert read_report(tmp_path / "c")["ce_final"] != report["ce_final"]
+
+
+def test_several_k_share_a_run_and_each_gets_its_own_folder(tmp_path):
+    assert command("--name alone", tmp_path) == 0
+    assert command("--k 4 8 --name both", tmp_path) == 0
+    assert read_report(tmp_path / "both-k8")["l0"] > 4 >= read_report(tmp_path / "both-k4")["l0"]
+
+
+@pytest.mark.parametrize("kind", ["relu", "batchtopk"])
+def test_other_saes_and_end_to_end(tmp_path, kind):
+    assert command(f"--sae {kind} --name mixed", tmp_path) == 0
+    assert command(f"--sae {kind} --kl-tokens 40k --name end", tmp_path) == 0
+    end = read_report(tmp_path / "end")
+    assert end["ce_mse"] is None and end["gap_closed"] is None and end["fvu_final"] < 1
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--k 0", "--k 0 is not between 1 and"),
+        ("--k 65", "--k 65 is not between 1 and d_sae = 64"),
+        ("--layer 6", "--layer 6: tiny has layers 0 to 5"),
+        ("--layer -1", "--layer: invalid count value: '-1'"),
+        ("--kl-tokens 50k", "--kl-tokens 50000 is above --tokens 40000"),
+        ("--tokens 5x", "5x"),
+        ("--sae nonsense", "nonsense"),
+        ("--method kl+nonsense", "nonsense"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--device nonsense", "--device nonsense"),
+        ("--model pythia-161m", "pythia-161m"),
+        ("--tokens 90M", "training tokens, 90,000,000 were asked for"),
+        ("--data /nowhere/at/all", "/nowhere/at/all"),
+        ("--lr nan", "the loss of phase MSE is nan at step 1"),
+        ("--batch 0", "--batch 0"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, line, words):
+    assert command(line, tmp_path, f"{SMALL} --name x") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and error.startswith("saeft: ")
+    left = [path.name for path in (tmp_path / "x").glob("*")]
+    assert left == [] or "nan" in line and "sae_weights.safetensors" in left
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_sae(tmp_path, capsys):
+    assert command("--kl-lr nan --name x", tmp_path) == 2
+    assert "phase kl is nan at step 1" in capsys.readouterr().err
+    before, kept = [
+        safetensors.load_file(folder / "sae_weights.safetensors")
+        for folder in (tmp_path / "x" / "before", tmp_path / "x")
+    ]
+    assert all(kept[name].isfinite().all() for name in kept) and kept.keys() == before.keys()
+
+
+def test_a_folder_with_another_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").write_text("mine")
+    for flags in ("", "--overwrite"):  # not a run of ours: not even then
+        assert command(f"--name x {flags}", tmp_path) == 2
+        assert "holds another run" in capsys.readouterr().err
+    assert command("--name y", tmp_path) == 0 and command("--name y", tmp_path) == 2
+    assert command("--name y --overwrite", tmp_path) == 0
+    assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
+
+
+def test_allow_short_trains_on_what_there_is(tmp_path):
+    text = "".join(f"def f{i}(x):\n    return x * {i * i} + {i}\n\n" for i in range(20_000))
+    (tmp_path / "data.txt").write_text(text)
+    line = f"--data {tmp_path / 'data.txt'} --tokens 90M --kl-tokens 30M --eval-tokens 1k"
+    assert command(f"{line} --name x", tmp_path, SMALL) == 2
+    assert command(f"{line} --allow-short --name x", tmp_path, SMALL) == 0
+    report = read_report(tmp_path / "x")
+    assert 100_000 < report["tokens"] < 1_000_000
+    assert report["kl_tokens"] == pytest.approx(report["tokens"] / 3, rel=0.05)
+
+
+def test_no_network_and_nothing_cached_ends_in_one_helpful_line(tmp_path):
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    here = Path(saeft.__file__).parent
+    line = [sys.executable, "saeft.py", "--model", "pythia-160m", "--k", "80"]
+    run = subprocess.run(line, env=env, cwd=here, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "EleutherAI/pythia-160m" in run.stderr and "--model tiny" in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+def test_saelens_reads_what_we_save(tmp_path, kind):
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = SAE(32, 128, 5, kind)
+    x = 3 * torch.randn(200, 32) + 1
+    sae.start_from(x)
+    sae.b_enc.data = 0.1 * torch.randn(128)
+    sae.train()(x)  # sets BatchTopK's threshold
+    saeft.save(sae.eval(), tmp_path, Config(layer=2, context=64))
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
+    with torch.no_grad():
+        assert torch.allclose(theirs(x), sae(x)[0], rtol=1e-5, atol=1e-5)
