@@ -1,6 +1,5 @@
-"""Everything that touches the disk or the network: the Hub, safetensors, tokenizers, token streams."""
+"""What touches disk or network: the Hub, safetensors, tokenizers, token streams."""
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -17,9 +16,9 @@ import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
-from itertools import groupby, islice
-from math import inf
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -29,7 +28,7 @@ import torch
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
 
-# ---- Models on the Hub or in a folder ---------------------------------------------------------------
+# ---- Models on the Hub or in a folder ---------------------------------------------------------
 
 SIZES = "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split()
 MODELS = {f"pythia-{n}{d}": f"EleutherAI/pythia-{n}{d}" for n in SIZES for d in ("", "-deduped")}
@@ -52,7 +51,7 @@ class UserError(Exception):
     """What the user asked for cannot be done: one line that names the value and says what to do."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def hub_errors(repo: str, filename: str = "such file"):
     """Turn the Hub client's exceptions into UserError; `repo`: owner/name, datasets/owner/name."""
     try:
@@ -63,10 +62,10 @@ def hub_errors(repo: str, filename: str = "such file"):
         status = getattr(getattr(error, "response", None), "status_code", None)
         kinds = (*type(error).__mro__, status)  # the narrowest class decides, then the status
         message = next((MESSAGES[kind] for kind in kinds if kind in MESSAGES), FAILED)
-        raise UserError(message.format(repo, filename, status or repr(error)[:300])) from error
+        raise UserError(message.format(repo, filename, status or repr(error)[-300:])) from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def file_errors(what: str):
     """Turn what goes wrong with a file or its content into UserError: `what`, and why."""
     try:
@@ -77,8 +76,7 @@ def file_errors(what: str):
 
 def fetch(name: str, filename: str) -> Path:
     """One file of a model: a short name of MODELS, a folder like a Hub snapshot, or owner/name."""
-    source = MODELS.get(name, name)
-    with hub_errors(source, filename):
+    with hub_errors(source := MODELS.get(name, name), filename):
         if os.path.isdir(folder := os.path.expanduser(source)):
             return Path(folder, filename).resolve(strict=True)
         if "/" not in source:
@@ -139,8 +137,9 @@ def read_safetensors(path: Path, device, dtype: torch.dtype | None = None) -> di
                 raise ValueError(f"tensor {name!r:.60} cannot be {entry!r:.200}")
             kept = dtype if dtype and stored.is_floating_point else stored
             tensors[name] = torch.empty(shape, dtype=kept, device=device)
-            for part in tensors[name].view(-1).split(2**22):  # as little is twice in memory
-                data = torch.empty_like(part, dtype=stored, device="cpu")
+            chunk = torch.empty(2**22, dtype=stored)  # all that is in memory beside the result
+            for part in tensors[name].view(-1).split(len(chunk)):
+                data = chunk[: len(part)]
                 file.readinto(data.view(torch.uint8).numpy())
                 part.copy_(data)
         if end != size:
@@ -175,220 +174,147 @@ def save_sae(folder: Path | str, tensors: dict[str, torch.Tensor], cfg: dict):
     write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"}, cfg)
 
 
-# ---- Tokenizers, on tiktoken ------------------------------------------------------------------------
+# ---- Tokenizers, on tiktoken ------------------------------------------------------------------
 
-# Normalizer, pre-tokenizer and decoder of the two kinds that are read; options must be these.
-BYTE_LEVEL = '(null|"NFC"); "ByteLevel"; "ByteLevel"'
-SENTENCEPIECE = '"Replace" " " "▁"; (null|"Split" " "); "Replace" "▁" " " "ByteFallback" "Fuse"'
-OPTIONS = dict(dropout=0, continuing_subword_prefix=0, end_of_word_suffix=0, ignore_merges=0)
-OPTIONS |= dict(add_prefix_space=0, use_regex=1, lstrip=0, rstrip=0, single_word=0)
+# The two kinds that are read: every text and option that is on, but for those that change no id.
+NEUTRAL = 'unk_token|fuse_unk|trim_offsets|behavior|use_regex": true|type": "(?:Seq|Fuse)'
+SETTING = rf'"(?!{NEUTRAL})(\w+": (?!null|""|(?<!use_regex": )false)[^][{{}},]+)'
+BYTE_LEVEL = '"BPE"( "NFC")?( "ByteLevel"){2}( add_prefix_space)?'
+GEMMA = '"BPE" byte_fallback "Replace" " " "▁"( "Split" " ")? "Replace" "▁" " " "ByteFallback"'
 
 # GPT-2 writes a byte as a character: the same where printable, else the next one from U+0100 on.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
-FALLBACK = [f"<0x{b:02X}>" for b in range(256)]  # SentencePiece's names of bytes
-UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]  # the other 13 never occur
+_OTHERS = [b for b in range(256) if b == 0x20 or not chr(b).isprintable()]
+GPT2_BYTES = {chr(256 + _OTHERS.index(b) if b in _OTHERS else b): bytes([b]) for b in range(256)}
+SPM_BYTES = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}  # SentencePiece's names of bytes
+UTF8_BYTES = {bytes([b]) for b in (*range(0xC0), *range(0xC2, 0xF5))}  # the others never occur
 
-# GPT-2's split is WORDS|\s+(?!\S)|\s+; without the blocks of 500, which change no match, a long run
-# of white space would overflow the regex engine's stack. In NeoX's, runs of 2 to M spaces are cut
-# out first, as tokens, and white space (V: all but a space) ends where two spaces follow.
+# GPT-2's split ends in \s+(?!\S)|\s+; blocks of 500 change no match, but without them a long run
+# would overflow the regex engine's stack. In NeoX's, runs of spaces are cut out first, as tokens.
+NEOX_RUNS = {" " * n for n in range(2, 25)}
 WORDS = r"'(?:[stmd]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
 GPT2_SPLIT = WORDS + r"|(?:\s{500})*\s+(?!\S)|\s"
-NEOX_SPLIT = r" {2,M}|" + WORDS + r"|(?:(?>(?: ?V){500}))*(?: (?! )|V)+(?!\S)|\s"
+NEOX_SPLIT = r" {2,24}|" + WORDS + r"|(?:(?>(?: ?[^\S ]){500}))*(?: (?! )|[^\S ])+(?!\S)|\s"
 
-# The reference's NFC is Unicode 9's: it leaves these characters, all younger, as they are.
-_OLDER = re.compile(
-    "[^\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa"
-    "\ua82c\U000105c9-\U000105e4\U00010d24-\U00010d6d\U00010eab-\U00010f85\U00011070\U0001133b"
-    "\U00011382-\U000113e2\U0001145e\U00011839\U0001183a\U00011930-\U00011a99\U00011d42-\U00011f42"
-    "\U0001611e-\U0001612f\U00016d63-\U00016d6a\U00016ff0\U00016ff1\U0001e08f-\U0001e6f5]+"
+# The reference's NFC is Unicode 9's: it leaves the characters listed (of 10 to 17) as they are.
+OLDER_TEXT = (
+    "[^\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c"
+    "\U000105c9-\U000105e4\U00010d24-\U00010f85\U00011070\U0001133b\U00011382-\U000113d0\U0001145e"
+    "\U00011839-\U00011a99\U00011d42-\U0001612f\U00016d63-\U00016ff1\U0001e08f-\U0001e6f5]+"
 )
+_nfc = partial(re.sub, OLDER_TEXT, lambda older: unicodedata.normalize("NFC", older[0]))
+_spaces = partial(re.sub, "▁", " ")
 
 
-def _nfc(text: str) -> str:
-    if unicodedata.is_normalized("NFC", text):
-        return text
-    return _OLDER.sub(lambda run: unicodedata.normalize("NFC", run[0]), text)
+def _token_bytes(token: str, gemma: bool) -> bytes:
+    if gemma:
+        return SPM_BYTES.get(token) or _spaces(token).encode()
+    known = set(token) <= GPT2_BYTES.keys()  # else it is an added token
+    return b"".join(map(GPT2_BYTES.get, token)) if known else token.encode()
 
 
-def _spaces(text: str) -> str:
-    return text.replace("▁", " ")
-
-
-def _spm_bytes(token: str) -> bytes:
-    return _spaces(token).encode()
-
-
-def _gpt2_bytes(token: str) -> bytes:
-    known = all(c in BYTE_OF_CHAR for c in token)
-    return bytes(BYTE_OF_CHAR[c] for c in token) if known else token.encode()
-
-
-def _is_sentencepiece(spec: dict) -> bool:
+def _is_gemma(spec: dict) -> bool:
     """Which of the two kinds it is; UserError if anything in the file could mean other ids."""
-    model, keys = spec["model"], ("normalizer", "pre_tokenizer", "decoder")
-    word = re.compile(r'"(?:type|String|Regex|content)": (?!"Sequence")(".*?")')
-    parts = [word.findall(json.dumps(spec.get(key), ensure_ascii=False)) for key in keys]
-    found = "; ".join(" ".join(part) or "null" for part in parts)
-    options = [model, spec.get("pre_tokenizer") or {}, *spec["added_tokens"]]
-    odd = [f"{k} {v}" for o in options for k, v in o.items() if bool(v) != OPTIONS.get(k, bool(v))]
-    fallback = bool(model.get("byte_fallback"))
-    kind = SENTENCEPIECE if fallback else BYTE_LEVEL
-    if model["type"] != "BPE" or odd or not re.fullmatch(kind, found):
-        found = "; ".join([model["type"], found, f"byte_fallback {fallback}", *odd[:1]])
+    flags = [{k: t[k] for k in ("lstrip", "rstrip", "single_word")} for t in spec["added_tokens"]]
+    parts = [spec.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    parts = [spec["model"] | {"vocab": None, "merges": None}, *parts, flags]
+    settings = re.findall(SETTING, json.dumps(parts, ensure_ascii=False))
+    found = re.sub('(type|String|content)": |": true', "", " ".join(settings)).replace('":', "")
+    if not re.fullmatch(f"{BYTE_LEVEL}|{GEMMA}", found):
         raise UserError(f"tokenizer is {found}: only BPE like GPT-NeoX's or Gemma's can be read")
-    return fallback
+    return "byte_fallback" in found
 
 
-def _made_by_merges(merges: list[tuple[str, str]]) -> list[str]:
+def _made_by_merges(merges: list) -> list[str]:
     """The tokens that merging makes, in the order of the merges that complete them.
 
-    The reference merges the pairs listed, tiktoken any neighbours whose concatenation has a rank.
-    What happens between two token boundaries never depends on what lies outside, so both agree if a
-    token's rank is that of the merge completing it when it is encoded alone, and if a token that is
-    not reached so has no rank.
+    The reference merges pairs from a list, tiktoken any neighbours whose concatenation has a rank.
+    They agree if a token's rank is that of the merge which completes it when it is encoded alone,
+    none if none does: what is outside a token never changes what happens inside.
     """
-    order = {pair: rank for rank, pair in enumerate(merges)}
-    made = {}
-    for token in {left + right for left, right in merges}:
+    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+    order, made = {pair: rank for rank, pair in enumerate(pairs)}, {}
+    for token in {left + right for left, right in pairs}:
         parts, rank = list(token), 0
-        while len(parts) > 1 and rank < inf:
-            ranks = [order.get(pair, inf) for pair in zip(parts, parts[1:])]
+        while len(parts) > 1 and rank < len(pairs):
+            ranks = [order.get(pair, len(pairs)) for pair in pairwise(parts)]
             i = ranks.index(rank := min(ranks))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if rank < inf:
-            made[token] = rank
-    return sorted(made, key=made.get)
+        made[token] = rank
+    return [token for token in sorted(made, key=made.get) if made[token] < len(pairs)]
 
 
-def _longest_run(char: str, added: dict[str, int]) -> int:
-    """M if runs of 2 (or 1) to M of `char` are all the added tokens that it is in; else 0."""
-    runs = {text for text in added if char in text}
-    longest = max(map(len, runs), default=0)
-    return longest if runs | {char} == {char * n for n in range(1, longest + 1)} else 0
-
-
-def _byte_level(vocab: dict[str, int], added: dict[str, int], made: list[str]):
-    """GPT-NeoX's kind, where a character of a token is a byte. As `_sentencepiece`, returns
-    {bytes: ids} in the order of merging, the split, and the added tokens that the split cuts out.
-    """
-    entries = {bytes([b]): [vocab[c]] if c in vocab else [] for c, b in BYTE_OF_CHAR.items()}
-    entries |= {_gpt2_bytes(token): [vocab[token]] for token in made}
-    longest = _longest_run(" ", added)
-    if longest < 2 or " " in added:
-        return entries, GPT2_SPLIT, []
-    split = NEOX_SPLIT.replace("M", str(longest)).replace("V", r"[^\S ]")
-    return entries, split, [" " * n for n in range(2, longest + 1)]
-
-
-def _sentencepiece(vocab: dict[str, int], added: dict[str, int], made: list[str]):
-    """Gemma's kind, where a token is characters, ▁ a space (for us a space: one byte, not three).
-
-    tiktoken starts from bytes. To make it start from characters, the leading bytes of each one in
-    the vocabulary rank lowest; what is left of any other falls back to bytes. The split cuts only
-    where no token can lie across: before spaces, and around line ends and tabs.
-    """
-    made = [token for token in made if " " not in token]  # a normalized text has no space
-    if wrong := [token for token in made if "▁" in token.lstrip("▁")]:
-        raise UserError(f"tokenizer has {wrong[0]!r}, with ▁ after another character: unsupported")
-    fallback = [vocab.get(name) for name in FALLBACK]
-    entries = {bytes([b]): [] if i is None else [i] for b, i in enumerate(fallback)}
-    chars = {_spm_bytes(c): [i] for c, i in vocab.items() if len(c) == 1 and c != " "}
-    for char in chars:
-        entries |= {char[:n]: [fallback[b] for b in char[:n]] for n in range(2, len(char))}
-    entries |= chars | {_spm_bytes(token): [vocab[token]] for token in made}
-    mixed = {c for token in made for c in token if set(token) != {c}}
-    runs = {c: _longest_run(c, added) for c in {"\n", "\t"} - mixed if _longest_run(c, added)}
-    split = "".join(f"{c}{{1,{longest}}}|" for c, longest in runs.items())
-    split += f" *[^ {''.join(runs)}]+| +"
-    return entries, split, [text for text in added if text[0] in runs]
+def _gemma_characters(vocab: dict[str, int]) -> dict[bytes, list[int]]:
+    """{bytes: ids} of the characters in the vocabulary, after those of their leading bytes, so that
+    tiktoken starts from characters. What is left of any other has the ids of byte fallback."""
+    chars = {_spaces(c).encode(): [i] for c, i in vocab.items() if len(c) == 1 and c != " "}
+    leading = {c[:n] for c in chars for n in range(2, len(c))}
+    return {some: [vocab[f"<0x{b:02X}>"] for b in some] for some in leading} | chars
 
 
 def _any_of(texts) -> re.Pattern:
-    """Matches any of the texts, the longest possible; of none, nothing, and that fast."""
-    words = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-    return re.compile("(" + (words or r"\ud800(?!)") + ")")
+    longest_first = sorted(map(re.escape, texts), reverse=True)
+    return re.compile("(" + "|".join([*longest_first, r"\ud800(?!)"]) + ")")  # the last: never
 
 
 class Tokenizer:
     """A parsed `tokenizer.json`; ids are always those of the reference library, `tokenizers`.
 
-    It must be byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: what
-    transformers makes of a SentencePiece model). Raises UserError, saying what it is, for another.
-
-    n_vocab: the largest id + 1. eos_id: the token between documents. bos_id: None without a <bos>.
-    fingerprint: another whenever an id could be another.
+    Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: transformers' form
+    of a SentencePiece model, ▁ for a space); UserError for any other. n_vocab: the largest id + 1.
+    eos_id: the token between documents. bos_id: None without a <bos>. fingerprint: of the file.
     """
 
     def __init__(self, spec: dict):
-        gemma = _is_sentencepiece(spec)
-        rules = [spec.get(key) for key in ("model", "added_tokens", "normalizer")]
-        self.fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
+        gemma, vocab = _is_gemma(spec), spec["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        ids = vocab | added
+        self.fingerprint = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
+        self.n_vocab, self.bos_id = max(ids.values()) + 1, ids.get("<bos>")
+        self.eos_id = ids["<|endoftext|>" if "<|endoftext|>" in ids else "<eos>"]
         self._normalize = _spaces if gemma else _nfc if spec.get("normalizer") else str
-        self._added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        vocab = spec["model"]["vocab"] | self._added
-        self.n_vocab = max(vocab.values()) + 1
-        self.bos_id = vocab.get("<bos>")
-        self.eos_id = vocab.get("<|endoftext|>", vocab.get("<eos>"))
-        if self.eos_id is None:
-            raise UserError("tokenizer lacks a token between documents, <|endoftext|> or <eos>")
-        read = _spm_bytes if gemma else _gpt2_bytes
-        self._bytes = {i: read(token) for token, i in vocab.items()}
-        names = FALLBACK if gemma else []
-        self._fallback = {vocab[name]: bytes([b]) for b, name in enumerate(names) if name in vocab}
-        self._build_encoder(spec, _sentencepiece if gemma else _byte_level)
+        self._bytes = {i: _token_bytes(token, gemma) for token, i in ids.items()}
+        self._fallback = {i for token, i in ids.items() if gemma and token in SPM_BYTES}
 
-    def _build_encoder(self, spec: dict, kind) -> None:
-        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
-        made = _made_by_merges([(left, right) for left, right in merges])
-        entries, split, in_split = kind(spec["model"]["vocab"], self._added, made)
-        entries |= {text.encode(): [self._added[text]] for text in in_split}
-        if lacking := [b for b in UTF8_BYTES if not entries[bytes([b])]]:
-            raise UserError(f"tokenizer lacks a token for byte {lacking[0]:#04x}: unsupported")
+        made = [t for t in _made_by_merges(spec["model"]["merges"]) if " " not in t]  # unreachable
+        runs = NEOX_RUNS if {text for text in added if " " in text} == NEOX_RUNS else set()
+        byte_names = SPM_BYTES if gemma else GPT2_BYTES
+        entries = {byte: [vocab[name]] for name, byte in byte_names.items() if name in vocab}
+        entries |= _gemma_characters(vocab) if gemma else {}
+        wrong = [token for token in made if gemma and re.search("[^▁]▁", token)]
+        if wrong := wrong + sorted(UTF8_BYTES - entries.keys()):
+            raise UserError(f"tokenizer has ▁ inside a token, or lacks a byte: {wrong[0]!r}")
+        entries |= {_token_bytes(token, gemma): [vocab[token]] for token in made}
+        entries |= {text.encode(): [added[text]] for text in runs}
+        split = r" *[^ ]+| +" if gemma else NEOX_SPLIT if runs else GPT2_SPLIT
         ranks = {token: rank for rank, token in enumerate(entries)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-        width = max(map(len, entries.values()))  # 3 where a rank can be 3 bytes of a character
-        rows = [ids + [-1] * (width - len(ids)) for ids in entries.values()]
-        self._ids = np.array(rows, np.int32)  # [rank, width]; -1 is no id
-        cut = [token for token in spec["added_tokens"] if token["content"] not in in_split]
-        late = {self._normalize(t["content"]): t["id"] for t in cut if t.get("normalized")}
-        self._cut = _any_of(t["content"] for t in cut if not t.get("normalized"))
-        self._cut_late, self._added = _any_of(late), self._added | late
 
-    def _encode(self, text: str) -> np.ndarray:
-        parts = []  # text, added token, text, .., text
-        for i, part in enumerate(self._cut.split(text)):
-            parts += [part] if i % 2 else self._cut_late.split(self._normalize(part))
-        try:
-            parts[::2] = [self._encode_plain(part) for part in parts[::2]]
-        except UnicodeEncodeError:  # a lone surrogate, for which the reference has no ids: U+FFFD
-            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        parts[1::2] = [[self._added[part]] for part in parts[1::2]]
-        return np.concatenate(parts, dtype=np.int32)
-
-    def _encode_plain(self, text: str) -> np.ndarray:
-        ids = self._ids[self._bpe.encode_to_numpy(text, disallowed_special=())]
-        return ids[ids >= 0]
+        cut = [token for token in spec["added_tokens"] if token["content"] not in runs]
+        late = {self._normalize(t["content"]): t["id"] for t in cut if t["normalized"]}
+        self._cut = _any_of(t["content"] for t in cut if not t["normalized"])
+        self._cut_late, added = _any_of(late), added | late
+        self._ids = {text: [i] for text, i in added.items()} | dict(enumerate(entries.values()))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
-        return self._encode(text).tolist()
+        parts, ranks = [], []  # parts: text, added token, text, .., text
+        for i, part in enumerate(self._cut.split(text)):
+            parts += [part] if i % 2 else self._cut_late.split(self._normalize(part))
+        for i, part in enumerate(parts):  # an added token ranks as itself
+            ranks += [part] if i % 2 else self._bpe.encode_ordinary(part)
+        return [i for rank in ranks for i in self._ids[rank]]
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """The ids of each text, int32. tiktoken works outside the GIL."""
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self._encode, texts))
+        return list(map(np.int32, ThreadPoolExecutor(threads).map(self.encode, texts)))
 
     def decode(self, ids) -> str:
         """The text of ids, added tokens included; numbers that are no token's are left out."""
         text, known = "", (i for i in map(int, ids) if i in self._bytes)
         for fallback, run in groupby(known, self._fallback.__contains__):
-            data = b"".join((self._fallback if fallback else self._bytes)[i] for i in run)
-            try:
-                text += data.decode()
-            except UnicodeDecodeError:  # as the reference: byte fallback fails byte by byte
-                text += "\ufffd" * len(data) if fallback else data.decode(errors="replace")
+            data = b"".join(self._bytes[i] for i in run)
+            valid = data.decode(errors="ignore").encode() == data
+            text += data.decode(errors="replace") if valid or not fallback else "\ufffd" * len(data)
         return text
 
 
@@ -401,7 +327,7 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
         raise UserError(f"{path} cannot be read ({error!r}): fetch it again") from None
 
 
-# ---- Documents and token streams --------------------------------------------------------------------
+# ---- Documents and token streams --------------------------------------------------------------
 
 DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short name -> Hub dataset
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
