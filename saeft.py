@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +32,8 @@ from torch import Tensor, nn
 import model_loaders
 from model_loaders import TokenStream, UserError, load_tokenizer
 
+
 # ---- Settings --------------------------------------------------------------------------------
-
-
 def count(text: str) -> int:
     """A whole number, also written 500M, 25M, 4k or 1e6."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
@@ -45,10 +43,9 @@ def count(text: str) -> int:
     return int(number)
 
 
-def flag(default, help: str, **kwargs):
+def flag(default, help: str, **options):
     """A field of Config that is also a flag of the command line."""
-    factory = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**factory, metadata={"help": help, **kwargs})
+    return field(default_factory=lambda: default, metadata={"help": help, **options})
 
 
 @dataclass
@@ -59,11 +56,11 @@ class Config:
     layer: int | None = flag(None, "block whose output the SAE reads (default: the middle one)")
     data: str | None = flag(None, "c4, pile, pythia, stdlib, a Hub dataset, or local files")
     sae: str = flag("topk", "activation of the SAE", choices=["topk", "batchtopk", "relu"])
-    k: list[int] = flag(lambda: [80], "active latents K; for several, an SAE each", nargs="+")
+    k: list[int] = flag([80], "active latents K; for several, an SAE each", nargs="+")
     d_sae: int = flag(2**14, "number of latents F")
     tokens: int = flag(500_000_000, "training tokens in all")
     kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's")
-    method: list[str] = flag(lambda: ["kl"], "fine-tune methods, each from the MSE SAE", nargs="+")
+    method: list[str] = flag(["kl"], "fine-tune methods, each from the MSE SAE", nargs="+")
     rank: int = flag(16, "rank of LoRA and of adapters")
     context: int = flag(1024, "tokens in a sequence")
     batch: int = flag(2048, "activations in an MSE step")
@@ -94,9 +91,8 @@ GEMMA = dict(dtype="bfloat16", kl_batch=2)
 PRESETS = {"tiny": TINY, "gemma-2-2b": GEMMA | {"layer": 12}, "gemma-2-9b": GEMMA}
 PRESETS["pythia-160m"] = dict(layer=8)
 
+
 # ---- Language models: what both families share -----------------------------------------------
-
-
 def rotary_tables(length: int, dim: int, base: float, device) -> tuple[Tensor, Tensor]:
     """cos and sin [T, dim] of rotary positions (RoFormer, arXiv 2104.09864), half-split layout."""
     inv_freq = base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
@@ -122,48 +118,40 @@ def single(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-class LanguageModel(nn.Module):
-    """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints.
+def linears(bias: bool, **shapes: tuple[int, int]) -> nn.ModuleDict:
+    """Linear layers by their names in the checkpoint, each from (inputs, outputs)."""
+    return nn.ModuleDict({name: nn.Linear(*shape, bias=bias) for name, shape in shapes.items()})
 
-    A family makes a trunk of three parts in this order, embedding, blocks and final norm, its
-    first child; the embedding is also the unembedding unless there is an `embed_out`.
-    """
+
+class LanguageModel(nn.Module):
+    """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints;
+    `embedding`, `blocks` and `final_norm` say where. W_U is the embedding's without `embed_out`."""
 
     n_skip = 0  # leading positions without content, left out of everything (Gemma's <bos>)
     logit_cap: float | None = None
-
-    embedding = property(lambda self: self.parts[0])
-    blocks = property(lambda self: self.parts[1])
-    final_norm = property(lambda self: self.parts[2])
     W_U = property(lambda self: getattr(self, "embed_out", self.embedding).weight)  # [V, D]
 
-    @property
-    def parts(self) -> list[nn.Module]:
-        return list(next(self.children()).values())
-
-    def set_rotary(self, config: dict, dim: int, share: float, base: float) -> None:
+    def set_rotary(self, config: dict, head_dim: int, share: float) -> None:
         """Takes either spelling of the settings: `rope_parameters`, or keys of the config."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(f"config.json has rope_type = {kind!r}; supported: 'default'")
-        self.rope_dim = int(dim * rope.get("partial_rotary_factor", share))
-        self.rope_base = rope.get("rope_theta", base)
+        base = config.get("rope_theta", config.get("rotary_emb_base", 10000))
+        share = rope.get("partial_rotary_factor", config.get("rotary_pct", share))
+        self.rope_dim, self.rope_base = int(head_dim * share), rope.get("rope_theta", base)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens)
 
     def prefix(self, tokens: Tensor, layer: int) -> Tensor:
         """resid_post [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
-        return self.run_blocks(self.embed(tokens), 0, layer + 1)
+        return self.suffix(self.embed(tokens), -1, layer + 1)
 
-    def suffix(self, resid: Tensor, layer: int) -> Tensor:
-        """resid_post [B, T, D] of the last block, from that of block `layer`."""
-        return self.run_blocks(resid, layer + 1, len(self.blocks))
-
-    def run_blocks(self, resid: Tensor, start: int, stop: int) -> Tensor:
+    def suffix(self, resid: Tensor, layer: int, stop: int | None = None) -> Tensor:
+        """resid_post [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
         rope = rotary_tables(resid.shape[1], self.rope_dim, self.rope_base, resid.device)
-        for block in self.blocks[start:stop]:
+        for block in self.blocks[layer + 1 : stop]:
             resid = block(resid, *rope)
         return resid
 
@@ -177,38 +165,28 @@ class LanguageModel(nn.Module):
 
 
 # ---- Pythia (GPT-NeoX, arXiv 2304.01373) -----------------------------------------------------
-
-
-class PythiaAttention(nn.Module):
-    def __init__(self, d_model: int, n_heads: int):
-        super().__init__()
-        self.n_heads = n_heads
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.dense = nn.Linear(d_model, d_model)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # The weight's rows go head by head, the q, k and v of a head side by side.
-        qkv = self.query_key_value(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=-1)  # each [B, H, T, head_dim]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.dense(out.transpose(1, 2).flatten(2))
-
-
 class PythiaBlock(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         d_model, d_mlp = config["hidden_size"], config["intermediate_size"]
+        self.n_heads = config["num_attention_heads"]
         self.parallel = config.get("use_parallel_residual", True)
         self.input_layernorm = nn.LayerNorm(d_model, config["layer_norm_eps"])
         self.post_attention_layernorm = nn.LayerNorm(d_model, config["layer_norm_eps"])
-        self.attention = PythiaAttention(d_model, config["num_attention_heads"])
-        self.mlp = nn.ModuleDict()
-        self.mlp["dense_h_to_4h"] = nn.Linear(d_model, d_mlp)
-        self.mlp["dense_4h_to_h"] = nn.Linear(d_mlp, d_model)
+        qkv, up, down = (d_model, 3 * d_model), (d_model, d_mlp), (d_mlp, d_model)
+        self.attention = linears(True, query_key_value=qkv, dense=(d_model, d_model))
+        self.mlp = linears(True, dense_h_to_4h=up, dense_4h_to_h=down)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # The weight's rows go head by head, the q, k and v of a head side by side.
+        qkv = self.attention.query_key_value(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=-1)  # each [B, H, T, head_dim]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.attention.dense(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y = x + self.attention(self.input_layernorm(x), cos, sin)
+        y = x + self.attend(self.input_layernorm(x), cos, sin)
         h = self.post_attention_layernorm(x if self.parallel else y)
         return y + self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(h)))
 
@@ -216,11 +194,15 @@ class PythiaBlock(nn.Module):
 class Pythia(LanguageModel):
     """LayerNorm with bias, rotary on a part of each head, attention and MLP side by side."""
 
+    activation = ("hidden_act", "gelu")
+    embedding = property(lambda self: self.gpt_neox.embed_in)
+    blocks = property(lambda self: self.gpt_neox.layers)
+    final_norm = property(lambda self: self.gpt_neox.final_layer_norm)
+
     def __init__(self, config: dict):
         super().__init__()
         vocab, d_model = config["vocab_size"], config["hidden_size"]
-        head_dim, share = d_model // config["num_attention_heads"], config.get("rotary_pct", 0.25)
-        self.set_rotary(config, head_dim, share, config.get("rotary_emb_base", 10000))
+        self.set_rotary(config, d_model // config["num_attention_heads"], share=0.25)
         self.gpt_neox = nn.ModuleDict()
         self.gpt_neox["embed_in"] = nn.Embedding(vocab, d_model)
         blocks = (PythiaBlock(config) for _ in range(config["num_hidden_layers"]))
@@ -231,8 +213,6 @@ class Pythia(LanguageModel):
 
 
 # ---- Gemma 2 (arXiv 2408.00118) --------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), in float32 whatever the model's dtype."""
 
@@ -242,28 +222,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = single(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + single(self.weight))).to(x.dtype)
+        weight = 1 + single(self.weight)
+        return F.rms_norm(single(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
-class GemmaAttention(nn.Module):
+class GemmaBlock(nn.Module):
     """Grouped-query attention with soft-capped scores; sees all before it, or `window` tokens."""
 
     def __init__(self, config: dict, window: int | None):
         super().__init__()
-        d_model, self.head_dim, self.window = config["hidden_size"], config["head_dim"], window
+        d_model, d_mlp = config["hidden_size"], config["intermediate_size"]
+        self.head_dim, self.n_kv = config["head_dim"], config["num_key_value_heads"]
         self.scale = config["query_pre_attn_scalar"] ** -0.5
-        self.score_cap = config["attn_logit_softcapping"]
-        self.n_kv = config["num_key_value_heads"]
+        self.score_cap, self.window = config["attn_logit_softcapping"], window
         d_q, d_kv = config["num_attention_heads"] * self.head_dim, self.n_kv * self.head_dim
-        self.q_proj = nn.Linear(d_model, d_q, bias=False)
-        self.k_proj = nn.Linear(d_model, d_kv, bias=False)
-        self.v_proj = nn.Linear(d_model, d_kv, bias=False)
-        self.o_proj = nn.Linear(d_q, d_model, bias=False)
+        q, kv, o = (d_model, d_q), (d_model, d_kv), (d_q, d_model)
+        self.self_attn = linears(False, q_proj=q, k_proj=kv, v_proj=kv, o_proj=o)
+        up, down = (d_model, d_mlp), (d_mlp, d_model)
+        self.mlp = linears(False, gate_proj=up, up_proj=up, down_proj=down)
+        norm = lambda: RMSNorm(d_model, config["rms_norm_eps"])
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        projections = (self.self_attn[name] for name in ("q_proj", "k_proj", "v_proj"))
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
@@ -273,26 +255,10 @@ class GemmaAttention(nn.Module):
         if self.window is not None:
             hidden |= torch.ones_like(hidden).tril(-self.window)
         weights = single(scores).masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
-        return self.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
-
-
-class GemmaBlock(nn.Module):
-    def __init__(self, config: dict, window: int | None):
-        super().__init__()
-        d_model, d_mlp = config["hidden_size"], config["intermediate_size"]
-        self.self_attn = GemmaAttention(config, window)
-        self.mlp = nn.ModuleDict()
-        self.mlp["gate_proj"] = nn.Linear(d_model, d_mlp, bias=False)
-        self.mlp["up_proj"] = nn.Linear(d_model, d_mlp, bias=False)
-        self.mlp["down_proj"] = nn.Linear(d_mlp, d_model, bias=False)
-        self.input_layernorm = RMSNorm(d_model, config["rms_norm_eps"])
-        self.post_attention_layernorm = RMSNorm(d_model, config["rms_norm_eps"])
-        self.pre_feedforward_layernorm = RMSNorm(d_model, config["rms_norm_eps"])
-        self.post_feedforward_layernorm = RMSNorm(d_model, config["rms_norm_eps"])
+        return self.self_attn.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin)
-        x = x + self.post_attention_layernorm(attended)
+        x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), cos, sin))
         h = self.pre_feedforward_layernorm(x)
         h = F.gelu(self.mlp.gate_proj(h), approximate="tanh") * self.mlp.up_proj(h)
         return x + self.post_feedforward_layernorm(self.mlp.down_proj(h))
@@ -302,11 +268,15 @@ class Gemma2(LanguageModel):
     """RMSNorm before and after each half of a block, tied embeddings, soft-capped logits."""
 
     n_skip = 1
+    activation = ("hidden_activation", "gelu_pytorch_tanh")
+    embedding = property(lambda self: self.model.embed_tokens)
+    blocks = property(lambda self: self.model.layers)
+    final_norm = property(lambda self: self.model.norm)
 
     def __init__(self, config: dict):
         super().__init__()
         d_model, n_layers = config["hidden_size"], config["num_hidden_layers"]
-        self.set_rotary(config, config["head_dim"], 1.0, config.get("rope_theta", 10000))
+        self.set_rotary(config, config["head_dim"], share=1.0)
         self.logit_cap = config["final_logit_softcapping"]
         kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * n_layers
         windows = [config["sliding_window"] if k[0] == "s" else None for k in kinds[:n_layers]]
@@ -323,11 +293,7 @@ class Gemma2(LanguageModel):
 
 # ---- From a checkpoint to a model ------------------------------------------------------------
 
-FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma2}
-ACTIVATIONS = {
-    "gpt_neox": ("hidden_act", "gelu"),
-    "gemma2": ("hidden_activation", "gelu_pytorch_tanh"),
-}
+FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma2}  # model_type -> class
 # Buffers of old GPT-NeoX checkpoints: not parameters.
 IGNORED = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
@@ -337,7 +303,7 @@ def build_lm(config: dict) -> LanguageModel:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    key, activation = ACTIVATIONS[kind]
+    key, activation = FAMILIES[kind].activation
     if config.get(key) not in (None, activation):
         raise UserError(f"config.json has {key} = {config[key]!r}; supported: {activation!r}")
     try:
@@ -347,32 +313,22 @@ def build_lm(config: dict) -> LanguageModel:
 
 
 def load_lm(name_or_folder: str, device="cpu", dtype=torch.float32) -> LanguageModel:
-    """A frozen language model: `lm(tokens [B, T]) -> logits [B, T, V]`.
-
-    `name_or_folder` is a short name, a Hub `owner/name` or a folder laid out like a Hub snapshot.
-    Raises UserError where the model cannot be had or its tensors do not match name for name.
-    """
+    """A frozen language model, `lm(tokens [B, T]) -> logits [B, T, V]`, from a short name, a Hub
+    owner/name or a folder like a Hub snapshot. UserError where its tensors do not match by name."""
     with torch.device("meta"):
         lm = build_lm(model_loaders.load_config(name_or_folder))
     weights = model_loaders.load_weights(name_or_folder, device, dtype)
     tied = () if hasattr(lm, "embed_out") else ("embed_out.weight", "lm_head.weight")
     weights = {k: w for k, w in weights.items() if not k.endswith(IGNORED + tied)}
-    expected = {name: tuple(p.shape) for name, p in lm.named_parameters()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    if expected != found:
-        missing, unexpected = sorted(expected - found.keys()), sorted(found - expected.keys())
-        wrong = {n: found[n] for n in expected if found.get(n, expected[n]) != expected[n]}
-        raise UserError(
-            f"{name_or_folder}: the tensors do not fit config.json: missing {missing}, "
-            f"unexpected {unexpected}, of another shape {wrong}"
-        )
-    lm.load_state_dict(weights, assign=True)
+    try:
+        lm.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        details = " ".join(str(error).split())
+        raise UserError(f"{name_or_folder}: weights do not fit config.json: {details}") from None
     return lm.eval().requires_grad_(False)
 
 
 # ---- The sparse autoencoder (Gao et al. 2024, arXiv 2406.04093) ------------------------------
-
-
 class Acts(NamedTuple):
     """The active latents of N tokens: an [N, F] matrix f as a flat list of P entries, by row."""
 
@@ -381,23 +337,18 @@ class Acts(NamedTuple):
     offsets: Tensor  # [N], where each token's entries begin
 
     @property
-    def tokens(self) -> Tensor:
-        """[P], the row of each entry."""
+    def tokens(self) -> Tensor:  # [P], the row of each entry
         entries = torch.arange(len(self.latents), device=self.offsets.device)
         return torch.bucketize(entries, self.offsets, right=True) - 1
 
     @property
-    def l0(self) -> Tensor:
-        """Active latents per token."""
+    def l0(self) -> Tensor:  # active latents per token
         return (self.values > 0).sum() / len(self.offsets)
 
 
 def top_k(pre: Tensor, k: int) -> Acts:
-    """The K largest of each row of pre [N, F], after ReLU. Plainly: pre.topk(k).
-
-    Fast path, exact: the K largest lie in the K groups with the largest maxima, so search G groups
-    (g, g + G, g + 2G, ...) first, then inside those K.
-    """
+    """The K largest of each row of pre [N, F], after ReLU. Plainly: pre.topk(k). Fast path, exact:
+    they lie in the K groups (g, g + G, g + 2G, ...) with the largest maxima: search only there."""
     n, d_sae = pre.shape
     size = 1 << (d_sae // max(1024, 4 * k)).bit_length() >> 1  # of a group
     if size < 4 or d_sae % size:
@@ -434,12 +385,10 @@ def times(f: Acts, table: Tensor) -> Tensor:
 
 class SparseAutoencode(torch.autograd.Function):
     """x_hat = f W_dec + b_dec with f = select((x - b_dec) W_enc' + b_enc), and its gradients.
-
     With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
     dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
     Fast path: only the encoder product is dense. f' and h' are lists of a few entries, sorted by
-    latent once; h falls out of f' g, since d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>.
-    """
+    latent once; h falls out of f' g, since d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select):
@@ -465,24 +414,20 @@ class SparseAutoencode(torch.autograd.Function):
             (h,) = torch.autograd.grad(dW_dec, values, W_dec)
             h = (h + g_values[order]) * (values > 0)
             dW_enc = times(f_T._replace(values=h), centred)
-            db_enc = W_enc.new_zeros(d_sae)
-            db_enc.index_add_(0, latents, h.to(W_enc.dtype))
+            db_enc = W_enc.new_zeros(d_sae).index_add_(0, latents, h.to(W_enc.dtype))
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = times(
-                    acts._replace(values=torch.empty_like(h).index_copy_(0, order, h)), W_enc
-                )
+                by_token = acts._replace(values=torch.empty_like(h).index_copy_(0, order, h))
+                dx = times(by_token, W_enc)
         return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None
 
 
 class SAE(nn.Module):
     """x_hat = W_dec f + b_dec, f = activation(W_enc (x - b_dec) + b_enc), on x / scale.
-
     W_enc and W_dec are both [F, D], a row for each latent; `scale` makes the mean squared norm of
     activations 1. `kind` is the activation: "topk", the K largest of each token; "batchtopk", the
     K N largest of N tokens in training and later those above `threshold`, the running mean of the
-    smallest one kept (arXiv 2412.06410); "relu", all that are positive.
-    """
+    smallest one kept (arXiv 2412.06410); "relu", all that are positive."""
 
     def __init__(self, d_model: int, d_sae: int, k: int, kind: str = "topk"):
         super().__init__()
@@ -498,9 +443,14 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        """Sets scale and b_dec from a first sample x [N, D] of activations."""
+        """Sets scale, and b_dec to the geometric median, from first activations x [N, D]."""
         self.scale.copy_(x.float().pow(2).sum(-1).mean().sqrt())
-        self.b_dec.copy_(geometric_median(x[:8192].float() / self.scale))
+        x = x[:8192].float() / self.scale
+        median = x.mean(0)
+        for _ in range(30):  # Weiszfeld's iteration to the least summed distance to all rows
+            weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            median = (weights * x).sum(0) / weights.sum()
+        self.b_dec.copy_(median)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
         """Reconstructions [N, D] of x [N, D], and the active latents (in units of x / scale)."""
@@ -531,10 +481,6 @@ class SAE(nn.Module):
         for w, g in zip(self.W_dec.split(1024), self.W_dec.grad.split(1024)):  # fits the cache
             g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
 
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        F.normalize(self.W_dec, dim=-1, out=self.W_dec)
-
     def folded(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and settings in SAELens's layout, for raw activations: scale goes to biases."""
         tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
@@ -550,18 +496,7 @@ class SAE(nn.Module):
         return tensors, cfg
 
 
-def geometric_median(x: Tensor) -> Tensor:
-    """The point [D] with the least summed distance to the rows of x [N, D] (Weiszfeld)."""
-    point = x.mean(0)
-    for _ in range(30):
-        weights = 1 / (x - point).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        point = (weights * x).sum(0) / weights.sum()
-    return point
-
-
 # ---- KL without the logits of a whole batch --------------------------------------------------
-
-
 def slices(n_tokens: int, vocab: int) -> list[slice]:
     """Slices of the tokens with about 8M logits each."""
     size = max(1, 2**23 // vocab)
@@ -570,10 +505,8 @@ def slices(n_tokens: int, vocab: int) -> list[slice]:
 
 class SlicedKL(torch.autograd.Function):
     """KL(p || q), mean over N tokens, of p, q = softmax(lm.unembed(resid_p, resid_q [N, D])).
-
     d KL / d logits_q = (q - p) / N is taken back through soft cap, unembedding and final norm slice
-    by slice in the forward pass: three products with W_U per token, and never a tensor [N, V].
-    """
+    by slice in the forward pass: three products with W_U per token, and never a tensor [N, V]."""
 
     @staticmethod
     def forward(ctx, resid_p: Tensor, resid_q: Tensor, lm: LanguageModel) -> Tensor:
@@ -600,14 +533,10 @@ class SlicedKL(torch.autograd.Function):
 
 
 # ---- Phase one: MSE on shuffled activations --------------------------------------------------
-
-
 class ActivationBuffer:
     """Mixes the hook layer's activations of many sequences; each activation is served once.
-
-    Rows [size, D] are allocated once. Batches follow a random permutation of the rows; when half of
-    them are used, new activations take their places and a new permutation is drawn.
-    """
+    Batches follow a random permutation of the rows [size, D]; when half of them are used, new
+    activations take their places and a new permutation is drawn."""
 
     def __init__(self, lm: LanguageModel, stream: TokenStream, n_sequences: int, config: Config):
         self.lm, self.stream, self.layer = lm, stream, config.layer
@@ -615,39 +544,37 @@ class ActivationBuffer:
         self.next_sequence, self.n_sequences = 0, n_sequences
         self.per_sequence = config.context - lm.n_skip
         size = max(config.buffer, 1 + 2 * config.batch // self.per_sequence)
-        n_rows, like = min(size, n_sequences) * self.per_sequence, lm.W_U
-        self.rows = torch.empty(n_rows, like.shape[1], dtype=like.dtype, device=like.device)
-        self.free = torch.arange(n_rows, device=like.device)  # rows that may be written over
-        self.order = self.free[:0]  # live rows, in the order in which they are served
+        n_rows = min(size, n_sequences) * self.per_sequence
+        self.rows = lm.W_U.new_empty(n_rows, lm.W_U.shape[1])
+        # Rows in the order in which they are served; those before `used` may be written over.
+        self.order, self.used = torch.arange(n_rows, device=self.rows.device), n_rows
         self.refill()
 
     @torch.no_grad()
     def refill(self) -> None:
-        n = min(len(self.free) // self.per_sequence, self.n_sequences - self.next_sequence)
-        new, self.free = self.free.tensor_split([n * self.per_sequence])
-        for places in new.split(self.chunk * self.per_sequence):
-            chunk = len(places) // self.per_sequence
-            tokens = self.stream.train(self.next_sequence, chunk).to(new.device)
-            resid = self.lm.prefix(tokens, self.layer)[:, self.lm.n_skip :]
-            self.rows[places] = resid.flatten(0, 1)
-            self.next_sequence += chunk
-        live = torch.cat([self.order, new])
-        self.order = live[torch.randperm(len(live), device=live.device)]
+        n = min(self.used // self.per_sequence, self.n_sequences - self.next_sequence)
+        new, rest = self.order[: self.used].tensor_split([n * self.per_sequence])
+        tokens = self.stream.train(self.next_sequence, n).to(new.device)
+        places = new.view(n, self.per_sequence)
+        for chunk, rows in zip(tokens.split(self.chunk), places.split(self.chunk)):
+            self.rows[rows] = self.lm.prefix(chunk, self.layer)[:, self.lm.n_skip :]
+        self.next_sequence += n
+        live = torch.cat([self.order[self.used :], new])
+        shuffled = live[torch.randperm(len(live), device=live.device)]
+        self.order, self.used = torch.cat([rest, shuffled]), len(rest)
 
     def next_batch(self, n: int) -> Tensor:
         """[n, D] activations in float32."""
-        if len(self.free) >= len(self.rows) // 2 and self.next_sequence < self.n_sequences:
+        if self.used >= len(self.rows) // 2 and self.next_sequence < self.n_sequences:
             self.refill()
-        rows, self.order = self.order.tensor_split([n])
-        self.free = torch.cat([self.free, rows])
+        rows = self.order[self.used : self.used + n]
+        self.used += len(rows)
         return self.rows[rows].float()
 
 
 def auxk_loss(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
-    """AuxK: how well the D/2 most active `dead` latents explain e = (x - x_hat) / scale.
-
-    sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2, where e_hat has no bias.
-    """
+    """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = (x - x_hat) / scale
+    and its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
     e = ((x - x_hat) / sae.scale).detach()
     k = min(x.shape[1] // 2, len(dead))
     weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], torch.zeros_like(sae.b_dec)
@@ -657,8 +584,9 @@ def auxk_loss(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Rises over the first `warmup` steps, falls linearly to 0 over the last share `decay`."""
-    return min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps))
+    """Rises over `warmup` steps or a tenth, falls linearly to 0 over the last share `decay`."""
+    rise = (step + 1) / max(1, min(warmup, steps // 10))
+    return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
 
 
 def adam(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -668,40 +596,35 @@ def adam(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 def update(loss: Tensor, module: nn.Module, optimizer: torch.optim.AdamW, lr: float) -> None:
     """Backward, gradient off the decoder's directions, norm clipped to 1, Adam, unit norm again.
-
     Fast path: the fused kernel itself divides by `grad_scale`, and does nothing where `found_inf`
-    is 1: clipping takes no pass of its own, and a step that is not finite changes nothing.
-    """
+    is 1: clipping takes no pass of its own, and a step that is not finite changes nothing."""
     loss.backward()
-    constrained = isinstance(module, SAE) and module.unit_norm
+    constrained = getattr(module, "unit_norm", False)
     if constrained:
         module.project_gradient()
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     optimizer.grad_scale, optimizer.found_inf = norm.clamp_min(1.0), (~norm.isfinite()).float()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     if constrained:
-        module.normalize_decoder()
+        F.normalize(module.W_dec.data, dim=-1, out=module.W_dec.data)
 
 
 def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config: Config, log):
-    """Phase one on the first n_sequences of the stream; all SAEs see the same batches.
-
-    loss = mean_n ||x - x_hat||^2 + AuxK / 32, or + lambda * sparsity for ReLU; on x / scale.
-    """
-    buffer = ActivationBuffer(lm, stream, n_sequences, config)
+    """Phase one on the first n_sequences (0: only the start); all SAEs see the same batches.
+    loss = mean_n ||x - x_hat||^2 + AuxK / 32, or + lambda * sparsity for ReLU; on x / scale."""
+    buffer = ActivationBuffer(lm, stream, n_sequences or min(32, stream.n_train), config)
     for sae in saes:
         sae.train().start_from(buffer.rows[:32768])
     optimizers = [adam(sae, weight_decay=0.0) for sae in saes]
     idle = [torch.zeros_like(sae.b_enc, dtype=torch.long) for sae in saes]  # tokens since it fired
     dead = [torch.empty(0, dtype=torch.long) for _ in saes]
     steps = n_sequences * buffer.per_sequence // config.batch
-    warmup = min(config.warmup, steps // 10)
     for step in range(steps):
-        x, lr = buffer.next_batch(config.batch), config.lr * lr_factor(step, steps, warmup, 0.2)
+        x = buffer.next_batch(config.batch)
+        lr = config.lr * lr_factor(step, steps, config.warmup, decay=0.2)
         for i, (sae, optimizer) in enumerate(zip(saes, optimizers)):
             x_hat, acts = sae(x)
             loss = mse = ((x - x_hat) / sae.scale).pow(2).sum(-1).mean()
@@ -718,15 +641,11 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
 
 
 # ---- Phase two: KL+MSE on whole sequences ----------------------------------------------------
-
-
 @dataclass
 class Splice:
     """What a fine-tune method trains: `insert` in place of resid_post after block L of `lm`.
-
     `insert` maps x [N, D] to (x_hat [N, D], Acts). Trained are the parameters of `insert` and `lm`
-    that require a gradient; `loss` is "kl" (KL+MSE), "kl-only" or "mse".
-    """
+    that require a gradient; `loss` is "kl" (KL+MSE), "kl-only" or "mse"."""
 
     insert: nn.Module
     lm: LanguageModel
@@ -770,15 +689,12 @@ def finetune_loss(s: Splice, last_p: Tensor, last_q: Tensor, x: Tensor, x_hat: T
 
 
 def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: int, config, log):
-    """Phase two: sequences start..stop in order; all splices see the same ones.
-
-    Blocks 0..L run once for the original and every splice. The rate falls linearly to 0; where this
-    phase is the whole training (end to end), rate and schedule are those of phase one.
-    """
+    """Phase two: sequences start..stop in order; all splices see the same ones, and share blocks
+    0..L with the original. The rate falls linearly to 0; where this phase is the whole training
+    (end to end), rate and schedule are those of phase one."""
     steps, layer = max(1, (stop - start) // config.kl_batch), config.layer
-    peak, warmup, decay = config.kl_lr, 0, 1.0
-    if config.kl_tokens == config.tokens:
-        peak, warmup, decay = config.lr, min(config.warmup, steps // 10), 0.2
+    whole = config.kl_tokens == config.tokens
+    peak, *schedule = (config.lr, config.warmup, 0.2) if whole else (config.kl_lr, 0, 1.0)
     optimizers = [adam(s.trained.train(), weight_decay=0.01) for s in splices]
     for step in range(steps):
         first = start + step * config.kl_batch
@@ -789,7 +705,7 @@ def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: i
                 last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
         for i, (s, optimizer) in enumerate(zip(splices, optimizers)):
             loss, seen = finetune_loss(s, last_p, *s.run(tokens, resid, layer))
-            update(loss, s.trained, optimizer, peak * lr_factor(step, steps, warmup, decay))
+            update(loss, s.trained, optimizer, peak * lr_factor(step, steps, *schedule))
             log(i, step, steps, loss, **seen)
     for s in splices:
         s.insert.eval(), s.lm.eval()
@@ -804,8 +720,6 @@ METHODS = {
 
 
 # ---- Evaluation ------------------------------------------------------------------------------
-
-
 def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor) -> Tensor:
     """[2, m], summed over N tokens: CE on targets [N] of each of m resid_posts [N, D] of the last
     block, and KL from the first one's distribution to each. A slice of tokens at a time."""
@@ -822,95 +736,79 @@ def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice]) -> tuple[dict, list[dict]]:
     """On held-out tokens [n, T]: the model's own CE and zero ablation's, and a dict per splice.
-
     ce, kl: nats per token. fvu: share of the variance of x left unexplained. l0: active latents per
-    token. dead: latents that never fired. The first n_skip positions do not count.
-    """
-    skip, device = lm.n_skip, lm.W_U.device
-    zero = Splice(lambda x: (torch.zeros_like(x), None), lm)
-    fired = [torch.zeros_like(getattr(s.insert, "sae", s.insert).b_enc) for s in splices]
-    error, active = torch.zeros(2, len(splices), dtype=torch.double, device=device)
-    ce_kl = n = n_x = x_sum = x_square = 0
+    token. dead: latents that never fired. The first n_skip positions do not count."""
+    skip, device, insert = lm.n_skip, lm.W_U.device, splices[0].insert
+    d_sae = len(getattr(insert, "sae", insert).b_enc)
+    none = Acts(*torch.zeros(3, 0, dtype=torch.long, device=device))
+    identity, zero = lambda x: (x, none), lambda x: (torch.zeros_like(x), none)
+    splices, x_sum = [Splice(identity, lm), Splice(zero, lm), *splices], 0
+    ce_kl, error_l0 = torch.zeros(2, 2, len(splices), dtype=torch.double, device=device)
+    fired = torch.zeros(len(splices), d_sae, dtype=torch.bool, device=device)
     for batch in tokens.to(device).split(8):
-        resid = lm.prefix(batch, layer)
-        x = resid[:, skip:].flatten(0, 1).double()
-        n_x, x_sum, x_square = n_x + len(x), x_sum + x.sum(0), x_square + x.pow(2).sum()
-        lasts = [lm.suffix(resid, layer)[:, skip:].flatten(0, 1), zero.run(batch, resid, layer)[0]]
+        resid, lasts = lm.prefix(batch, layer), []
+        x_sum = x_sum + resid[:, skip:].flatten(0, 1).double().sum(0)
         for i, s in enumerate(splices):
             last, x, x_hat, acts = s.run(batch, resid, layer)
-            lasts.append(last)
-            error[i] += (x - x_hat).double().pow(2).sum()
-            active[i] += (acts.values > 0).sum()
-            fired[i][acts.latents[acts.values > 0]] = 1
-        lasts = [y.unflatten(0, (len(batch), -1))[:, :-1].flatten(0, 1) for y in lasts]
-        ce_kl, n = ce_kl + ce_and_kl(lm, lasts, batch[:, skip + 1 :].flatten()), n + len(lasts[0])
-    (original, zeroed, *ce), (_, _, *kl) = (ce_kl / n).tolist()
-    fvu, l0 = (error / (x_square - x_sum.pow(2).sum() / n_x)).tolist(), (active / n_x).tolist()
-    dead = [(f == 0).sum().item() for f in fired]
-    rows = [dict(zip(("ce", "kl", "fvu", "l0", "dead"), row)) for row in zip(ce, kl, fvu, l0, dead)]
-    for row in rows:
-        row["gap"] = row["ce"] - original
-        row["loss_recovered"] = 1 - row["gap"] / (zeroed - original)
-    return {"ce_original": original, "ce_zero": zeroed}, rows
+            lasts.append(last.unflatten(0, (len(batch), -1))[:, :-1].flatten(0, 1))
+            error_l0[0, i] += (x - x_hat).double().pow(2).sum()
+            error_l0[1, i] += (acts.values > 0).sum()
+            fired[i, acts.latents[acts.values > 0]] = True
+        ce_kl += ce_and_kl(lm, lasts, batch[:, skip + 1 :].flatten())
+    n = tokens[:, skip:].numel()
+    (ce, kl), (error, l0) = ce_kl / (n - len(tokens)), error_l0 / n
+    gap, variance = ce - ce[0], error[1] - (x_sum / n).pow(2).sum()  # error[1] is that of zero
+    columns = {"ce": ce, "kl": kl, "fvu": error / variance, "l0": l0, "dead": (~fired).sum(1)}
+    columns |= {"gap": gap, "loss_recovered": 1 - gap / gap[1]}
+    rows = [dict(zip(columns, row)) for row in zip(*(c.tolist() for c in columns.values()))]
+    return {"ce_original": rows[0]["ce"], "ce_zero": rows[1]["ce"]}, rows[2:]
 
 
 # ---- A run, from the command line to its report ----------------------------------------------
-
-
 class Log:
     """A phase's progress line, and its lines in the metrics.jsonl of each splice's folder."""
 
-    def __init__(self, phase: str, step_tokens: int, splices, folders, config, lm, stream):
-        self.phase, self.step_tokens, self.splices, self.folders = (
-            phase,
-            step_tokens,
-            splices,
-            folders,
-        )
-        self.config, self.lm, self.stream = config, lm, stream
-        self.losses, self.start, self.shown = [[] for _ in folders], time.perf_counter(), 0
+    def __init__(self, phase: str, splices: list[Splice], folders: list[Path], config, lm, stream):
+        self.phase, self.splices, self.folders, self.config = phase, splices, folders, config
+        self.lm, self.stream, self.start, self.tenth = lm, stream, time.perf_counter(), 0
+        self.losses = [[] for _ in splices]  # since the last line
         self.good = [copy.deepcopy(s.insert) for s in splices]  # as of the last line
 
     def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
         """Takes the figures of splice i. UserError where a loss since the last line is not finite;
         the SAEs are then saved as they were at that line."""
+        config, s, phase = self.config, self.splices[i], self.phase
         self.losses[i].append(loss.detach())
-        if (step + 1) % self.config.log_every and step + 1 < steps:
+        if (step + 1) % config.log_every and step + 1 < steps:
             return  # no wait for the device in between
         losses, self.losses[i] = torch.stack(self.losses[i]).tolist(), []
-        if not math.isfinite(sum(losses)):
-            for insert, folder in zip(self.good, self.folders):
-                save(insert, folder, self.config)
-            bad = step + 1 - len(losses) + [math.isfinite(value) for value in losses].index(False)
-            text = f"the loss of phase {self.phase} is {losses[bad - step - 1]} at step {bad}"
-            raise UserError(f"{text}: lower its rate. The last good SAE is in {self.folders[i]}")
-        if all(p.isfinite().all() for p in self.splices[i].insert.parameters()):
-            self.good[i] = copy.deepcopy(self.splices[i].insert)
-        metrics |= self.ce(self.splices[i]) if self.config.log_ce else {}
+        for at, value in enumerate(losses, step + 1 - len(losses)):
+            if not math.isfinite(value):
+                for insert, folder in zip(self.good, self.folders):
+                    save(insert, folder, config)
+                text = f"the loss of phase {phase} is {value} at step {at}: lower its rate"
+                raise UserError(f"{text}. The last good SAE is in {self.folders[i]}")
+        if all(p.isfinite().all() for p in s.insert.parameters()):
+            self.good[i] = copy.deepcopy(s.insert)
+        if config.log_ce:
+            s.trained.eval()
+            model, (row,) = evaluate(self.lm, config.layer, self.stream.validation()[:32], [s])
+            s.trained.train()
+            metrics |= {"ce": row["ce"], "ce_original": model["ce_original"]}
         metrics = {name: float(value) for name, value in metrics.items()}
-        tokens, total = (step + 1) * self.step_tokens, steps * self.step_tokens
-        seconds = time.perf_counter() - self.start
-        line = {"phase": self.phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
+        size = config.batch if phase == "MSE" else config.kl_batch * config.context
+        tokens, seconds = (step + 1) * size, time.perf_counter() - self.start
+        line = {"phase": phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
         with open(self.folders[i] / "metrics.jsonl", "a") as file:
             print(json.dumps(line | {"loss": sum(losses) / len(losses)} | metrics), file=file)
-        live, done = sys.stdout.isatty(), tokens == total
-        if i == 0 and (live or done or tokens - self.shown >= total / 10):
-            self.shown = tokens
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (total / tokens - 1)))
-            text = f"{self.phase}: {tokens / 1e6:.2f}M of {total / 1e6:.2f}M tokens, "
-            text += f"{tokens / seconds:,.0f}/s, {left} left"
+        live, tenth = sys.stdout.isatty(), 10 * (step + 1) // steps
+        if i == 0 and (live or tenth > self.tenth):
+            self.tenth, minutes = tenth, seconds / 60 * (steps / (step + 1) - 1)
+            text = f"{phase}: {tokens / 1e6:.2f}M of {steps * size / 1e6:.2f}M tokens"
+            text += f", {tokens / seconds:,.0f}/s, {minutes:.1f} minutes left"
             text += "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-            print(f"\r{text}\033[K" if live else text, end="" if live and not done else "\n")
-            sys.stdout.flush()
-
-    def ce(self, s: Splice) -> dict:
-        """CE on 32 held-out sequences."""
-        s.trained.eval()
-        held_out = self.stream.validation()[:32]
-        spliced = [dataclasses.replace(s, loss="kl")]
-        model, (row,) = evaluate(self.lm, self.config.layer, held_out, spliced)
-        s.trained.train()
-        return {"ce": row["ce"], "ce_original": model["ce_original"]}
+            end = "" if live and step + 1 < steps else "\n"
+            print(f"\r{text}\033[K" if live else text, end=end, flush=True)
 
 
 def check(config: Config) -> None:
@@ -939,13 +837,11 @@ def check(config: Config) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that --device names, cpu or cuda; UserError where it is not there."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ["cpu", "cuda", *(f"cuda:{i}" for i in range(n))] if n else ["cpu"]
+    if name not in ("auto", *names):
+        raise UserError(f"--device {name}: there are auto, {', '.join(names)}")
+    return torch.device(names[n > 0] if name == "auto" else name)
 
 
 def run_folders(config: Config) -> list[Path]:
@@ -979,8 +875,7 @@ def finetune_by(method: str, lm, stream, saes, start, stop, before, config, fold
         splices = [METHODS[stage](lm, copy.deepcopy(sae), config) for sae in saes]
         for s, figures in zip(splices, before):
             s.l1, s.l0_target = config.l1, figures["l0"]
-        tokens = config.kl_batch * config.context
-        log = Log(stage, tokens, splices, folders, config, lm, stream)
+        log = Log(stage, splices, folders, config, lm, stream)
         finetune(lm, stream, splices, first, last, config, log)
         saes = [s.insert for s in splices]
     return splices
@@ -991,13 +886,8 @@ def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> l
     clock, total = time.perf_counter, stream.n_train
     n_mse = total - total * config.kl_tokens // config.tokens
     start, splices = clock(), [Splice(sae, lm) for sae in saes]
-    if n_mse:
-        log = Log("MSE", config.batch, splices, folders, config, lm, stream)
-        train_mse(lm, stream, saes, n_mse, config, log)
-    else:
-        x = lm.prefix(stream.train(0, min(32, total)).to(lm.W_U.device), config.layer)
-        for sae in saes:
-            sae.start_from(x[:, lm.n_skip :].flatten(0, 1))
+    log = Log("MSE", splices, folders, config, lm, stream)
+    train_mse(lm, stream, saes, n_mse, config, log)
     seconds, held_out = {"MSE": clock() - start}, stream.validation()
     for sae, folder in zip(saes, folders):
         save(sae.eval(), folder / "before", config)
@@ -1019,18 +909,17 @@ def report(config: Config, model: dict, folder: Path, k: int, results: dict, sec
     """Writes report.json and prints the closing table; returns the report."""
     before = results.get("MSE", {})
     final = results.get(config.method[0], before | {"gap_closed": 0.0})
-    settings = "model layer sae d_sae seed tokens kl_tokens".split()
-    out = {name: getattr(config, name) for name in settings} | {"k": k} | model
+    out = asdict(config) | {"k": k} | model
     for name in ("ce", "gap", "fvu", "kl"):
         out |= {f"{name}_mse": before.get(name), f"{name}_final": final[name]}
     out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
     out |= {"seconds": seconds, "results": results}
     (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
     rows = {"original": {"ce": model["ce_original"]}, "zero ablation": {"ce": model["ce_zero"]}}
-    names = ("ce", "gap", "gap_closed", "kl", "fvu", "l0", "dead", "loss_recovered")
-    print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names[:-1]))
+    names = "ce gap gap_closed kl fvu l0 dead".split()
+    print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names))
     for label, row in (rows | results).items():
-        cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names[:-1])
+        cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names)
         print(f"{label:16}" + "".join(cells))
     return out
 
@@ -1041,9 +930,9 @@ def run(config: Config) -> list[dict]:
     folders, device = run_folders(config), find_device(config.device)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
-    tokenizer, budget = load_tokenizer(config.model), (config.tokens, config.eval_tokens)
-    short = config.allow_short
-    stream = TokenStream(config.data, tokenizer, config.context, *budget, allow_short=short)
+    source = config.data, load_tokenizer(config.model), config.context
+    budget = config.tokens, config.eval_tokens
+    stream = TokenStream(*source, *budget, allow_short=config.allow_short)
     if config.allow_short:
         total = stream.n_train * config.context
         config.tokens, config.kl_tokens = total, config.kl_tokens * total // config.tokens
@@ -1054,7 +943,7 @@ def run(config: Config) -> list[dict]:
     for folder, k in zip(folders, config.k):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        settings = json.dumps(dataclasses.asdict(config) | {"k": k}, indent=2)
+        settings = json.dumps(asdict(config) | {"k": k}, indent=2)
         (folder / "config.json").write_text(settings + "\n")
     try:
         return train(config, lm, stream, saes, folders)
@@ -1067,17 +956,16 @@ def run(config: Config) -> list[dict]:
         stream.close()
 
 
+def fail(message: str) -> None:
+    raise UserError(f"{message} (--help lists the flags)")
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, then the flags."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (--help lists the flags)")
-
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        options = dict(f.metadata)
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    parser = argparse.ArgumentParser(description=__doc__[:82], argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for f in fields(Config):
+        options, default = dict(f.metadata), f.default_factory()
         options["help"] += "" if default is None else f" (default: {default})"
         if "bool" in f.type:
             options["action"] = "store_true"
@@ -1085,7 +973,7 @@ def parse(argv: list[str] | None = None) -> Config:
             options["type"] = count if "int" in f.type else float if "float" in f.type else str
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    short = Path(given.get("model", Config.model)).name.removesuffix("-deduped")
+    short = Path(given.get("model", Config().model)).name.removesuffix("-deduped")
     return Config(**PRESETS.get(short, {}) | given)
 
 

@@ -91,7 +91,7 @@ class Comparison:
             sae.load_state_dict(torch.load(path, weights_only=True))
             return sae.eval(), row
         splice = Splice(sae, self.lm)
-        log = Log("MSE", config.batch, [splice], [self.folder], config, self.lm, self.stream)
+        log = Log("MSE", [splice], [self.folder], config, self.lm, self.stream)
         saeft.train_mse(self.lm, self.stream, [sae], self.n_mse, config, log)
         seconds = time.perf_counter() - start
         torch.save(sae.eval().state_dict(), path)
