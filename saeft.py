@@ -84,9 +84,9 @@ class Config:
     log_ce: bool = flag(False, "measure CE on 32 held-out sequences for each of these lines")
 
 
-TINY = dict(layer=3, k=[8], d_sae=1024, data="stdlib", context=128, method=["kl", "mse"])
-TINY |= dict(tokens=1_500_000, kl_tokens=300_000, batch=4096, buffer=2000, kl_lr=2e-4, warmup=30)
-TINY |= dict(dead_after=100_000, eval_tokens=100_000, log_every=10)
+TINY = dict(layer=2, k=[16], d_sae=1024, data="stdlib", context=128, method=["kl", "mse"])
+TINY |= dict(tokens=1_600_000, kl_tokens=400_000, batch=1024, buffer=2000, lr=1e-3, kl_lr=1.5e-3)
+TINY |= dict(warmup=50, dead_after=200_000, eval_tokens=100_000, log_every=20)
 GEMMA = dict(dtype="bfloat16", kl_batch=2)
 PRESETS = {"tiny": TINY, "gemma-2-2b": GEMMA | {"layer": 12}, "gemma-2-9b": GEMMA}
 PRESETS["pythia-160m"] = dict(layer=8)

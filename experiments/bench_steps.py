@@ -20,12 +20,12 @@ from saeft import METHODS, SAE, ActivationBuffer, adam, update
 def buffer_step(args, lm, size: int):
     """A buffer of `size` sequences, a step that serves and refills half of it, and its tokens."""
     ids = torch.randint(args.config["vocab_size"], (max(1, 8192 // args.t), args.t))
-    stream = SimpleNamespace(train=lambda start, count: ids[:count])  # 8192 tokens at most
+    stream = SimpleNamespace(train=lambda start, n: ids[torch.arange(n) % len(ids)])
     config = saeft.Config(layer=args.layer, context=args.t, batch=args.n[0], buffer=size)
     buffer = ActivationBuffer(lm, stream, 10**9, config)
 
     def step():
-        while len(buffer.free) < len(buffer.rows) // 2:
+        while buffer.used < len(buffer.rows) // 2:
             buffer.next_batch(config.batch)
         buffer.refill()
 
