@@ -1,6 +1,7 @@
 # make demo      train an SAE on the embedded model and fine-tune it: two minutes, no network
 # make test      the tests
 # make compare   every method of the paper on the embedded model: about 15 minutes
+# make picture   the demo with CE measured along the way: runs/picture/loss.png
 # make bench     time and memory of each stage beside its floor
 # TORCH=torch    installs PyTorch's newest build (with CUDA on Linux) instead of this one
 TORCH ?= torch==2.13.0
@@ -15,8 +16,12 @@ test: .venv/test
 	$(RUN) -m pytest -q test_saeft.py
 
 compare: .venv/plot
-	$(RUN) experiments/compare.py
+	$(RUN) experiments/compare.py --tokens 400k --kl-tokens 100k --eval-tokens 30k --buffer 600
 	$(RUN) experiments/plot.py runs/compare
+
+picture: .venv/plot
+	$(RUN) saeft.py --overwrite --log-ce --name picture
+	$(RUN) experiments/plot.py runs/picture
 
 bench: .venv/main
 	$(RUN) experiments/bench.py
@@ -35,4 +40,4 @@ bench: .venv/main
 	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers
 	touch $@
 
-.PHONY: demo test compare bench
+.PHONY: demo test compare picture bench

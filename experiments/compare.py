@@ -26,19 +26,8 @@ from saeft import SAE, Log, Splice, evaluate
 
 # method, rank. Ranks of a model of 128 dimensions; the paper has 2 to 64 at D = 768 and 2304.
 AT_K = [("mse", 0), ("kl-only", 0), ("lora-sae", 2), ("lora-sae", 16), ("lora-lm", 16)]
-AT_K += [("lora-lm-after", 16), ("linear-adapter", 16), ("linear-adapter", 128)]
-AT_K += [("mlp-adapter", 16), ("kl+linear-adapter", 16)]
-
-
-def settings() -> tuple[argparse.Namespace, saeft.Config]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ks", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
-    args, rest = parser.parse_known_args()
-    config = saeft.parse(rest)
-    saeft.check(config)
-    return args, config
+AT_K += [("lora-lm-after", 16), ("linear-adapter", 16), ("mlp-adapter", 16)]
+AT_K += [("kl+linear-adapter", 16)]
 
 
 class Comparison:
@@ -55,16 +44,15 @@ class Comparison:
         self.lm = saeft.load_lm(config.model, self.device, getattr(torch, config.dtype))
         tokenizer, sizes = saeft.load_tokenizer(config.model), (config.tokens, config.eval_tokens)
         self.stream = saeft.TokenStream(config.data, tokenizer, config.context, *sizes)
-        n = self.stream.n_train
-        self.n, self.n_mse = n, n - n * config.kl_tokens // config.tokens
+        self.n = n = self.stream.n_train
+        self.n_mse = n - n * config.kl_tokens // config.tokens
 
     def new_sae(self, config) -> SAE:
         torch.manual_seed(config.seed)
-        sizes = (self.lm.W_U.shape[1], config.d_sae, config.k[0])
-        return SAE(*sizes, config.sae).to(self.device)
+        d_model = self.lm.W_U.shape[1]
+        return SAE(d_model, config.d_sae, config.k[0], config.sae).to(self.device)
 
     def row(self, name: str, config, splice: Splice, seconds: float, before: dict | None) -> dict:
-        """Evaluates one method, and keeps the row."""
         model, (figures,) = evaluate(self.lm, config.layer, self.stream.validation(), [splice])
         trained = sum(p.numel() for p in splice.trained.parameters() if p.requires_grad)
         row = {"method": name, "sae": config.sae, "k": config.k[0], "seed": config.seed}
@@ -73,9 +61,8 @@ class Comparison:
             row["gap_closed"] = 1 - row["gap"] / before["gap"]
             row["cost"] = seconds / before["seconds"]
         self.all["rows"].append(row)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.all, indent=1))
-        temporary.replace(self.file)
+        (new := self.file.with_suffix(".tmp")).write_text(json.dumps(self.all, indent=1))
+        new.replace(self.file)
         print(f"-- {name} {config.sae} K {config.k[0]} seed {config.seed}: gap {row['gap']:.4f}")
         return row
 
@@ -84,7 +71,6 @@ class Comparison:
         return next((row for row in self.all["rows"] if key.items() <= row.items()), None)
 
     def mse(self, config) -> tuple[SAE, dict]:
-        """The MSE SAE that the fine-tunes start from, trained or read."""
         sae, start = self.new_sae(config), time.perf_counter()
         path = self.folder / f"{config.sae}-k{config.k[0]}-seed{config.seed}.pt"
         if (row := self.known("MSE", config)) and path.exists():
@@ -98,12 +84,10 @@ class Comparison:
         return sae, self.row("MSE", config, splice, seconds, None)
 
     def finetune(self, name: str, method: str, config, sae: SAE, before: dict, first: int) -> None:
-        """Sequences first.. with one method, from one SAE."""
-        if self.known(name, config):
+            if self.known(name, config):
             return
         torch.manual_seed(config.seed)
-        start, l0s, folders = time.perf_counter(), [before], [self.folder]
-        span = (first, self.n, l0s, config, folders)
+        start, span = time.perf_counter(), (first, self.n, [before], config, [self.folder])
         (splice,) = saeft.finetune_by(method, self.lm, self.stream, [sae], *span)
         self.row(name, config, splice, time.perf_counter() - start, before)
 
@@ -146,9 +130,14 @@ def print_table(rows: list[dict]) -> None:
         print(f"{label:34}{figures}{mean('seconds'):10.1f}{mean('cost'):10.2f}")
 
 
-def main() -> str | None:
+def main() -> str | None:  # the error, for sys.exit
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
+    args, rest = parser.parse_known_args()
     try:
-        args, config = settings()
+        saeft.check(config := saeft.parse(rest))
         comparison = Comparison(args.folder, config)
         for seed in range(args.seeds):
             comparison.run(args.ks, seed)

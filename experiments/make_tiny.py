@@ -49,19 +49,15 @@ def source_files(folder: str) -> list[str]:
 
 def train_tokenizer(texts: list[str], vocab: int):
     """A byte-level BPE in GPT-NeoX's form: NFC, the GPT-2 split pattern, <|endoftext|> = 0."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    except ImportError:
-        sys.exit("learning a vocabulary needs the tokenizers package: pip install tokenizers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    settings = dict(vocab_size=vocab, special_tokens=["<|endoftext|>"])
+    settings["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**settings))
     return tokenizer
 
 
