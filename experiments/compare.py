@@ -84,7 +84,7 @@ class Comparison:
         return sae, self.row("MSE", config, splice, seconds, None)
 
     def finetune(self, name: str, method: str, config, sae: SAE, before: dict, first: int) -> None:
-            if self.known(name, config):
+        if self.known(name, config):
             return
         torch.manual_seed(config.seed)
         start, span = time.perf_counter(), (first, self.n, [before], config, [self.folder])

@@ -62,7 +62,6 @@ def train_tokenizer(texts: list[str], vocab: int):
 
 
 def batch(sources: list[torch.Tensor], size: int, context: int) -> torch.Tensor:
-    """Random windows [size, context + 1], as many from each source."""
     offsets = torch.arange(context + 1)
     picks = [
         s[torch.randint(len(s) - context, (size // len(sources), 1)) + offsets] for s in sources
