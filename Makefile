@@ -16,7 +16,7 @@ test: .venv/test
 	$(RUN) -m pytest -q test_saeft.py
 
 compare: .venv/plot
-	$(RUN) experiments/compare.py --tokens 400k --kl-tokens 100k --eval-tokens 30k --buffer 600
+	$(RUN) experiments/compare.py --tokens 300k --kl-tokens 80k --eval-tokens 25k --buffer 500
 	$(RUN) experiments/plot.py runs/compare
 
 picture: .venv/plot

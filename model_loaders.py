@@ -1,19 +1,7 @@
 """What touches disk or network: the Hub, safetensors, tokenizers, token streams."""
 
-import gzip
-import hashlib
-import io
-import json
-import math
-import os
-import random
-import re
-import sys
-import sysconfig
-import tempfile
-import threading
-import unicodedata
-import zlib
+import gzip, hashlib, io, json, math, os, random, re
+import sysconfig, tempfile, threading, unicodedata, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -29,7 +17,6 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
 
 # ---- Models on the Hub or in a folder ---------------------------------------------------------
-
 SIZES = "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split()
 MODELS = {f"pythia-{n}{d}": f"EleutherAI/pythia-{n}{d}" for n in SIZES for d in ("", "-deduped")}
 MODELS |= {"gemma-2-2b": "google/gemma-2-2b", "gemma-2-9b": "google/gemma-2-9b"}
@@ -67,11 +54,14 @@ def hub_errors(repo: str, filename: str = "such file"):
 
 @contextmanager
 def file_errors(what: str):
-    """Turn what goes wrong with a file or its content into UserError: `what`, and why."""
+    """Turn whatever goes wrong with a file or its content into UserError: `what`, and why."""
     try:
         yield
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise UserError(f"{what} ({error!r:.300})") from error
+    except UserError:
+        raise
+    except Exception as error:  # the disk's or the content's: each decompressor has its own
+        advice = ": pip install zstandard" if isinstance(error, ImportError) else ""
+        raise UserError(f"{what} ({error!r:.300}){advice}") from error
 
 
 def fetch(name: str, filename: str) -> Path:
@@ -109,15 +99,9 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def read_json(path: Path, text: bytes | None = None) -> dict:
-    """The JSON object in a file, or in `text` from it. Raises UserError, also for a double key."""
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice in a JSON object")
-        return dict(pairs)
-
+    """The JSON object in a file, or in `text` from it. Raises UserError."""
     with file_errors(f"cannot read {path}"):
-        return {**json.loads((text or path.read_bytes()).decode(), object_pairs_hook=unique)}
+        return {**json.loads((text or path.read_bytes()).decode())}
 
 
 def read_safetensors(path: Path, device, dtype: torch.dtype | None = None) -> dict:
@@ -175,7 +159,6 @@ def save_sae(folder: Path | str, tensors: dict[str, torch.Tensor], cfg: dict):
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
-
 # The two kinds that are read: every text and option that is on, but for those that change no id.
 NEUTRAL = 'unk_token|fuse_unk|trim_offsets|behavior|use_regex": true|type": "(?:Seq|Fuse)'
 SETTING = rf'"(?!{NEUTRAL})(\w+": (?!null|""|(?<!use_regex": )false)[^][{{}},]+)'
@@ -226,11 +209,9 @@ def _is_gemma(spec: dict) -> bool:
 
 def _made_by_merges(merges: list) -> list[str]:
     """The tokens that merging makes, in the order of the merges that complete them.
-
     The reference merges pairs from a list, tiktoken any neighbours whose concatenation has a rank.
     They agree if a token's rank is that of the merge which completes it when it is encoded alone,
-    none if none does: what is outside a token never changes what happens inside.
-    """
+    none if none does: what is outside a token never changes what happens inside."""
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
     order, made = {pair: rank for rank, pair in enumerate(pairs)}, {}
     for token in {left + right for left, right in pairs}:
@@ -258,11 +239,9 @@ def _any_of(texts) -> re.Pattern:
 
 class Tokenizer:
     """A parsed `tokenizer.json`; ids are always those of the reference library, `tokenizers`.
-
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: transformers' form
     of a SentencePiece model, ▁ for a space); UserError for any other. n_vocab: the largest id + 1.
-    eos_id: the token between documents. bos_id: None without a <bos>. fingerprint: of the file.
-    """
+    eos_id: the token between documents. bos_id: None without a <bos>. fingerprint: of the file."""
 
     def __init__(self, spec: dict):
         gemma, vocab = _is_gemma(spec), spec["model"]["vocab"]
@@ -274,7 +253,6 @@ class Tokenizer:
         self._normalize = _spaces if gemma else _nfc if spec.get("normalizer") else str
         self._bytes = {i: _token_bytes(token, gemma) for token, i in ids.items()}
         self._fallback = {i for token, i in ids.items() if gemma and token in SPM_BYTES}
-
         made = [t for t in _made_by_merges(spec["model"]["merges"]) if " " not in t]  # unreachable
         runs = NEOX_RUNS if {text for text in added if " " in text} == NEOX_RUNS else set()
         byte_names = SPM_BYTES if gemma else GPT2_BYTES
@@ -288,7 +266,6 @@ class Tokenizer:
         split = r" *[^ ]+| +" if gemma else NEOX_SPLIT if runs else GPT2_SPLIT
         ranks = {token: rank for rank, token in enumerate(entries)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
-
         cut = [token for token in spec["added_tokens"] if token["content"] not in runs]
         late = {self._normalize(t["content"]): t["id"] for t in cut if t["normalized"]}
         self._cut = _any_of(t["content"] for t in cut if not t["normalized"])
@@ -328,7 +305,6 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
 
 
 # ---- Documents and token streams --------------------------------------------------------------
-
 DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short name -> Hub dataset
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
@@ -351,9 +327,7 @@ def documents(data: str):
             file = io.BufferedReader(file, 1 << 22)
             if path.endswith(".gz"):
                 file = gzip.open(file)
-            if path.endswith(".zst") and sys.version_info >= (3, 14):
-                file = import_module("compression.zstd").ZstdFile(file)
-            elif path.endswith(".zst"):
+            if path.endswith(".zst"):
                 unpacker = import_module("zstandard").ZstdDecompressor()
                 file = unpacker.stream_reader(file, read_across_frames=True)
             lines = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="\n")
@@ -385,17 +359,12 @@ def source_files(data: str, on_hub: bool = True) -> list[tuple[str, int]]:
 @contextmanager
 def opened(path: str):
     """The bytes of a file on the disk or the Hub; whatever fails meanwhile is a UserError."""
-    hub = path.startswith("hf://")
-    try:
-        with hub_errors("/".join(path.split("/")[2:5])) if hub else nullcontext():
-            file = hf.HfFileSystem().open(path, cache_type="none") if hub else open(path, "rb")
-            with file:
-                yield file
-    except UserError:
-        raise
-    except Exception as error:  # the disk's, or a damaged file's: each decompressor has its own
-        advice = "pip install zstandard" if isinstance(error, ImportError) else "is it damaged?"
-        raise UserError(f"cannot read {path} ({error}): {advice}") from error
+    on_hub, repo = path.startswith("hf://"), "/".join(path.split("/")[2:5])
+    with file_errors(f"cannot read {path}"), hub_errors(repo) if on_hub else nullcontext():
+        with (
+            hf.HfFileSystem().open(path, cache_type="none") if on_hub else open(path, "rb") as file
+        ):
+            yield file
 
 
 def _cut(lines, path: str):
@@ -415,26 +384,20 @@ def _cut(lines, path: str):
     yield text
 
 
-# --- Token ids -------------------------------------------------------------------------------
-
 TRAIN, VAL = False, True  # the two sides, as `held_out` tells them; indices of the lists below
 BATCH, BLOCK = 64, 1 << 22  # documents tokenised, and bytes of ids fetched, at a time
 
 
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
-
     `data`: for `documents`, or ids: Pythia's training data, or a .bin (flat uint16, uint32 above
     65,536 ids). Documents, end-of-text after each, are cut into sequences of `context` ids, the
-    first being bos if there is one. UserError for an unknown, short or failing source, when known.
-    """
+    first being bos if there is one. UserError for an unknown, short or failing source."""
 
-    def __init__(
-        self, data, tokenizer, context, train_tokens, eval_tokens, cache=None, allow_short=False
-    ):
+    def __init__(self, data, tokenizer, context, train, val, cache=None, allow_short=False):
         self.data, self.tokenizer, self.context = DATASETS.get(data, data), tokenizer, context
         self.stride = context - (tokenizer.bos_id is not None)  # ids of the stream in a sequence
-        self.asked, self.allow_short = (train_tokens, eval_tokens), allow_short
+        self.asked, self.allow_short = (train, val), allow_short  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         files = [(*file, os.path.getmtime(file[0])) for file in source_files(self.data, False)]

@@ -5,21 +5,13 @@
     python saeft.py --model gemma-2-2b --k 40 80     # two SAEs on one activation stream
 
 The method is "Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need"
-(Karvonen 2025, arXiv 2503.17272). In the order of this file: settings, the language models, the
-SAE, the KL loss, the activation buffer, phase one (MSE), phase two (KL+MSE), evaluation, command.
+(Karvonen 2025, arXiv 2503.17272).
 Shapes: N tokens, B sequences, T context, D d_model, F d_sae, V vocabulary, K active latents.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import math
-import os
-import shutil
-import sys
-import time
+import argparse, copy, json, math, os, shutil, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -88,8 +80,8 @@ TINY = dict(layer=2, k=[16], d_sae=1024, data="stdlib", context=128, method=["kl
 TINY |= dict(tokens=1_600_000, kl_tokens=400_000, batch=1024, buffer=2000, lr=1e-3, kl_lr=1.5e-3)
 TINY |= dict(warmup=50, dead_after=200_000, eval_tokens=100_000, log_every=20)
 GEMMA = dict(dtype="bfloat16", kl_batch=2)
-PRESETS = {"tiny": TINY, "gemma-2-2b": GEMMA | {"layer": 12}, "gemma-2-9b": GEMMA}
-PRESETS["pythia-160m"] = dict(layer=8)
+PRESETS = {"tiny": TINY, "pythia-160m": {"layer": 8}, "gemma-2-9b": GEMMA}
+PRESETS["gemma-2-2b"] = GEMMA | {"layer": 12}
 
 
 # ---- Language models: what both families share -----------------------------------------------
@@ -712,10 +704,9 @@ def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: i
 
 
 # name -> (lm, a copy of the MSE SAE, config) -> what to train. experiments/baselines.py adds more.
-METHODS = {
-    "kl": lambda lm, sae, config: Splice(sae, lm),
-    "kl-only": lambda lm, sae, config: Splice(sae, lm, "kl-only"),
-    "mse": lambda lm, sae, config: Splice(sae, lm, "mse"),  # the control
+METHODS = {  # "mse" is the control
+    loss: lambda lm, sae, config, loss=loss: Splice(sae, lm, loss)
+    for loss in ("kl", "kl-only", "mse")
 }
 
 
@@ -830,9 +821,8 @@ def check(config: Config) -> None:
         raise UserError(f"--layer {config.layer}: {config.model} has layers 0 to {n_layers - 1}")
     config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14) if config.lr is None else config.lr
     if config.data is None:
-        short = Path(config.model).name
-        pythia = "pythia-deduped" if short.endswith("-deduped") else "pythia"
-        config.data = pythia if short.startswith("pythia") else "c4"
+        name = Path(config.model).name  # Pythia's own data, or c4
+        config.data = "pythia" + name[-8:] * name.endswith("-deduped") if "pythia" in name else "c4"
 
 
 def find_device(name: str) -> torch.device:
@@ -890,7 +880,7 @@ def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> l
     train_mse(lm, stream, saes, n_mse, config, log)
     seconds, held_out = {"MSE": clock() - start}, stream.validation()
     for sae, folder in zip(saes, folders):
-        save(sae.eval(), folder / "before", config)
+        save(sae.eval(), folder / "before" if n_mse < total else folder, config)
     model, before = evaluate(lm, config.layer, held_out, splices)
     results = [{"MSE": row} if n_mse else {} for row in before]  # end to end, it is untrained
     for method in config.method if n_mse < total else []:
@@ -983,8 +973,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

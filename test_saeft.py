@@ -588,7 +588,7 @@ def test_count_is_exact(unit, size):
 
 
 def test_flags_override_presets_override_defaults():
-    assert saeft.parse([]).k == [8] and saeft.parse([]).data == "stdlib"
+    assert saeft.parse([]).k == [16] and saeft.parse([]).data == "stdlib"
     given = ["--model", "pythia-160m-deduped", "--k", "20", "40", "--tokens", "1e6", "--overwrite"]
     config = saeft.parse(given)
     assert (config.layer, config.k, config.tokens, config.overwrite) == (8, [20, 40], 10**6, True)
@@ -777,7 +777,7 @@ def raw(header, size=8, length=None):
 
 
 def test_hostile_safetensors_are_refused(tmp_path):
-    path, a, no = tmp_path / "bad", json.dumps(one()["a"]).encode(), "'a' cannot be"
+    path, no = tmp_path / "bad", "'a' cannot be"
     sound = raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16)
     assert path.write_bytes(sound) and model_loaders.read_safetensors(path, "cpu").keys() == {
         "a",
@@ -788,8 +788,6 @@ def test_hostile_safetensors_are_refused(tmp_path):
     cases += [(f"header of {n:,} bytes", raw(b"", size, n)) for size, n in sizes]
     cases += [("not a mapping", raw([1], 0)), ("Expecting", raw(b"{'a': 1}", 0))]
     cases += [("utf-8", raw(x, 0)) for x in (b'{"\xff": 1}', '{"a": 1}'.encode("utf-16"))]
-    twice = (b'{"a": %s, "a": %s}' % (a, a), b'{"a": {"shape": [2], %s}' % a[1:])
-    cases += [("key occurs twice", raw(x)) for x in twice]
     cases += [("recursion", raw(b'{"a":' + b"[" * 200_000)), ("1 bytes at its end", raw(one(), 9))]
     cases += [(f"{x}", raw(one(x))) for x in ("F31", None)] + [("unhashable", raw(one(["F32"])))]
     cases += [("subscriptable", raw({"a": 3}, 0)), ("data_offsets", raw({"a": {}}, 0))]
@@ -861,7 +859,7 @@ def test_sae_files(tmp_path, monkeypatch):
     cfg = {"d_in": 6, "d_sae": 20, "k": 3, "metadata": {"model_name": "ü"}}
     model_loaders.save_sae(sae, tensors, cfg)
     assert same(safetensors.load_file(sae / "sae_weights.safetensors"), tensors)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="ZeroDivision"):
         patch.setattr(Path, "write_text", lambda *args: 1 / 0)  # interrupted, the weights written
         model_loaders.save_sae(sae, {k: t + 1 for k, t in tensors.items()}, {**cfg, "k": 4})
     assert sorted(os.listdir(sae)) == ["cfg.json", "sae_weights.safetensors"]
@@ -1152,7 +1150,7 @@ def test_unreadable(tmp_path, base, path, value, says):
 def test_damaged_file(tmp_path, text):
     if text:
         (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(model_loaders.UserError, match="cannot (be )?read"):
+    with pytest.raises(model_loaders.UserError, match="cannot read|has no tokenizer.json"):
         model_loaders.load_tokenizer(tmp_path)
 
 
@@ -1270,7 +1268,7 @@ def test_standard_library_without_tests_or_packages_and_the_split():
     [
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "line 3: no JSON object"),
         ("a.jsonl", b'["text"]\n', "line 1"),
-        ("a.jsonl.gz", gzip.compress(jsonl([os.urandom(999).hex()]))[:-20], "damaged"),
+        ("a.jsonl.gz", gzip.compress(jsonl([os.urandom(999).hex()]))[:-20], "cannot read"),
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.parquet", b"PAR1", "no text in"),
         ("a.bin", b"123" * 9, "must be a multiple of element size"),

@@ -25,7 +25,7 @@ import saeft
 from saeft import SAE, Log, Splice, evaluate
 
 # method, rank. Ranks of a model of 128 dimensions; the paper has 2 to 64 at D = 768 and 2304.
-AT_K = [("mse", 0), ("kl-only", 0), ("lora-sae", 2), ("lora-sae", 16), ("lora-lm", 16)]
+AT_K = [("mse", 0), ("kl-only", 0), ("lora-sae", 2), ("lora-lm", 16)]
 AT_K += [("lora-lm-after", 16), ("linear-adapter", 16), ("mlp-adapter", 16)]
 AT_K += [("kl+linear-adapter", 16)]
 
