@@ -240,7 +240,7 @@ def _any_of(texts) -> re.Pattern:
 class Tokenizer:
     """A parsed `tokenizer.json`; ids are always those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: transformers' form
-    of a SentencePiece model, ▁ for a space); UserError for any other. n_vocab: the largest id + 1.
+    of a SentencePiece model, ▁ is a space); UserError for any other. n_vocab: largest id + 1.
     eos_id: the token between documents. bos_id: None without a <bos>. fingerprint: of the file."""
 
     def __init__(self, spec: dict):

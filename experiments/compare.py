@@ -93,9 +93,8 @@ class Comparison:
 
     def end_to_end(self, config, before: dict) -> None:
         config = dataclasses.replace(config, kl_tokens=config.tokens)
-        tokens = self.stream.train(0, min(32, self.n)).to(self.device)
-        x = self.lm.prefix(tokens, config.layer)[:, self.lm.n_skip :].flatten(0, 1)
-        (sae := self.new_sae(config)).start_from(x)
+        sae = self.new_sae(config)
+        saeft.train_mse(self.lm, self.stream, [sae], 0, config, log=None)  # the start alone
         self.finetune("end to end", "kl", config, sae, before, first=0)
 
     def run(self, ks: list[int], seed: int) -> None:
