@@ -110,9 +110,25 @@ def single(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight' + bias. Fast path for float32 on the CPU: oneDNN's product, up to 1.5 times as fast
+    as that of the BLAS behind F.linear; it has no derivative, so only where none is recorded."""
+    if ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def linears(bias: bool, **shapes: tuple[int, int]) -> nn.ModuleDict:
     """Linear layers by their names in the checkpoint, each from (inputs, outputs)."""
-    return nn.ModuleDict({name: nn.Linear(*shape, bias=bias) for name, shape in shapes.items()})
+    return nn.ModuleDict({name: Linear(*shape, bias=bias) for name, shape in shapes.items()})
 
 
 class LanguageModel(nn.Module):
@@ -149,7 +165,7 @@ class LanguageModel(nn.Module):
 
     def unembed(self, resid: Tensor) -> Tensor:
         """Logits [..., V] of the last block's resid_post [..., D]."""
-        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
+        return soft_cap(linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]."""
@@ -386,7 +402,7 @@ class SparseAutoencode(torch.autograd.Function):
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select):
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
         centred = x - b_dec
-        acts = select(F.linear(centred, W_enc, b_enc))
+        acts = select(linear(centred, W_enc, b_enc))
         ctx.save_for_backward(centred, W_enc, W_dec, *acts)
         ctx.mark_non_differentiable(acts.latents, acts.offsets)
         return times(acts, W_dec) + b_dec, *acts
@@ -508,14 +524,15 @@ class SlicedKL(torch.autograd.Function):
             with torch.enable_grad():
                 resid = resid_q[rows].detach().requires_grad_()
                 normed = lm.final_norm(resid)
-            logits = single(soft_cap(normed.detach() @ lm.W_U.T, lm.logit_cap))
+            logits = single(soft_cap(linear(normed.detach(), lm.W_U), lm.logit_cap))
             log_q = logits.log_softmax(-1)
             p = log_p.exp()
             kl += (p * (log_p - log_q)).sum() / len(resid_q)
-            g = (log_q.exp() - p) / len(resid_q)
+            g = log_q.exp() - p
             if lm.logit_cap is not None:  # the derivative of c tanh(z / c) is 1 - tanh(z / c)^2
                 g *= 1 - (logits / lm.logit_cap) ** 2
-            (grad[rows],) = torch.autograd.grad(normed, resid, g.to(normed.dtype) @ lm.W_U)
+            g = linear(g.to(normed.dtype), lm.W_U.T) / len(resid_q)
+            (grad[rows],) = torch.autograd.grad(normed, resid, g)
         ctx.save_for_backward(grad)
         return kl
 

@@ -4,6 +4,7 @@
     python experiments/bench.py --model gemma-2-2b --t 1024          # on a GPU where there is one
     python experiments/bench.py --only sae --n 2048 8192 --k 20 80 320
     python experiments/bench.py --only kl --direct                   # beside the step done plainly
+    python experiments/bench.py --only sae kl --peers                # and the public libraries
     python experiments/bench.py --only memory                        # peaks of the KL step, any V
 
 A floor is the time of the stage's unavoidable products alone; the two take turns in one process.
@@ -42,21 +43,23 @@ def measure(args, label: str, n_tokens: int, steps: dict) -> float:
     for name in [name for name in steps if name != "floor"]:
         first = peak_memory(steps[name], args.device)  # the first step makes Adam's moments
         peaks[name] = peak_memory(steps[name], args.device) or first  # 0: peaks cannot be lowered
+    onednn, saeft.ONEDNN = saeft.ONEDNN, False  # the counter does not know its product
     with FlopCounterMode(display=False) as counter:
         steps.get("floor", bool)()
+    saeft.ONEDNN = onednn
     side, dtype = (8192, torch.bfloat16) if args.device.type == "cuda" else (1536, torch.float32)
     square = torch.rand(side, side, device=args.device, dtype=dtype)
     turns = steps | {"square": lambda: square @ square}
     seconds = median_seconds(turns, args.repeats, args.device)
     rate = 2 * side**3 / seconds["square"]
     for name in steps:
-        row = f"{name} {label if name != 'floor' else ''}".ljust(20)
+        row = f"{name} {label if name != 'floor' else ''}".ljust(22)
         row += f"{seconds[name]:9.4f} s {n_tokens / seconds[name]:13,.0f} /s"
         if "floor" in steps:
             share = counter.get_total_flops() / seconds[name] / rate
             row += f"{seconds[name] / seconds['floor']:8.2f} x{share:7.0%}"
         peak = f"{peaks[name] / 2**20:,.0f} MiB" if name in peaks else ""
-        print(f"{row:62}{peak:>12}", flush=True)
+        print(f"{row:64}{peak:>12}", flush=True)
     return next(iter(seconds.values())) / n_tokens
 
 
@@ -99,6 +102,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--model", default="pythia-160m", help="short name, tiny, or a folder")
     parser.add_argument("--only", nargs="+", choices=[*STAGES, "memory"], default=STAGES)
     parser.add_argument("--direct", action="store_true", help="beside kl, the step done plainly")
+    parser.add_argument("--peers", action="store_true", help="beside sae and kl, other libraries")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the language model")
     parser.add_argument("--layer", type=int)
@@ -127,7 +131,7 @@ def main() -> int:
         args, costs = settings(), {}
         print(f"{args.model}, {args.dtype}, {args.device}, torch {torch.__version__}", end=", ")
         print(f"{torch.get_num_threads()} threads; layer {args.layer}, F {args.d_sae}")
-        print("step".ljust(23) + "median       tokens   floors  of rate        peak")
+        print("step".ljust(25) + "median       tokens   floors  of rate        peak")
         for stage in args.only:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 costs[stage] = pool.submit(run_stage, stage, args).result()

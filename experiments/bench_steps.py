@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_peers as peers
 import torch
 from bench_tools import build, direct_step, unembed
 
@@ -62,7 +63,7 @@ def encoder_product(sae: SAE, n: int):
     """A step: the product of n activations with W_enc, in the precision in which SAEs run."""
     W_enc = sae.W_enc.detach().to(torch.bfloat16 if sae.W_enc.is_cuda else torch.float32)
     x = torch.randn(n, W_enc.shape[1], device=W_enc.device, dtype=W_enc.dtype)
-    return lambda: x @ W_enc.T
+    return torch.no_grad()(lambda: saeft.linear(x, W_enc))
 
 
 def sae(args):
@@ -80,7 +81,14 @@ def sae(args):
         sae.start_from(x)
         for k in args.k:
             sae.k = k
-            yield f"N {n} K {k}", n, {"sae": step, "floor": encoder_product(sae, n)}
+            steps = {"sae": step, "floor": encoder_product(sae, n)}
+            W_enc = sae.W_enc.detach()
+            steps["x @ W_enc.T"] = lambda: x @ W_enc.T
+            yield (
+                f"N {n} K {k}",
+                n,
+                steps | (peers.sae_steps(x, args.d_sae, k) if args.peers else {}),
+            )
 
 
 def kl_step(lm, sae: SAE, layer: int):
@@ -123,6 +131,9 @@ def kl(args):
     steps = {"kl": lambda: step(tokens), "floor": floor}
     if args.direct:
         steps["direct"] = direct_step(lm, copy.deepcopy(sae), tokens, args.layer)
+    if args.peers:
+        case = copy.deepcopy(sae), tokens, args.layer, lm.W_U.dtype
+        steps["transformers"] = peers.transformers_step(args.config, *case)
     yield f"{args.b} x {args.t}", tokens.numel(), steps
 
 

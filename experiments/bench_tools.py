@@ -93,24 +93,26 @@ def unembed(lm, lasts: list[torch.Tensor], backward: bool = False) -> None:
             logits @ lm.W_U
 
 
+def dense_reconstruct(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+    """The TopK SAE's x_hat of x [..., D], both products dense and left to autograd."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        pre = F.relu((x / sae.scale - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        top = pre.topk(sae.k, sorted=False)
+        f = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+        return ((f @ sae.W_dec + sae.b_dec) * sae.scale).float()
+
+
 def direct_step(lm, sae: SAE, tokens: torch.Tensor, layer: int):
     """A fine-tune step without any fast path: the whole model twice on tokens [B, T], full logits,
     autograd, a dense SAE. Precisions are those of saeft. The step returns the loss."""
     optimizer, skip = adam(sae, weight_decay=0.01), lm.n_skip
-
-    def reconstruct(x):
-        pre = F.relu((x / sae.scale - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-        top = pre.topk(sae.k, sorted=False)
-        f = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-        return (f @ sae.W_dec + sae.b_dec) * sae.scale
 
     def step():
         with torch.no_grad():
             p = single(lm(tokens)[:, skip:]).softmax(-1).flatten(0, 1)
         resid = lm.prefix(tokens, layer)
         x = single(resid[:, skip:])
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            x_hat = single(reconstruct(x))
+        x_hat = dense_reconstruct(sae, x)
         inserted = torch.cat([resid[:, :skip], x_hat.to(resid.dtype)], dim=1)
         logits = single(lm.unembed(lm.suffix(inserted, layer))[:, skip:])
         kl = F.kl_div(logits.log_softmax(-1).flatten(0, 1), p, reduction="batchmean")
