@@ -437,9 +437,10 @@ class SAE(nn.Module):
     K N largest of N tokens in training and later those above `threshold`, the running mean of the
     smallest one kept (arXiv 2412.06410); "relu", all that are positive."""
 
-    def __init__(self, d_model: int, d_sae: int, k: int, kind: str = "topk"):
+    def __init__(self, d_model: int, d_sae: int, k: int, kind="topk", autocast: bool = True):
         super().__init__()
         self.k, self.kind = k, kind
+        self.autocast = autocast  # bfloat16 products on CUDA; the parameters stay float32
         directions = F.normalize(torch.randn(d_sae, d_model), dim=-1)
         self.W_enc, self.W_dec = nn.Parameter(directions.clone()), nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -447,7 +448,6 @@ class SAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("threshold", torch.zeros(()))
         self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
-        self.autocast = True  # bfloat16 products on CUDA; the parameters stay float32
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
@@ -621,8 +621,9 @@ def update(loss: Tensor, module: nn.Module, optimizer: torch.optim.AdamW, lr: fl
         F.normalize(module.W_dec.data, dim=-1, out=module.W_dec.data)
 
 
-def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config: Config, log):
+def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config: Config):
     """Phase one on the first n_sequences (0: only the start); all SAEs see the same batches.
+    Yields (step, steps, each SAE's figures) of each step.
     loss = mean_n ||x - x_hat||^2 + AuxK / 32, or + lambda * sparsity for ReLU; on x / scale."""
     buffer = ActivationBuffer(lm, stream, n_sequences or min(32, stream.n_train), config)
     for sae in saes:
@@ -634,6 +635,7 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
     for step in range(steps):
         x = buffer.next_batch(config.batch)
         lr = config.lr * lr_factor(step, steps, config.warmup, decay=0.2)
+        rows = []
         for i, (sae, optimizer) in enumerate(zip(saes, optimizers)):
             x_hat, acts = sae(x)
             loss = mse = ((x - x_hat) / sae.scale).pow(2).sum(-1).mean()
@@ -646,7 +648,8 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
             idle[i] = (idle[i] + len(x)) * (fires == 0)
             if step % config.log_every == 0:  # not at each step: it waits for the device
                 dead[i] = (idle[i] > config.dead_after).nonzero()[:, 0]
-            log(i, step, steps, loss, mse=mse.detach(), l0=acts.l0)
+            rows.append({"loss": loss.detach(), "mse": mse.detach(), "l0": acts.l0})
+        yield step, steps, rows
 
 
 # ---- Phase two: KL+MSE on whole sequences ----------------------------------------------------
@@ -684,23 +687,23 @@ def finetune_loss(s: Splice, last_p: Tensor, last_q: Tensor, x: Tensor, x_hat: T
     """(beta KL + MSE) / 2, and what to log; last_p, last_q: last resid_post [N, D] of the original
     model and with x_hat [N, D]. beta = MSE / KL, new for every batch: both halves weigh alike."""
     mse = F.mse_loss(x_hat, single(x))
-    loss, seen = mse, {"mse": mse.detach(), "l0": acts.l0}
+    loss, figures = mse, {"mse": mse.detach(), "l0": acts.l0}
     if s.loss != "mse":
         kl = loss = SlicedKL.apply(last_p, last_q, s.lm)
-        seen |= {"kl": kl.detach(), "beta": (mse / (kl + 1e-8)).detach()}
+        figures |= {"kl": kl.detach(), "beta": (mse / (kl + 1e-8)).detach()}
     if s.loss == "kl":
-        loss = (seen["beta"] * kl + mse) / 2
+        loss = (figures["beta"] * kl + mse) / 2
     if getattr(s.insert, "kind", None) == "relu":
         # lambda was set beside the squared norm on x / scale, which is D / scale^2 times this MSE.
         loss = loss * x.shape[1] / s.insert.scale**2 + s.l1 * s.insert.sparsity(acts)
         s.l1 *= 1.001 if acts.l0 > s.l0_target else 0.999
-    return loss, seen
+    return loss, figures
 
 
-def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: int, config, log):
+def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: int, config):
     """Phase two: sequences start..stop in order; all splices see the same ones, and share blocks
     0..L with the original. The rate falls linearly to 0; where this phase is the whole training
-    (end to end), rate and schedule are those of phase one."""
+    (end to end), rate and schedule are those of phase one. Yields as `train_mse` does."""
     steps, layer = max(1, (stop - start) // config.kl_batch), config.layer
     whole = config.kl_tokens == config.tokens
     peak, *schedule = (config.lr, config.warmup, 0.2) if whole else (config.kl_lr, 0, 1.0)
@@ -712,10 +715,12 @@ def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: i
             resid = last_p = lm.prefix(tokens, layer)
             if any(s.loss != "mse" for s in splices):
                 last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
-        for i, (s, optimizer) in enumerate(zip(splices, optimizers)):
-            loss, seen = finetune_loss(s, last_p, *s.run(tokens, resid, layer))
+        rows = []
+        for s, optimizer in zip(splices, optimizers):
+            loss, figures = finetune_loss(s, last_p, *s.run(tokens, resid, layer))
             update(loss, s.trained, optimizer, peak * lr_factor(step, steps, *schedule))
-            log(i, step, steps, loss, **seen)
+            rows.append({"loss": loss.detach()} | figures)
+        yield step, steps, rows
     for s in splices:
         s.insert.eval(), s.lm.eval()
 
@@ -773,52 +778,6 @@ def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice]) -> tuple[dic
 
 
 # ---- A run, from the command line to its report ----------------------------------------------
-class Log:
-    """A phase's progress line, and its lines in the metrics.jsonl of each splice's folder."""
-
-    def __init__(self, phase: str, splices: list[Splice], folders: list[Path], config, lm, stream):
-        self.phase, self.splices, self.folders, self.config = phase, splices, folders, config
-        self.lm, self.stream, self.start, self.tenth = lm, stream, time.perf_counter(), 0
-        self.losses = [[] for _ in splices]  # since the last line
-        self.good = [copy.deepcopy(s.insert) for s in splices]  # as of the last line
-
-    def __call__(self, i: int, step: int, steps: int, loss: Tensor, **metrics) -> None:
-        """Takes the figures of splice i. UserError where a loss since the last line is not finite;
-        the SAEs are then saved as they were at that line."""
-        config, s, phase = self.config, self.splices[i], self.phase
-        self.losses[i].append(loss.detach())
-        if (step + 1) % config.log_every and step + 1 < steps:
-            return  # no wait for the device in between
-        losses, self.losses[i] = torch.stack(self.losses[i]).tolist(), []
-        for at, value in enumerate(losses, step + 1 - len(losses)):
-            if not math.isfinite(value):
-                for insert, folder in zip(self.good, self.folders):
-                    save(insert, folder, config)
-                text = f"the loss of phase {phase} is {value} at step {at}: lower its rate"
-                raise UserError(f"{text}. The last good SAE is in {self.folders[i]}")
-        if all(p.isfinite().all() for p in s.insert.parameters()):
-            self.good[i] = copy.deepcopy(s.insert)
-        if config.log_ce:
-            s.trained.eval()
-            model, (row,) = evaluate(self.lm, config.layer, self.stream.validation()[:32], [s])
-            s.trained.train()
-            metrics |= {"ce": row["ce"], "ce_original": model["ce_original"]}
-        metrics = {name: float(value) for name, value in metrics.items()}
-        size = config.batch if phase == "MSE" else config.kl_batch * config.context
-        tokens, seconds = (step + 1) * size, time.perf_counter() - self.start
-        line = {"phase": phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
-        with open(self.folders[i] / "metrics.jsonl", "a") as file:
-            print(json.dumps(line | {"loss": sum(losses) / len(losses)} | metrics), file=file)
-        live, tenth = sys.stdout.isatty(), 10 * (step + 1) // steps
-        if i == 0 and (live or tenth > self.tenth):
-            self.tenth, minutes = tenth, seconds / 60 * (steps / (step + 1) - 1)
-            text = f"{phase}: {tokens / 1e6:.2f}M of {steps * size / 1e6:.2f}M tokens"
-            text += f", {tokens / seconds:,.0f}/s, {minutes:.1f} minutes left"
-            text += "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-            end = "" if live and step + 1 < steps else "\n"
-            print(f"\r{text}\033[K" if live else text, end=end, flush=True)
-
-
 def check(config: Config) -> None:
     """Fills in what depends on the model; UserError for settings that cannot be, with the value."""
     for name in "tokens d_sae context batch kl_batch buffer log_every rank".split():
@@ -851,18 +810,6 @@ def find_device(name: str) -> torch.device:
     return torch.device(names[n > 0] if name == "auto" else name)
 
 
-def run_folders(config: Config) -> list[Path]:
-    """A folder for each K; UserError where another run has it."""
-    name = config.name or f"{Path(config.model).name}-{config.sae}-k{{k}}-seed{config.seed}"
-    name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
-    folders = [Path(config.out) / name.replace("{k}", str(k)) for k in config.k]
-    for folder in folders:
-        replaced = config.overwrite and (folder / "config.json").exists()
-        if folder.exists() and not replaced and (folder.is_file() or any(folder.iterdir())):
-            raise UserError(f"{folder} holds another run: choose a --name, or pass --overwrite")
-    return folders
-
-
 def save(insert: nn.Module, folder: Path, config: Config) -> None:
     """A method's SAE, in SAELens's layout."""
     sae = insert.merged() if hasattr(insert, "merged") else getattr(insert, "sae", insert)
@@ -874,93 +821,155 @@ def save(insert: nn.Module, folder: Path, config: Config) -> None:
     model_loaders.save_sae(folder, tensors, cfg)
 
 
-def finetune_by(method: str, lm, stream, saes, start, stop, before, config, folders):
-    """Runs one method from each SAE; stages joined by + share the sequences and follow on."""
-    stages = method.split("+")
-    bounds = [start + (stop - start) * i // len(stages) for i in range(len(stages) + 1)]
-    for stage, first, last in zip(stages, bounds, bounds[1:]):
-        splices = [METHODS[stage](lm, copy.deepcopy(sae), config) for sae in saes]
-        for s, figures in zip(splices, before):
-            s.l1, s.l0_target = config.l1, figures["l0"]
-        log = Log(stage, splices, folders, config, lm, stream)
-        finetune(lm, stream, splices, first, last, config, log)
-        saes = [s.insert for s in splices]
-    return splices
+class Run:
+    """What a command line asks for: settings, model, tokens, and a folder for each K. Raises
+    UserError for what cannot be or is not there, before anything is written."""
 
+    def __init__(self, config: Config):
+        check(config)
+        self.config, self.device = config, find_device(config.device)
+        name = config.name or f"{Path(config.model).name}-{config.sae}-k{{k}}-seed{config.seed}"
+        name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
+        self.folders = [Path(config.out, name.replace("{k}", str(k))) for k in config.k]
+        torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
+        source = config.data, load_tokenizer(config.model), config.context
+        budget = config.tokens, config.eval_tokens
+        self.stream = TokenStream(*source, *budget, allow_short=config.allow_short)
+        self.n = n = self.stream.n_train  # sequences, the first n_mse for phase one
+        if config.allow_short:
+            total = n * config.context
+            config.tokens, config.kl_tokens = total, config.kl_tokens * total // config.tokens
+        self.n_mse = n - n * config.kl_tokens // config.tokens
+        self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
 
-def train(config: Config, lm, stream, saes: list[SAE], folders: list[Path]) -> list[dict]:
-    """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
-    clock, total = time.perf_counter, stream.n_train
-    n_mse = total - total * config.kl_tokens // config.tokens
-    start, splices = clock(), [Splice(sae, lm) for sae in saes]
-    log = Log("MSE", splices, folders, config, lm, stream)
-    train_mse(lm, stream, saes, n_mse, config, log)
-    seconds, held_out = {"MSE": clock() - start}, stream.validation()
-    for sae, folder in zip(saes, folders):
-        save(sae.eval(), folder / "before" if n_mse < total else folder, config)
-    model, before = evaluate(lm, config.layer, held_out, splices)
-    results = [{"MSE": row} if n_mse else {} for row in before]  # end to end, it is untrained
-    for method in config.method if n_mse < total else []:
-        start = clock()
-        splices = finetune_by(method, lm, stream, saes, n_mse, total, before, config, folders)
-        seconds[method] = clock() - start
-        _, after = evaluate(lm, config.layer, held_out, splices)
-        for s, row, rows, folder in zip(splices, after, results, folders):
-            row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"] if n_mse else None
-            rows[method] = row
-            save(s.insert, folder if method == config.method[0] else folder / method, config)
-    return [report(config, model, *one, seconds) for one in zip(folders, config.k, results)]
+    def new_saes(self) -> list[SAE]:
+        """An SAE for each K, from the seed."""
+        torch.manual_seed((config := self.config).seed)
+        shape, kind = (self.lm.W_U.shape[1], config.d_sae), (config.sae, not config.float32)
+        return [SAE(*shape, k, *kind).to(self.device) for k in config.k]
 
+    def follow(self, phase: str, splices: list[Splice], training) -> None:
+        """Runs a phase: `training` yields (step, steps, figures of each splice), which go to its
+        folder's metrics.jsonl and to a progress line. UserError where a loss is not finite; the
+        SAEs are then saved as they were at the last line."""
+        config, start, shown, losses = self.config, time.perf_counter(), 0, []
+        good = [copy.deepcopy(s.insert) for s in splices]
+        size = config.batch if phase == "MSE" else config.kl_batch * config.context
+        for step, steps, rows in training:
+            losses.append(torch.stack([row["loss"] for row in rows]))
+            if (step + 1) % config.log_every and step + 1 < steps:
+                continue  # no wait for the device in between
+            since, losses = torch.stack(losses), []  # [steps since the last line, splices]
+            for at, i in (~since.isfinite()).nonzero()[:1].tolist():
+                for insert, folder in zip(good, self.folders):
+                    save(insert, folder, config)
+                text = f"phase {phase} is {since[at, i]} at step {step + 1 - len(since) + at}"
+                kept = f"The last good SAE is in {self.folders[i]}"
+                raise UserError(f"the loss of {text}: lower its rate. {kept}")
+            if all(p.isfinite().all() for s in splices for p in s.insert.parameters()):
+                good = [copy.deepcopy(s.insert) for s in splices]
+            tokens, seconds = (step + 1) * size, time.perf_counter() - start
+            line = {"phase": phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
+            for s, row, loss, folder in zip(splices, rows, since.mean(0), self.folders):
+                row |= {"loss": loss} | (self.ce(s) if config.log_ce else {})
+                row = {name: float(value) for name, value in row.items()}
+                with open(folder / "metrics.jsonl", "a") as file:
+                    print(json.dumps(line | row), file=file)
+            live, tenth = sys.stdout.isatty(), 10 * (step + 1) // steps
+            if live or tenth > shown:
+                shown, minutes = tenth, seconds / 60 * (steps / (step + 1) - 1)
+                text = f"{phase}: {tokens / 1e6:.2f}M of {steps * size / 1e6:.2f}M tokens"
+                text += f", {tokens / seconds:,.0f}/s, {minutes:.1f} minutes left"
+                figures = ((name, float(value)) for name, value in rows[0].items())
+                text += "".join(f", {name} {value:.4g}" for name, value in figures)
+                end = "" if live and step + 1 < steps else "\n"
+                print(f"\r{text}\033[K" if live else text, end=end, flush=True)
 
-def report(config: Config, model: dict, folder: Path, k: int, results: dict, seconds: dict) -> dict:
-    """Writes report.json and prints the closing table; returns the report."""
-    before = results.get("MSE", {})
-    final = results.get(config.method[0], before | {"gap_closed": 0.0})
-    out = asdict(config) | {"k": k} | model
-    for name in ("ce", "gap", "fvu", "kl"):
-        out |= {f"{name}_mse": before.get(name), f"{name}_final": final[name]}
-    out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
-    out |= {"seconds": seconds, "results": results}
-    (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
-    rows = {"original": {"ce": model["ce_original"]}, "zero ablation": {"ce": model["ce_zero"]}}
-    names = "ce gap gap_closed kl fvu l0 dead".split()
-    print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names))
-    for label, row in (rows | results).items():
-        cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names)
-        print(f"{label:16}" + "".join(cells))
-    return out
+    def ce(self, s: Splice) -> dict[str, float]:
+        """CE on 32 held-out sequences, in the middle of training."""
+        s.trained.eval()
+        model, (row,) = evaluate(self.lm, self.config.layer, self.stream.validation()[:32], [s])
+        s.trained.train()
+        return {"ce": row["ce"], "ce_original": model["ce_original"]}
 
+    def finetune(self, method: str, saes: list[SAE], before: list[dict], first: int):
+        """A splice for each SAE after one method on the sequences from `first` on; stages joined by
+        + share them and follow on. `before`: what `evaluate` said of the SAEs."""
+        stages, n, config = method.split("+"), self.n - first, self.config
+        bounds = [first + n * i // len(stages) for i in range(len(stages) + 1)]
+        for stage, *span in zip(stages, bounds, bounds[1:]):
+            splices = [METHODS[stage](self.lm, copy.deepcopy(sae), config) for sae in saes]
+            for s, row in zip(splices, before):
+                s.l1, s.l0_target = config.l1, row["l0"]
+            self.follow(stage, splices, finetune(self.lm, self.stream, splices, *span, config))
+            saes = [s.insert for s in splices]
+        return splices
 
-def run(config: Config) -> list[dict]:
-    """A whole run; a report for each K, as in its report.json. Raises UserError."""
-    check(config)
-    folders, device = run_folders(config), find_device(config.device)
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
-    source = config.data, load_tokenizer(config.model), config.context
-    budget = config.tokens, config.eval_tokens
-    stream = TokenStream(*source, *budget, allow_short=config.allow_short)
-    if config.allow_short:
-        total = stream.n_train * config.context
-        config.tokens, config.kl_tokens = total, config.kl_tokens * total // config.tokens
-    lm = load_lm(config.model, device, getattr(torch, config.dtype))
-    saes = [SAE(lm.W_U.shape[1], config.d_sae, k, config.sae).to(device) for k in config.k]
-    for sae in saes:
-        sae.autocast = not config.float32
-    for folder, k in zip(folders, config.k):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        settings = json.dumps(asdict(config) | {"k": k}, indent=2)
-        (folder / "config.json").write_text(settings + "\n")
-    try:
-        return train(config, lm, stream, saes, folders)
-    except UserError:
-        for folder in folders:
-            if not (folder / "cfg.json").exists():
-                shutil.rmtree(folder)
-        raise
-    finally:
-        stream.close()
+    def train(self) -> list[dict]:
+        """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
+        config, clock, n_mse = self.config, time.perf_counter, self.n_mse
+        saes, start = self.new_saes(), clock()
+        splices = [Splice(sae, self.lm) for sae in saes]
+        self.follow("MSE", splices, train_mse(self.lm, self.stream, saes, n_mse, config))
+        seconds, held_out = {"MSE": clock() - start}, self.stream.validation()
+        methods = config.method if n_mse < self.n else []
+        for sae, folder in zip(saes, self.folders):
+            save(sae.eval(), folder / "before" if methods else folder, config)
+        model, before = evaluate(self.lm, config.layer, held_out, splices)
+        results = [{"MSE": row} if n_mse else {} for row in before]  # end to end, it is untrained
+        for method in methods:
+            start = clock()
+            splices = self.finetune(method, saes, before, n_mse)
+            seconds[method] = clock() - start
+            _, after = evaluate(self.lm, config.layer, held_out, splices)
+            for s, row, rows, folder in zip(splices, after, results, self.folders):
+                row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"] if n_mse else None
+                rows[method] = row
+                save(s.insert, folder if method == methods[0] else folder / method, config)
+        return [self.report(model, *one, seconds) for one in zip(self.folders, config.k, results)]
+
+    def report(self, model: dict, folder: Path, k: int, results: dict, seconds: dict) -> dict:
+        """Writes report.json and prints the closing table; returns the report."""
+        before = results.get("MSE", {})
+        final = results.get(self.config.method[0], before | {"gap_closed": 0.0})
+        out = asdict(self.config) | {"k": k} | model
+        for name in ("ce", "gap", "fvu", "kl"):
+            out |= {f"{name}_mse": before.get(name), f"{name}_final": final[name]}
+        out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
+        out |= {"seconds": seconds, "results": results}
+        (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
+        rows = {"original": {"ce": model["ce_original"]}, "zero ablation": {"ce": model["ce_zero"]}}
+        names = "ce gap gap_closed kl fvu l0 dead".split()
+        print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names))
+        for label, row in (rows | results).items():
+            cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names)
+            print(f"{label:16}" + "".join(cells))
+        return out
+
+    def make_folders(self) -> None:
+        """Empty but for config.json; UserError where another run has one of them."""
+        for folder in self.folders:
+            replaced = self.config.overwrite and (folder / "config.json").exists()
+            if folder.exists() and not replaced and (folder.is_file() or any(folder.iterdir())):
+                raise UserError(f"{folder} holds another run: choose a --name, or pass --overwrite")
+        for folder, k in zip(self.folders, self.config.k):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            settings = json.dumps(asdict(self.config) | {"k": k}, indent=2)
+            (folder / "config.json").write_text(settings + "\n")
+
+    def run(self) -> list[dict]:
+        """The whole run; a report for each K, as in its report.json. UserError where it fails."""
+        self.make_folders()
+        try:
+            return self.train()
+        except UserError:
+            for folder in self.folders:
+                if not (folder / "cfg.json").exists():
+                    shutil.rmtree(folder)
+            raise
+        finally:
+            self.stream.close()
 
 
 def fail(message: str) -> None:
@@ -986,7 +995,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(parse(argv))
+        Run(parse(argv)).run()
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2

@@ -465,10 +465,6 @@ class Stream:
         return self.tokens[start : start + count]
 
 
-def quiet(*args, **metrics):
-    pass
-
-
 @pytest.mark.parametrize("n_skip", [0, 1])
 @pytest.mark.parametrize("n_sequences", [3, 57])  # fewer and more than the buffer holds
 def test_buffer_serves_each_activation_once_and_mixes(n_skip, n_sequences):
@@ -500,8 +496,8 @@ def test_mse_phase_learns_and_saes_trained_together_equal_each_alone(lm, kind):
         torch.manual_seed(3)
         saes, seen = [SAE(32, 64, k, kind) for k in (4, 8)], []
         stream, saes = Stream(torch.randint(96, (60, 20))), [sae for sae in saes if sae.k in ks]
-        log = lambda i, step, steps, loss, mse, **metrics: seen.append(mse.item())
-        saeft.train_mse(lm, stream, saes, 60, Config(**LOOP), log)
+        for _, _, rows in saeft.train_mse(lm, stream, saes, 60, Config(**LOOP)):
+            seen += [row["mse"].item() for row in rows]
         assert sum(seen[-5:]) < 0.8 * sum(seen[:5])
         return [sae.state_dict() for sae in saes]
 
@@ -518,7 +514,7 @@ def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(
     seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
     monkeypatch.setattr(saeft, "update", lambda loss, module, optimizer, lr: seen.append(lr))
     config = Config(**LOOP | {"kl_tokens": kl_tokens})  # all tokens: phase one's rate and schedule
-    saeft.finetune(lm, stream, [Splice(small_sae(), lm)], 40, 60, config, quiet)
+    assert len(list(saeft.finetune(lm, stream, [Splice(small_sae(), lm)], 40, 60, config))) == 5
     assert stream.asked == list(range(40, 60)) and seen == pytest.approx(rates)
 
 
@@ -537,7 +533,7 @@ def test_methods_start_at_the_sae_and_leave_the_language_model_alone(lm, method,
     assert all(p.grad is not None for p in trained.values()) and len(trained) > 1
     before = copy.deepcopy(trained)
     stream = Stream(torch.randint(96, (20, 20)))
-    saeft.finetune(lm, stream, [s], 0, 20, Config(**LOOP), quiet)
+    list(saeft.finetune(lm, stream, [s], 0, 20, Config(**LOOP)))
     assert not any(torch.equal(before[name], p) for name, p in trained.items())
     assert not s.insert.training and not s.lm.training
     assert torch.equal(lm(TOKENS), logits)

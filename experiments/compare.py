@@ -9,6 +9,7 @@ as it is known; a run that was interrupted goes on where it stopped.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import statistics
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines  # noqa: F401  (adds its methods to saeft.METHODS)
 
 import saeft
-from saeft import SAE, Log, Splice, evaluate
+from saeft import SAE, Run, Splice, evaluate
 
 # method, rank. Ranks of a model of 128 dimensions; the paper has 2 to 64 at D = 768 and 2304.
 AT_K = [("mse", 0), ("kl-only", 0), ("lora-sae", 2), ("lora-lm", 16)]
@@ -31,85 +32,82 @@ AT_K += [("kl+linear-adapter", 16)]
 
 
 class Comparison:
-    """The rows so far, and what every cell of the table needs."""
+    """The rows so far, and the run whose model and tokens all cells share."""
 
-    def __init__(self, folder: Path, config: saeft.Config):
-        self.config, self.folder = config, folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "compare.json"
-        asked = dataclasses.asdict(config)
+    def __init__(self, folder: Path, base: Run):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.base, self.folder, self.file = base, folder, folder / "compare.json"
+        base.folders, asked = [folder], dataclasses.asdict(base.config)
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.all = known if known.get("config") == asked else {"config": asked, "rows": []}
-        self.device = saeft.find_device(config.device)
-        self.lm = saeft.load_lm(config.model, self.device, getattr(torch, config.dtype))
-        tokenizer, sizes = saeft.load_tokenizer(config.model), (config.tokens, config.eval_tokens)
-        self.stream = saeft.TokenStream(config.data, tokenizer, config.context, *sizes)
-        self.n = n = self.stream.n_train
-        self.n_mse = n - n * config.kl_tokens // config.tokens
 
-    def new_sae(self, config) -> SAE:
-        torch.manual_seed(config.seed)
-        d_model = self.lm.W_U.shape[1]
-        return SAE(d_model, config.d_sae, config.k[0], config.sae).to(self.device)
+    def cell(self, **changes) -> Run:
+        """The run with other settings."""
+        cell = copy.copy(self.base)
+        cell.config = dataclasses.replace(cell.config, **changes)
+        return cell
 
-    def row(self, name: str, config, splice: Splice, seconds: float, before: dict | None) -> dict:
-        model, (figures,) = evaluate(self.lm, config.layer, self.stream.validation(), [splice])
+    def key(self, name: str, config) -> dict:
+        return {"method": name, "sae": config.sae, "k": config.k[0], "seed": config.seed}
+
+    def known(self, name: str, config) -> dict | None:
+        key = self.key(name, config).items()
+        return next((row for row in self.all["rows"] if key <= row.items()), None)
+
+    def row(self, name: str, cell: Run, splice: Splice, seconds: float, before: dict | None):
+        held_out = cell.stream.validation()
+        model, (figures,) = evaluate(cell.lm, cell.config.layer, held_out, [splice])
         trained = sum(p.numel() for p in splice.trained.parameters() if p.requires_grad)
-        row = {"method": name, "sae": config.sae, "k": config.k[0], "seed": config.seed}
-        row |= model | figures | {"seconds": seconds, "trained": trained}
+        row = self.key(name, cell.config) | model | figures
+        row |= {"seconds": seconds, "trained": trained}
         if before:
             row["gap_closed"] = 1 - row["gap"] / before["gap"]
             row["cost"] = seconds / before["seconds"]
         self.all["rows"].append(row)
         (new := self.file.with_suffix(".tmp")).write_text(json.dumps(self.all, indent=1))
         new.replace(self.file)
-        print(f"-- {name} {config.sae} K {config.k[0]} seed {config.seed}: gap {row['gap']:.4f}")
+        print(f"-- {' '.join(map(str, self.key(name, cell.config).values()))}: {row['gap']:.4f}")
         return row
 
-    def known(self, name: str, config) -> dict | None:
-        key = {"method": name, "sae": config.sae, "k": config.k[0], "seed": config.seed}
-        return next((row for row in self.all["rows"] if key.items() <= row.items()), None)
-
-    def mse(self, config) -> tuple[SAE, dict]:
-        sae, start = self.new_sae(config), time.perf_counter()
+    def mse(self, cell: Run) -> tuple[SAE, dict]:
+        (sae,), config, start = cell.new_saes(), cell.config, time.perf_counter()
         path = self.folder / f"{config.sae}-k{config.k[0]}-seed{config.seed}.pt"
         if (row := self.known("MSE", config)) and path.exists():
             sae.load_state_dict(torch.load(path, weights_only=True))
             return sae.eval(), row
-        splice = Splice(sae, self.lm)
-        log = Log("MSE", [splice], [self.folder], config, self.lm, self.stream)
-        saeft.train_mse(self.lm, self.stream, [sae], self.n_mse, config, log)
+        splice = Splice(sae, cell.lm)
+        phase = saeft.train_mse(cell.lm, cell.stream, [sae], cell.n_mse, config)
+        cell.follow("MSE", [splice], phase)
         seconds = time.perf_counter() - start
         torch.save(sae.eval().state_dict(), path)
-        return sae, self.row("MSE", config, splice, seconds, None)
+        return sae, self.row("MSE", cell, splice, seconds, None)
 
-    def finetune(self, name: str, method: str, config, sae: SAE, before: dict, first: int) -> None:
-        if self.known(name, config):
+    def finetune(self, name: str, method: str, cell: Run, sae: SAE, before: dict) -> None:
+        if self.known(name, cell.config):
             return
-        torch.manual_seed(config.seed)
-        start, span = time.perf_counter(), (first, self.n, [before], config, [self.folder])
-        (splice,) = saeft.finetune_by(method, self.lm, self.stream, [sae], *span)
-        self.row(name, config, splice, time.perf_counter() - start, before)
+        torch.manual_seed(cell.config.seed)
+        start = time.perf_counter()
+        (splice,) = cell.finetune(method, [sae], [before], cell.n_mse)
+        self.row(name, cell, splice, time.perf_counter() - start, before)
 
-    def end_to_end(self, config, before: dict) -> None:
-        config = dataclasses.replace(config, kl_tokens=config.tokens)
-        sae = self.new_sae(config)
-        saeft.train_mse(self.lm, self.stream, [sae], 0, config, log=None)  # the start alone
-        self.finetune("end to end", "kl", config, sae, before, first=0)
+    def end_to_end(self, cell: Run, before: dict) -> None:
+        if not self.known("end to end", cell.config):
+            (sae,), cell.n_mse = cell.new_saes(), 0
+            list(saeft.train_mse(cell.lm, cell.stream, [sae], 0, cell.config))  # the start alone
+            self.finetune("end to end", "kl", cell, sae, before)
 
     def run(self, ks: list[int], seed: int) -> None:
+        at_k = self.base.config.k[:1]
         for k in ks:
-            config = dataclasses.replace(self.config, k=[k], seed=seed)
-            sae, before = self.mse(config)
-            self.finetune("kl", "kl", config, sae, before, self.n_mse)
-            self.end_to_end(config, before)
-            for method, rank in AT_K if k == self.config.k[0] else []:
-                name = f"{method} r {rank}" if rank else method
-                ranked = dataclasses.replace(config, rank=rank or config.rank)
-                self.finetune(name, method, ranked, sae, before, self.n_mse)
-        config = dataclasses.replace(self.config, k=self.config.k[:1], seed=seed, sae="relu")
-        sae, before = self.mse(config)
-        self.finetune("kl", "kl", config, sae, before, self.n_mse)
+            cell, whole = self.cell(k=[k], seed=seed), self.base.config.tokens
+            sae, before = self.mse(cell)
+            self.finetune("kl", "kl", cell, sae, before)
+            self.end_to_end(self.cell(k=[k], seed=seed, kl_tokens=whole), before)
+            for method, rank in AT_K if [k] == at_k else []:
+                ranked = self.cell(k=[k], seed=seed, rank=rank or 1)
+                self.finetune(f"{method} r {rank}" if rank else method, method, ranked, sae, before)
+        relu = self.cell(k=at_k, seed=seed, sae="relu")
+        self.finetune("kl", "kl", relu, *self.mse(relu))
 
 
 def print_table(rows: list[dict]) -> None:
@@ -136,8 +134,7 @@ def main() -> str | None:  # the error, for sys.exit
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     args, rest = parser.parse_known_args()
     try:
-        saeft.check(config := saeft.parse(rest))
-        comparison = Comparison(args.folder, config)
+        comparison = Comparison(args.folder, Run(saeft.parse(rest)))
         for seed in range(args.seeds):
             comparison.run(args.ks, seed)
     except saeft.UserError as error:
