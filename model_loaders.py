@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
-from itertools import groupby, islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -153,11 +153,6 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict, cfg: dict | Non
                 os.replace(Path(new, name), path.parent / name)
 
 
-def save_sae(folder: Path | str, tensors: dict[str, torch.Tensor], cfg: dict):
-    """SAELens 6's layout: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. Raises UserError."""
-    write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"}, cfg)
-
-
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
 # The two kinds that are read: every text and option that is on, but for those that change no id.
 NEUTRAL = 'unk_token|fuse_unk|trim_offsets|behavior|use_regex": true|type": "(?:Seq|Fuse)'
@@ -207,23 +202,6 @@ def _is_gemma(spec: dict) -> bool:
     return "byte_fallback" in found
 
 
-def _made_by_merges(merges: list) -> list[str]:
-    """The tokens that merging makes, in the order of the merges that complete them.
-    The reference merges pairs from a list, tiktoken any neighbours whose concatenation has a rank.
-    They agree if a token's rank is that of the merge which completes it when it is encoded alone,
-    none if none does: what is outside a token never changes what happens inside."""
-    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-    order, made = {pair: rank for rank, pair in enumerate(pairs)}, {}
-    for token in {left + right for left, right in pairs}:
-        parts, rank = list(token), 0
-        while len(parts) > 1 and rank < len(pairs):
-            ranks = [order.get(pair, len(pairs)) for pair in pairwise(parts)]
-            i = ranks.index(rank := min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        made[token] = rank
-    return [token for token in sorted(made, key=made.get) if made[token] < len(pairs)]
-
-
 def _gemma_characters(vocab: dict[str, int]) -> dict[bytes, list[int]]:
     """{bytes: ids} of the characters in the vocabulary, after those of their leading bytes, so that
     tiktoken starts from characters. What is left of any other has the ids of byte fallback."""
@@ -238,7 +216,7 @@ def _any_of(texts) -> re.Pattern:
 
 
 class Tokenizer:
-    """A parsed `tokenizer.json`; ids are always those of the reference library, `tokenizers`.
+    """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: transformers' form
     of a SentencePiece model, ▁ is a space); UserError for any other. n_vocab: largest id + 1.
     eos_id: the token between documents. bos_id: None without a <bos>. fingerprint: of the file."""
@@ -252,8 +230,10 @@ class Tokenizer:
         self.eos_id = ids["<|endoftext|>" if "<|endoftext|>" in ids else "<eos>"]
         self._normalize = _spaces if gemma else _nfc if spec.get("normalizer") else str
         self._bytes = {i: _token_bytes(token, gemma) for token, i in ids.items()}
-        self._fallback = {i for token, i in ids.items() if gemma and token in SPM_BYTES}
-        made = [t for t in _made_by_merges(spec["model"]["merges"]) if " " not in t]  # unreachable
+        # tiktoken merges any neighbours that make a token, the reference only pairs that it lists:
+        # the same for merges in the order of training, as every published vocabulary has them.
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"])
+        made = [left + right for left, right in pairs if " " not in left + right]  # unreachable
         runs = NEOX_RUNS if {text for text in added if " " in text} == NEOX_RUNS else set()
         byte_names = SPM_BYTES if gemma else GPT2_BYTES
         entries = {byte: [vocab[name]] for name, byte in byte_names.items() if name in vocab}
@@ -287,12 +267,7 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of ids, added tokens included; numbers that are no token's are left out."""
-        text, known = "", (i for i in map(int, ids) if i in self._bytes)
-        for fallback, run in groupby(known, self._fallback.__contains__):
-            data = b"".join(self._bytes[i] for i in run)
-            valid = data.decode(errors="ignore").encode() == data
-            text += data.decode(errors="replace") if valid or not fallback else "\ufffd" * len(data)
-        return text
+        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode(errors="replace")
 
 
 def load_tokenizer(name_or_folder: str) -> Tokenizer:

@@ -20,6 +20,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 import model_loaders
 from model_loaders import TokenStream, UserError, load_tokenizer
@@ -300,7 +301,6 @@ class Gemma2(LanguageModel):
 
 
 # ---- From a checkpoint to a model ------------------------------------------------------------
-
 FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma2}  # model_type -> class
 # Buffers of old GPT-NeoX checkpoints: not parameters.
 IGNORED = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -598,12 +598,7 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
 
 
-def adam(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
-
-
-def update(loss: Tensor, module: nn.Module, optimizer: torch.optim.AdamW, lr: float) -> None:
+def update(loss: Tensor, module: nn.Module, optimizer: AdamW, lr: float) -> None:
     """Backward, gradient off the decoder's directions, norm clipped to 1, Adam, unit norm again.
     Fast path: the fused kernel itself divides by `grad_scale`, and does nothing where `found_inf`
     is 1: clipping takes no pass of its own, and a step that is not finite changes nothing."""
@@ -628,7 +623,7 @@ def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config
     buffer = ActivationBuffer(lm, stream, n_sequences or min(32, stream.n_train), config)
     for sae in saes:
         sae.train().start_from(buffer.rows[:32768])
-    optimizers = [adam(sae, weight_decay=0.0) for sae in saes]
+    optimizers = [AdamW(sae.parameters(), weight_decay=0.0, fused=True) for sae in saes]
     idle = [torch.zeros_like(sae.b_enc, dtype=torch.long) for sae in saes]  # tokens since it fired
     dead = [torch.empty(0, dtype=torch.long) for _ in saes]
     steps = n_sequences * buffer.per_sequence // config.batch
@@ -707,7 +702,8 @@ def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: i
     steps, layer = max(1, (stop - start) // config.kl_batch), config.layer
     whole = config.kl_tokens == config.tokens
     peak, *schedule = (config.lr, config.warmup, 0.2) if whole else (config.kl_lr, 0, 1.0)
-    optimizers = [adam(s.trained.train(), weight_decay=0.01) for s in splices]
+    trained = [s.trained.train().parameters() for s in splices]
+    optimizers = [AdamW(parameters, weight_decay=0.01, fused=True) for parameters in trained]
     for step in range(steps):
         first = start + step * config.kl_batch
         tokens = stream.train(first, min(config.kl_batch, stop - first)).to(lm.W_U.device)
@@ -811,14 +807,15 @@ def find_device(name: str) -> torch.device:
 
 
 def save(insert: nn.Module, folder: Path, config: Config) -> None:
-    """A method's SAE, in SAELens's layout."""
+    """A method's SAE in SAELens's layout: W_enc [D, F], W_dec [F, D]. Raises UserError."""
     sae = insert.merged() if hasattr(insert, "merged") else getattr(insert, "sae", insert)
     tensors, cfg = sae.folded()
     hook, model = f"blocks.{config.layer}.hook_resid_post", Path(config.model).name
     metadata = {"model_name": model, "hook_name": hook, "context_size": config.context}
     metadata |= {"dataset_path": config.data, "prepend_bos": "gemma" in model}
     cfg["metadata"] = metadata | {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
-    model_loaders.save_sae(folder, tensors, cfg)
+    path = folder / "sae_weights.safetensors"
+    model_loaders.write_safetensors(path, tensors, {"format": "pt"}, cfg)
 
 
 class Run:
@@ -870,9 +867,16 @@ class Run:
                 good = [copy.deepcopy(s.insert) for s in splices]
             tokens, seconds = (step + 1) * size, time.perf_counter() - start
             line = {"phase": phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
-            for s, row, loss, folder in zip(splices, rows, since.mean(0), self.folders):
-                row |= {"loss": loss} | (self.ce(s) if config.log_ce else {})
-                row = {name: float(value) for name, value in row.items()}
+            rows = [row | {"loss": loss} for row, loss in zip(rows, since.mean(0))]
+            if config.log_ce:
+                some = self.stream.validation()[:32]
+                for s, row in zip(splices, rows):
+                    s.trained.eval()
+                    model, (held_out,) = evaluate(self.lm, config.layer, some, [s])
+                    row |= {"ce": held_out["ce"], "ce_original": model["ce_original"]}
+                    s.trained.train()
+            rows = [{name: float(value) for name, value in row.items()} for row in rows]
+            for row, folder in zip(rows, self.folders):
                 with open(folder / "metrics.jsonl", "a") as file:
                     print(json.dumps(line | row), file=file)
             live, tenth = sys.stdout.isatty(), 10 * (step + 1) // steps
@@ -880,17 +884,9 @@ class Run:
                 shown, minutes = tenth, seconds / 60 * (steps / (step + 1) - 1)
                 text = f"{phase}: {tokens / 1e6:.2f}M of {steps * size / 1e6:.2f}M tokens"
                 text += f", {tokens / seconds:,.0f}/s, {minutes:.1f} minutes left"
-                figures = ((name, float(value)) for name, value in rows[0].items())
-                text += "".join(f", {name} {value:.4g}" for name, value in figures)
+                text += "".join(f", {name} {value:.4g}" for name, value in rows[0].items())
                 end = "" if live and step + 1 < steps else "\n"
                 print(f"\r{text}\033[K" if live else text, end=end, flush=True)
-
-    def ce(self, s: Splice) -> dict[str, float]:
-        """CE on 32 held-out sequences, in the middle of training."""
-        s.trained.eval()
-        model, (row,) = evaluate(self.lm, self.config.layer, self.stream.validation()[:32], [s])
-        s.trained.train()
-        return {"ce": row["ce"], "ce_original": model["ce_original"]}
 
     def finetune(self, method: str, saes: list[SAE], before: list[dict], first: int):
         """A splice for each SAE after one method on the sequences from `first` on; stages joined by

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import bench_steps
 import torch
-from bench_tools import build, find_config, lm_config, median_seconds, peak_memory
+from bench_tools import build, find_config, kl_step, lm_config, median_seconds, peak_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 import saeft
@@ -68,7 +68,7 @@ def memory(args) -> None:
     the size of one tensor of N x V float32 logits."""
     for vocab in (50304, 256000):
         lm, sae = build(args, lm_config("gpt_neox", 256, 2, 4, vocab), 2048, 32)
-        step = bench_steps.kl_step(lm, sae, layer=0)
+        step = kl_step(lm, sae, layer=0)
         step(torch.zeros(1, 16, dtype=torch.long, device=args.device))  # makes Adam's moments
         for b, t in ((2, 512), (8, 1024)):
             tokens = torch.randint(vocab, (b, t), device=args.device)

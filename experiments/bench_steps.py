@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import bench_peers as peers
 import torch
-from bench_tools import build, direct_step, unembed
+from bench_tools import build, direct_step, kl_step, unembed
 
 import saeft
 from model_loaders import load_tokenizer
-from saeft import METHODS, SAE, ActivationBuffer, adam, update
+from saeft import METHODS, SAE, ActivationBuffer, AdamW, update
 
 
 def buffer_step(args, lm, size: int):
@@ -69,7 +69,7 @@ def encoder_product(sae: SAE, n: int):
 def sae(args):
     d_model = args.config["hidden_size"]
     sae = SAE(d_model, args.d_sae, args.k[0]).to(args.device)
-    optimizer = adam(sae, weight_decay=0.0)
+    optimizer = AdamW(sae.parameters(), weight_decay=0.0, fused=True)
     mix = torch.randn(d_model, d_model, device=args.device) / d_model**0.5
 
     def step():
@@ -89,21 +89,6 @@ def sae(args):
                 n,
                 steps | (peers.sae_steps(x, args.d_sae, k) if args.peers else {}),
             )
-
-
-def kl_step(lm, sae: SAE, layer: int):
-    """A step of saeft.finetune on tokens [B, T]; returns the loss."""
-    s, optimizer = METHODS["kl"](lm, sae, None), adam(sae, weight_decay=0.01)
-
-    def step(tokens):
-        with torch.no_grad():
-            resid = lm.prefix(tokens, layer)
-            last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
-        loss, _ = saeft.finetune_loss(s, last_p, *s.run(tokens, resid, layer))
-        update(loss, sae, optimizer, 5e-5)
-        return loss.detach()
-
-    return step
 
 
 def spliced(args):

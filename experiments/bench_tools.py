@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from saeft import SAE, UserError, adam, single, update
+from saeft import METHODS, SAE, AdamW, UserError, single, update
 
 # D, layers, heads, V
 SHAPES = """pythia-14m 128 6 4 50304, pythia-31m 256 6 8 50304, pythia-70m 512 6 8 50304,
@@ -93,6 +93,24 @@ def unembed(lm, lasts: list[torch.Tensor], backward: bool = False) -> None:
             logits @ lm.W_U
 
 
+def kl_step(lm, sae: SAE, layer: int):
+    """A step of saeft.finetune on tokens [B, T]; returns the loss."""
+    s, optimizer = (
+        METHODS["kl"](lm, sae, None),
+        AdamW(sae.parameters(), weight_decay=0.01, fused=True),
+    )
+
+    def step(tokens):
+        with torch.no_grad():
+            resid = lm.prefix(tokens, layer)
+            last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
+        loss, _ = saeft.finetune_loss(s, last_p, *s.run(tokens, resid, layer))
+        update(loss, sae, optimizer, 5e-5)
+        return loss.detach()
+
+    return step
+
+
 def dense_reconstruct(sae: SAE, x: torch.Tensor) -> torch.Tensor:
     """The TopK SAE's x_hat of x [..., D], both products dense and left to autograd."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
@@ -105,7 +123,7 @@ def dense_reconstruct(sae: SAE, x: torch.Tensor) -> torch.Tensor:
 def direct_step(lm, sae: SAE, tokens: torch.Tensor, layer: int):
     """A fine-tune step without any fast path: the whole model twice on tokens [B, T], full logits,
     autograd, a dense SAE. Precisions are those of saeft. The step returns the loss."""
-    optimizer, skip = adam(sae, weight_decay=0.01), lm.n_skip
+    optimizer, skip = AdamW(sae.parameters(), weight_decay=0.01, fused=True), lm.n_skip
 
     def step():
         with torch.no_grad():
