@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_loaders
 import saeft
+from experiments import baselines  # adds its methods to saeft.METHODS
 from model_loaders import TokenStream, documents, held_out
 from saeft import SAE, Acts, Config, SlicedKL, SparseAutoencode, Splice, UserError
 
@@ -541,6 +542,21 @@ def test_methods_start_at_the_sae_and_leave_the_language_model_alone(lm, method,
     if method == "lora-sae":
         x = x.detach()
         assert_close(s.insert.merged()(x)[0], s.insert(x)[0])
+
+
+def test_every_method_takes_two_steps_at_pythia_160m_shape():
+    lm = saeft.build_lm(PYTHIA_160M | dict(model_type="gpt_neox", layer_norm_eps=1e-5))
+    sae, tokens = SAE(768, 256, 80), torch.randint(50304, (2, 16))
+    config = Config(layer=8, context=16, kl_batch=1, kl_tokens=32, d_sae=256)
+    with torch.no_grad():
+        logits = lm.requires_grad_(False)(tokens)
+        sae.start_from(lm.prefix(tokens, 8).flatten(0, 1))
+    assert {"kl", "mse", "kl-only"} < {*saeft.METHODS} and baselines.Adapter
+    for method in saeft.METHODS:
+        s = saeft.METHODS[method](lm, copy.deepcopy(sae), config)
+        steps = list(saeft.finetune(lm, Stream(tokens), [s], 0, 2, config))
+        assert len(steps) == 2 and all(row["loss"].isfinite() for *_, (row,) in steps)
+        assert torch.equal(lm(tokens), logits)
 
 
 @torch.no_grad()
