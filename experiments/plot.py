@@ -83,15 +83,17 @@ def plot_cost(folder: Path, rows: list[dict]) -> None:
     rows = [r for r in rows if r["k"] == max(counts, key=counts.get) and r["sae"] == "topk"]
     base = mean([r for r in rows if r["method"] == "MSE"], "seconds")
     _, axes = plt.subplots(figsize=(6.4, 4.2))
-    for method in dict.fromkeys(r["method"] for r in rows):
-        cell = [r for r in rows if r["method"] == method]
+    by_method = {r["method"]: [q for q in rows if q["method"] == r["method"]] for r in rows}
+    label_at = 0.0
+    for method, cell in sorted(by_method.items(), key=lambda item: mean(item[1], "gap")):
         seconds = mean(cell, "seconds") + (0 if method in ("MSE", "end to end") else base)
-        main = method in NAMES
-        axes.plot(seconds, mean(cell, "gap"), "o" if main else ".", color=COLOURS.get(method, "k"))
-        axes.annotate(NAMES.get(method, method), (seconds, mean(cell, "gap")), fontsize=7,
-                      xytext=(4, 3), textcoords="offset points")  # fmt: skip
+        gap, main = mean(cell, "gap"), method in NAMES
+        axes.plot(seconds, gap, "o" if main else ".", color=COLOURS.get(method, "k"))
+        label_at = max(gap, label_at + 0.03 * mean(by_method["MSE"], "gap"))  # none on another
+        axes.annotate(NAMES.get(method, method), (seconds, label_at), fontsize=7, va="center",
+                      xytext=(6, 0), textcoords="offset points")  # fmt: skip
     axes.set_xlim(0, 1.35 * max(mean([r], "seconds") for r in rows) + base)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * mean(by_method["MSE"], "gap"))
     axes.plot([], [], "k.", label=f"K = {rows[0]['k']}, mean over seeds")
     finish(axes, folder / "cost.png", "training seconds", "CE gap, nats per token")
 
