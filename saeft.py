@@ -821,15 +821,19 @@ def save(insert: nn.Module, folder: Path, config: Config) -> None:
 
 
 class Run:
-    """What a command line asks for: settings, model, tokens, and a folder for each K. Raises
-    UserError for what cannot be or is not there, before anything is written."""
+    """What a command line asks for: settings, model, tokens, and a folder for each K (or `folder`,
+    whatever it holds). UserError for what cannot be or is not there, before anything is written."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, folder: Path | None = None):
         check(config)
         self.config, self.device = config, find_device(config.device)
         name = config.name or f"{Path(config.model).name}-{config.sae}-k{{k}}-seed{config.seed}"
         name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
-        self.folders = [Path(config.out, name.replace("{k}", str(k))) for k in config.k]
+        self.folders = [folder or Path(config.out, name.replace("{k}", str(k))) for k in config.k]
+        for path in self.folders if folder is None else []:
+            replaced = config.overwrite and (path / "config.json").exists()
+            if path.exists() and not replaced and (path.is_file() or any(path.iterdir())):
+                raise UserError(f"{path} holds another run: choose a --name, or pass --overwrite")
         torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
         source = config.data, load_tokenizer(config.model), config.context
         budget = config.tokens, config.eval_tokens
@@ -945,11 +949,7 @@ class Run:
         return out
 
     def make_folders(self) -> None:
-        """Empty but for config.json; UserError where another run has one of them."""
-        for folder in self.folders:
-            replaced = self.config.overwrite and (folder / "config.json").exists()
-            if folder.exists() and not replaced and (folder.is_file() or any(folder.iterdir())):
-                raise UserError(f"{folder} holds another run: choose a --name, or pass --overwrite")
+        """Empty but for config.json."""
         for folder, k in zip(self.folders, self.config.k):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -34,10 +34,10 @@ AT_K += [("kl+linear-adapter", 16)]
 class Comparison:
     """The rows so far, and the run whose model and tokens all cells share."""
 
-    def __init__(self, folder: Path, base: Run):
+    def __init__(self, base: Run, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.base, self.folder, self.file = base, folder, folder / "compare.json"
-        base.folders, asked = [folder], dataclasses.asdict(base.config)
+        asked = dataclasses.asdict(base.config)
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.all = known if known.get("config") == asked else {"config": asked, "rows": []}
 
@@ -134,7 +134,7 @@ def main() -> str | None:  # the error, for sys.exit
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     args, rest = parser.parse_known_args()
     try:
-        comparison = Comparison(args.folder, Run(saeft.parse(rest)))
+        comparison = Comparison(Run(saeft.parse(rest), args.folder), args.folder)
         for seed in range(args.seeds):
             comparison.run(args.ks, seed)
     except saeft.UserError as error:
