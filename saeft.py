@@ -1,96 +1,859 @@
-"""saeft: train a sparse autoencoder by MSE, then close part of its cross-entropy gap by KL+MSE.
+"""Train a sparse autoencoder (SAE) by MSE, then close part of its cross-entropy gap by KL+MSE.
 
-    python saeft.py                                  # embedded model, two minutes, no network
-    python saeft.py --model pythia-160m --k 80       # the paper's setting: 475M + 25M tokens
-    python saeft.py --model gemma-2-2b --k 40 80     # two SAEs on one activation stream
+    python saeft.py                                     # embedded model, two minutes, no network
+    python saeft.py --model pythia-160m --k 80          # the paper's setting: 475M + 25M tokens
+    python saeft.py --start owner/name:folder           # fine-tune an SAE that somebody published
+    torchrun --nproc-per-node 8 saeft.py --k 40 80      # two SAEs on one activation stream, 8 GPUs
 
-The method is "Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need"
-(Karvonen 2025, arXiv 2503.17272).
-Shapes: N tokens, B sequences, T context, D d_model, F d_sae, V vocabulary, K active latents.
+"Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need" (Karvonen
+2025, arXiv 2503.17272); TopK and AuxK: Gao et al. 2024, arXiv 2406.04093. The whole method:
+
+    phase one, on shuffled tokens:                           # the first 475M of 500M
+        x     = output of block L, the residual stream       # later blocks never run
+        f     = TopK(ReLU(W_enc (x - b_dec) + b_enc))        # the latents
+        x_hat = W_dec f + b_dec                              # the reconstruction
+        step(||x - x_hat||^2 + AuxK / 32)                    # AuxK revives dead latents
+    phase two, on whole sequences:                           # the last 25M tokens
+        p     = softmax(logits of the model)
+        q     = softmax(logits with x_hat in place of x)
+        beta  = MSE / KL(p || q)                             # a constant, new for every batch
+        step((beta KL(p || q) + MSE) / 2)                    # both halves weigh alike
+    step(loss): the SAE alone trains; gradients along decoder directions are removed, the norm is
+        clipped to 1, Adam steps, and decoder directions get back their unit norm
+
+Shapes: N tokens, B sequences, T context, D d_model, F d_sae (number of latents), V vocabulary,
+K active latents, L the layer. Units: CE and KL in nats per token; FVU is a share of variance.
 """
 
 from __future__ import annotations
 
-import argparse, copy, json, math, os, shutil, sys, time
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback either
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub.utils import WeakFileLock
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import TokenStream, UserError, load_tokenizer
+from model_loaders import MODELS, TokenStream, UserError, load_tokenizer
+
+FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
 
-# ---- Settings --------------------------------------------------------------------------------
-def count(text: str) -> int:
-    """A whole number, also written 500M, 25M, 4k or 1e6."""
-    unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    number = round(float(text[:-1] if unit > 1 else text) * unit, 4)  # 4.1M is not quite 4.1e6
-    if not number.is_integer() or number < 0:
-        raise ValueError(text)
-    return int(number)
-
-
-def flag(default, help: str, **options):
-    """A field of Config that is also a flag of the command line."""
-    return field(default_factory=lambda: default, metadata={"help": help, **options})
+# ---- Settings ----------------------------------------------------------------------------------
+def flag(default, help: str, low: float = -math.inf, **options):
+    """A setting that is also a flag of the command line; `low` is the least value allowed."""
+    metadata = {"help": help, "low": low, "options": options}
+    return field(default_factory=lambda: default, metadata=metadata)
 
 
 @dataclass
 class Config:
     """Every setting of a run. PRESETS replace these defaults per model; flags replace both."""
 
-    model: str = flag("tiny", "short name (pythia-160m, gemma-2-2b, ...), Hub owner/name or folder")
-    layer: int | None = flag(None, "block whose output the SAE reads (default: the middle one)")
-    data: str | None = flag(None, "c4, pile, pythia, stdlib, a Hub dataset, or local files")
-    sae: str = flag("topk", "activation of the SAE", choices=["topk", "batchtopk", "relu"])
-    k: list[int] = flag([80], "active latents K; for several, an SAE each", nargs="+")
-    d_sae: int = flag(2**14, "number of latents F")
-    tokens: int = flag(500_000_000, "training tokens in all")
-    kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's")
-    method: list[str] = flag(["kl"], "fine-tune methods, each from the MSE SAE", nargs="+")
-    rank: int = flag(16, "rank of LoRA and of adapters")
-    context: int = flag(1024, "tokens in a sequence")
-    batch: int = flag(2048, "activations in an MSE step")
-    kl_batch: int = flag(8, "sequences in a fine-tune step")
-    buffer: int = flag(250, "sequences whose activations are mixed")
-    lr: float | None = flag(None, "peak rate of the MSE phase (default: 2e-4 / sqrt(F / 2^14))")
-    kl_lr: float = flag(5e-5, "first rate of the fine-tune, falling linearly to 0")
-    l1: float = flag(0.1, "sparsity penalty lambda of --sae relu")
-    warmup: int = flag(1000, "steps of linear warm-up in the MSE phase")
-    dead_after: int = flag(10_000_000, "tokens without firing after which a latent counts as dead")
-    eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation")
-    seed: int = flag(0, "seed of everything random")
+    # What is trained on what
+    model: str = flag("tiny", "short name (pythia-160m), Hub owner/name[@revision] or folder")
+    layer: int | None = flag(None, "block whose output the SAE reads (default: the middle one)", 0)
+    data: str | None = flag(None, "c4, pile, pythia, tiny, a Hub dataset, or local files")
+    bos: str = flag("auto", "start sequences with <bos>", choices=["auto", "yes", "no"])
+    start: str | None = flag(None, "fine-tune this SAE: a folder, or owner/name:path on the Hub")
+    # The SAE
+    sae: str = flag("topk", "activation function", choices=["topk", "batchtopk", "relu"])
+    k: list[int] = flag([80], "active latents K; for several, an SAE each", 1, nargs="+")
+    d_sae: int = flag(2**14, "number of latents F", 1)
+    # Tokens
+    tokens: int = flag(500_000_000, "training tokens in all", 1)
+    kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's", 0)
+    context: int = flag(1024, "tokens in a sequence", 2)
+    batch: int = flag(2048, "activations in a step of phase one, for each GPU", 1)
+    kl_batch: int = flag(8, "sequences in a step of the fine-tune, for each GPU", 1)
+    buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
+    sink_norm: float = flag(4.0, "leave out tokens above this many median norms; 0: none", 0)
+    # Optimisation
+    method: list[str] = flag(["kl"], "fine-tunes, each from the MSE SAE", nargs="+")
+    lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
+    kl_lr: float = flag(5e-5, "first rate of the fine-tune, falling linearly to 0", 0)
+    warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
+    l1: float = flag(0.1, "sparsity penalty lambda of ReLU SAEs", 0)
+    dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
+    rank: int = flag(16, "rank of LoRA and adapters (experiments/baselines.py)", 1)
+    seed: int = flag(0, "seed of everything random", 0)
+    # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
-    dtype: str = flag("float32", "of the model", choices=["float32", "bfloat16", "float16"])
-    float32: bool = flag(False, "on CUDA: no TF32, and no bfloat16 autocast in the SAE")
-    name: str | None = flag(None, "folder under --out (default: model, layer, k and seed)")
-    out: str = flag("runs", "where run folders go")
-    overwrite: bool = flag(False, "replace a run of the same name")
+    dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
+    compile: bool = flag(False, "torch.compile the blocks and the KL")
+    eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation", 1)
     allow_short: bool = flag(False, "train on what there is when the data ends before the budget")
-    log_every: int = flag(50, "steps between lines of metrics.jsonl")
-    log_ce: bool = flag(False, "measure CE on 32 held-out sequences for each of these lines")
+    out: str = flag("runs", "where run folders go")
+    name: str | None = flag(None, "folder under --out (default: model, layer, kind, K, seed)")
+    overwrite: bool = flag(False, "replace an earlier run of the same name")
+    resume: bool = flag(False, "go on with an interrupted run of the same settings")
+    checkpoint_minutes: float = flag(10.0, "minutes between checkpoints", 0)
+    log_every: int = flag(50, "steps between lines of metrics.jsonl", 1)
 
 
-TINY = dict(layer=2, k=[16], d_sae=1024, data="stdlib", context=128, method=["kl", "mse"])
-TINY |= dict(tokens=1_600_000, kl_tokens=400_000, batch=1024, buffer=2000, lr=1e-3, kl_lr=1.5e-3)
-TINY |= dict(warmup=50, dead_after=200_000, eval_tokens=100_000, log_every=20)
-GEMMA = dict(dtype="bfloat16", kl_batch=2)
-PRESETS = {"tiny": TINY, "pythia-160m": {"layer": 8}, "gemma-2-9b": GEMMA}
-PRESETS["gemma-2-2b"] = GEMMA | {"layer": 12}
+GEMMA = {"dtype": "bfloat16", "kl_batch": 2}
+PRESETS = {name: GEMMA for name in MODELS if name.startswith("gemma")}
+PRESETS["gemma-2-2b"] = {**GEMMA, "layer": 12}
+PRESETS["pythia-160m"] = {"layer": 8}
+PRESETS["tiny"] = {
+    "layer": 2,
+    "data": "tiny",
+    "k": [16],
+    "d_sae": 1024,
+    "tokens": 1_600_000,
+    "kl_tokens": 400_000,
+    "context": 128,
+    "batch": 1024,
+    "buffer": 2000,
+    "method": ["kl", "mse"],
+    "lr": 1e-3,
+    "kl_lr": 1e-3,
+    "warmup": 50,
+    "dead_after": 200_000,
+    "eval_tokens": 100_000,
+    "log_every": 20,
+}
 
 
-# ---- Language models: what both families share -----------------------------------------------
-def rotary_tables(length: int, dim: int, base: float, device) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, dim] of rotary positions (RoFormer, arXiv 2104.09864), half-split layout."""
-    inv_freq = base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
-    angles = torch.outer(torch.arange(length, device=device).float(), inv_freq).repeat(1, 2)
-    return angles.cos(), angles.sin()
+# ---- The sparse autoencoder --------------------------------------------------------------------
+class Activity(NamedTuple):
+    """What N tokens activated."""
+
+    counts: Tensor  # [F], the tokens on which each latent is active
+    sums: Tensor  # [F], each latent's activations, summed over tokens
+    smallest: Tensor  # the least activation above 0
+
+
+def activate(pre: Tensor, k: int | None, floor: Tensor | float | None) -> Tensor:
+    """f [N, F] of pre-activations [N, F]: ReLU of the K largest of each token or, without K, of
+    those that are at least `floor`, one number or one for each latent; all others 0."""
+    if k is None:
+        return pre.relu() * (pre >= floor)
+    top = pre.relu().topk(k, sorted=False)
+    return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+
+def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None) -> tuple[Tensor, Activity]:
+    """x_hat [N, D] of x [N, D], and what was active: nothing where keep [N] is False.
+    select(pre, number kept) says which pre-activations stay, as K and floor of `activate`."""
+    if FAST and x.is_cpu:
+        return sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep)
+    pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
+    keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if keep is None else keep
+    pre = pre.masked_fill(~keep[:, None], -torch.inf)
+    f = activate(pre, *select(pre.detach(), keep.sum()))
+    smallest = torch.where(f > 0, f, torch.inf).min()
+    return f @ W_dec + b_dec, Activity((f > 0).sum(0), f.sum(0), smallest)
+
+
+class SAE(nn.Module):
+    """x_hat = W_dec f + b_dec, f = activation(W_enc (x - b_dec) + b_enc), on x / scale.
+
+    W_enc and W_dec are both [F, D], a row for each latent. Kinds of activation:
+    topk       the K largest of each token
+    batchtopk  the K N largest of N tokens in training, later those above `threshold`, the recent
+               mean of the smallest one kept (arXiv 2412.06410)
+    relu       all that are positive
+    jumprelu   those above a threshold of the latent's own [F], which does not train (2407.14435)
+    """
+
+    def __init__(self, d_model: int, d_sae: int, k: float, kind: str = "topk", seed: int = 0):
+        super().__init__()
+        self.k, self.kind = k, kind
+        self.bfloat16 = False  # whether products run in bfloat16; parameters stay float32
+        self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
+        generator = torch.Generator().manual_seed(seed)
+        directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
+        self.W_enc = nn.Parameter(directions.clone())
+        self.W_dec = nn.Parameter(directions)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("threshold", torch.zeros(d_sae if kind == "jumprelu" else ()))
+        self.register_buffer("scale", torch.ones(()))  # the root of the mean of ||x||^2
+        self.register_buffer("median_norm", torch.zeros(()))  # of ||x||; 0: not yet measured
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Activity]:
+        """x_hat [N, D] of x [N, D], and what was active, in units of x / scale."""
+        weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            x_hat, active = autoencode(single(x) / self.scale, *weights, self.select, keep)
+        return x_hat * self.scale, active
+
+    def select(self, pre: Tensor, n: Tensor) -> tuple[int | None, Tensor | float | None]:
+        """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
+        if self.kind == "topk":
+            return self.k, None
+        if self.kind == "relu":
+            return None, 0.0
+        if self.kind == "batchtopk" and self.training:
+            largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
+            last = (self.k * n).round().long().clamp_min(1) - 1
+            return None, largest.gather(0, last[None])  # indexing would wait for the device
+        return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """f [N, F] of x [N, D], in units of x: x_hat = f W_dec + scale * b_dec."""
+        pre = F.linear(single(x) / self.scale - self.b_dec, self.W_enc, self.b_enc)
+        return activate(pre, *self.select(pre, torch.tensor(len(x)))) * self.scale
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor) -> None:
+        """Sets scale, and b_dec to the geometric median, from first activations x [N, D]."""
+        self.scale.copy_(x.pow(2).sum(-1).mean().sqrt())
+        x = x[:8192] / self.scale
+        median = x.mean(0)
+        for _ in range(30):  # Weiszfeld's iteration to the least summed distance to all rows
+            weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            median = (weights * x).sum(0) / weights.sum()
+        self.b_dec.copy_(median)
+
+    @torch.no_grad()
+    def rescale(self, scale: float | Tensor) -> None:
+        """Sets `scale`, and leaves the function of x as it is; with 1, units are raw."""
+        for values in (self.b_enc, self.b_dec, self.threshold):
+            values.mul_(self.scale / scale)
+        self.scale.copy_(torch.as_tensor(scale))
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
+        rows = 1024 if self.W_dec.is_cpu else len(self.W_dec)  # what fits the cache
+        for w, g in zip(self.W_dec.split(rows), self.W_dec.grad.split(rows)):
+            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
+
+    @torch.no_grad()
+    def save(self, folder: str | Path, metadata: dict) -> None:
+        """Writes SAELens's cfg.json and sae_weights.safetensors, for raw activations: scale goes
+        into the biases. metadata: model_name, hook_name, ... UserError where it cannot."""
+        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
+        tensors["b_enc"] = self.b_enc * self.scale
+        tensors["b_dec"] = self.b_dec * self.scale
+        architectures = {"relu": "standard", "batchtopk": "jumprelu"}
+        own = {"kind": self.kind, "k": self.k}
+        own.update(scale=self.scale.item(), median_norm=self.median_norm.item())
+        cfg = {"architecture": architectures.get(self.kind, self.kind)}
+        cfg.update(d_in=len(self.b_dec), d_sae=len(self.b_enc), dtype="float32", device="cpu")
+        cfg.update(apply_b_dec_to_input=True, reshape_activations="none")
+        cfg.update(normalize_activations="none", metadata={**metadata, "saeft": own})
+        if self.kind == "topk":
+            cfg.update(k=self.k, rescale_acts_by_decoder_norm=False)
+        if cfg["architecture"] == "jumprelu":
+            tensors["threshold"] = (self.threshold * self.scale).expand(len(self.b_enc))
+        path = Path(folder, "sae_weights.safetensors")
+        model_loaders.write_safetensors(path, tensors, {"format": "pt"}, cfg)
+
+    @classmethod
+    @torch.no_grad()
+    def load(cls, source: str | Path) -> SAE:
+        """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub, in
+        raw units. UserError where there is none, or one that cannot be followed exactly."""
+        tensors, cfg = model_loaders.read_sae(source)
+        own = (cfg.get("metadata") or {}).get("saeft", {})
+        kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+        if own.get("kind") == "batchtopk":
+            kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
+        sae = cls(cfg["d_in"], cfg["d_sae"], cfg.get("k", own.get("k", 0)), kind)
+        sae.load_state_dict({**tensors, "W_enc": tensors["W_enc"].T}, strict=False)
+        sae.median_norm.fill_(own.get("median_norm", 0))
+        if kind == "relu":  # lambda stands beside scaled activations
+            sae.rescale(own.get("scale", 1.0))
+        norms = sae.W_dec.norm(dim=-1)
+        sae.unit_norm = kind != "relu" and bool((norms - 1).abs().max() < 1e-3)
+        return sae.eval()
+
+
+# ---- The losses --------------------------------------------------------------------------------
+def single(x: Tensor) -> Tensor:
+    """x in float32, where its own precision is less."""
+    return x.float() if x.element_size() < 4 else x
+
+
+def auxk_loss(sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = (x - x_hat) / scale
+    [N, D] and its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
+    e = error.detach()
+    k = min(x.shape[1] // 2, len(dead))
+    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], torch.zeros_like(sae.b_dec)
+    e_hat, _ = autoencode(x / sae.scale - sae.b_dec, *weights, lambda pre, n: (k, None))
+    variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
+    return (e - e_hat).pow(2).sum() / mean_over_ranks(variance)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap), or x itself where there is no cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def kl_and_gradient(log_p: Tensor, z_q: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """KL(p || q) [n] of log p [n, V] and q's logits before the soft cap, z_q [n, V]; and
+    d KL / d z_q [n, V] = (q - p) (1 - tanh(z_q / cap)^2)."""
+    logits = soft_cap(single(z_q), cap)
+    log_q = logits.log_softmax(-1)
+    p = log_p.exp()
+    gradient = log_q.exp() - p
+    if cap is not None:
+        gradient = gradient * (1 - (logits / cap) ** 2)
+    return (p * (log_p - log_q)).sum(-1), gradient.to(z_q.dtype)
+
+
+def slices(n_tokens: int, W_U: Tensor) -> list[slice]:
+    """Slices of about 8M logits each, but not so small that reading W_U costs the most."""
+    size = max(2**23 // len(W_U), 128 if W_U.is_cpu else 512)
+    return [slice(i, i + size) for i in range(0, n_tokens, size)]
+
+
+class SlicedKL(torch.autograd.Function):
+    """sum_n weight_n KL(p_n || q_n) [m], of m models q at once; tensors [N, V] never exist.
+
+    Takes lm, weight [N], and the last block's output [N, D] for p and for each q. The gradient goes
+    back through soft cap, unembedding and final norm slice by slice, in the forward pass: for each
+    token one product with W_U for p, and two for each q.
+    """
+
+    @staticmethod
+    def forward(ctx, lm: LanguageModel, weight: Tensor, last_p: Tensor, *lasts_q: Tensor) -> Tensor:
+        kl = weight.new_zeros(len(lasts_q))
+        grads = [torch.empty_like(last_q) for last_q in lasts_q]
+        for rows in slices(len(weight), lm.W_U):
+            log_p = single(lm.unembed(last_p[rows])).log_softmax(-1)  # [n, V]
+            for i, last_q in enumerate(lasts_q):
+                with torch.enable_grad():
+                    last = last_q[rows].detach().requires_grad_()
+                    normed = lm.final_norm(last)
+                z_q = linear(normed.detach(), lm.W_U)
+                kl_q, g = lm.kl_and_gradient(log_p, z_q, lm.logit_cap)
+                kl[i] += (weight[rows] * kl_q).sum()
+                g = linear(g, lm.W_U.T) * weight[rows, None]  # [n, D]
+                (grads[i][rows],) = torch.autograd.grad(normed, last, g.to(normed.dtype))
+        ctx.save_for_backward(*grads)
+        return kl
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return None, None, None, *(g[i] * grad for i, grad in enumerate(ctx.saved_tensors))
+
+
+# ---- Which tokens count, and the buffer of activations -----------------------------------------
+def content(resid: Tensor, n_skip: int, limit: Tensor) -> Tensor:
+    """[B, T]: which positions of resid [B, T, D] count. Not the first n_skip (<bos>), and not the
+    attention sinks, a few tokens whose norm is many times the median's and tells nothing."""
+    keep = single(resid).norm(dim=-1) <= limit
+    keep[:, :n_skip] = False
+    return keep
+
+
+def sink_limit(sae: SAE, config: Config) -> Tensor:
+    """The norm above which a token is an attention sink; infinite where none is left out."""
+    limit = config.sink_norm * sae.median_norm
+    return limit if config.sink_norm else torch.full_like(limit, torch.inf)
+
+
+def own_sequences(stream: TokenStream, start: int, count: int, device) -> Tensor:
+    """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
+    return stream.train(start, count * world_size())[rank() :: world_size()].to(device)
+
+
+@torch.no_grad()
+def collect(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
+    """Block `layer`'s output [n, T, D] for tokens [n, T], about 8192 tokens at a time."""
+    chunks = tokens.split(max(1, 8192 // tokens.shape[1]))
+    return torch.cat([lm.prefix(chunk, layer) for chunk in chunks])
+
+
+class ActivationBuffer:
+    """Mixes the activations of many sequences; each is served once. When half of the rows [size, D]
+    are used, as many new ones join the rest, and all are shuffled."""
+
+    def __init__(self, lm, stream: TokenStream, n_sequences: int, limit: Tensor, config: Config):
+        self.lm, self.stream, self.config, self.limit = lm, stream, config, limit
+        self.n_sequences = n_sequences
+        self.per_sequence = config.context - lm.n_skip
+        self.size = self.per_sequence * config.buffer + 2 * config.batch
+        self.rows = lm.W_U.new_empty(0, lm.W_U.shape[1])
+        self.used = self.next_sequence = self.refills = 0
+
+    def refill(self) -> None:
+        left = self.rows[self.used :]
+        n = (self.size - len(left)) // self.per_sequence
+        n = min(n, (self.n_sequences - self.next_sequence) // world_size())
+        tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
+        resid = collect(self.lm, tokens, self.config.layer)
+        rows = torch.cat([left, resid[content(resid, self.lm.n_skip, self.limit)]])
+        self.next_sequence += n * world_size()
+        self.refills += 1
+        seed = (self.config.seed * 1009 + rank()) * 1_000_003 + self.refills
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        self.rows, self.used = rows[order.to(rows.device)], 0
+
+    def next_batch(self, n: int) -> Tensor:
+        """[n, D] activations in float32."""
+        has_more = self.n_sequences - self.next_sequence >= world_size()
+        if 2 * self.used >= len(self.rows) and has_more:
+            self.refill()
+        while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
+            self.next_sequence = 0
+            self.refill()
+        self.used += n
+        return self.rows[self.used - n : self.used].float()
+
+    def state_dict(self) -> dict:
+        names = ("rows", "used", "next_sequence", "refills")
+        return {name: getattr(self, name) for name in names}
+
+
+# ---- What both phases share --------------------------------------------------------------------
+@dataclass
+class Trainee:
+    """What a method trains, and what it carries from step to step.
+
+    `insert` maps x [N, D] and keep [N] to x_hat [N, D] and Activity, in place of the output of
+    block L of `lm`: the SAE itself, or an SAE with an adapter. Parameters of `trained` that require
+    a gradient train, on `loss`: "kl" (KL+MSE), "kl-only" or "mse".
+    """
+
+    sae: SAE
+    lm: LanguageModel
+    loss: str = "kl"
+    insert: nn.Module | None = None  # default: the SAE
+    trained: nn.Module | None = None  # default: what is inserted
+    own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
+    l1: float | Tensor = 0.0  # lambda of a ReLU SAE
+    l0_target: float = 0.0  # what lambda, or BatchTopK's K, holds in the fine-tune
+
+    def __post_init__(self):
+        self.insert = self.insert or self.sae
+        self.trained = self.trained or self.insert
+        self.idle = torch.zeros_like(self.sae.b_enc, dtype=torch.long)  # tokens since it fired
+        self.dead = self.idle[:0]  # latents idle for dead_after tokens
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        decay = 0.0 if self.loss == "mse" and self.sae.training else 0.01
+        self.optimizer = AdamW(self.parameters, weight_decay=decay, fused=True)
+
+    def splice(self, tokens: Tensor, resid: Tensor, keep: Tensor, layer: int):
+        """x, x_hat [B T, D], Activity, and resid [B, T, D] with x_hat where keep [B, T] is True."""
+        if self.own_prefix:
+            resid = self.lm.prefix(tokens, layer)
+        x = resid.flatten(0, 1)
+        x_hat, active = self.insert(x, keep.flatten())
+        spliced = torch.where(keep[..., None], x_hat.view_as(resid).to(resid.dtype), resid)
+        return x, x_hat, active, spliced
+
+    def save(self, folder: Path, metadata: dict) -> None:
+        """Writes what was trained, so that it gives the same figures; methods may add to it."""
+        self.sae.save(folder, metadata)
+
+    def state_dict(self) -> dict:
+        frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
+        trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
+        state = {"trained": trained, "optimizer": self.optimizer.state_dict()}
+        return {**state, "l1": self.l1, "idle": self.idle, "dead": self.dead}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.trained.load_state_dict(state["trained"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.l1, self.idle, self.dead = state["l1"], state["idle"], state["dead"]
+
+
+@dataclass
+class Phase:
+    """Training of some SAEs on the same tokens, and its state between steps."""
+
+    name: str
+    trainees: list[Trainee]
+    steps: int
+    limit: Tensor  # the norm above which a token is a sink
+    first: int = 0  # phase two: its first sequence
+    buffer: ActivationBuffer | None = None  # phase one
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        state = {"name": self.name, "step": self.step}
+        state["trainees"] = [t.state_dict() for t in self.trainees]
+        return {**state, "buffer": self.buffer.state_dict() if self.buffer else {}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        for t, saved in zip(self.trainees, state["trainees"]):
+            t.load_state_dict(saved)
+        if self.buffer:
+            vars(self.buffer).update(state["buffer"])
+
+
+def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Rises over `warmup` steps or a tenth, falls linearly to 0 over the last share `decay`."""
+    rise = (step + 1) / max(1, min(warmup, steps // 10))
+    return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
+
+
+def update(t: Trainee, lr: float) -> None:
+    """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
+    clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
+    unit_norm = t.trained is t.sae and t.sae.unit_norm
+    for p in t.parameters:
+        p.grad = mean_over_ranks(p.grad)
+    if unit_norm:
+        t.sae.project_gradient()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
+    t.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel then does nothing
+    if FAST:
+        t.optimizer.grad_scale = norm.clamp_min(1.0)  # it divides by that, in no pass of its own
+    else:
+        torch.nn.utils.clip_grads_with_norm_(t.parameters, 1.0, norm)
+    t.optimizer.param_groups[0]["lr"] = lr
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+    if unit_norm:
+        F.normalize(t.sae.W_dec.data, dim=-1, out=t.sae.W_dec.data)
+
+
+def follow_threshold(sae: SAE, active: Activity, step: int, steps: int) -> None:
+    """BatchTopK's threshold: the mean of the smallest activation kept over a twentieth of the
+    phase, at most 1000 steps: it has then followed the SAE to its last state."""
+    recent = min(step + 1, max(1, steps // 20), 1000)
+    sae.threshold.lerp_(active.smallest.detach().float(), 1 / recent)
+
+
+# ---- Phase one: MSE on shuffled activations ----------------------------------------------------
+DEAD_EVERY = 20  # steps between looks for dead latents: a look waits for the device
+
+
+def train_mse(phase: Phase, config: Config, after_step) -> None:
+    """Phase one. loss = mean_n ||x - x_hat||^2 + AuxK / 32, on x / scale; ReLU SAEs have lambda
+    sum_i f_i ||W_dec[i]|| in place of AuxK. All SAEs see the same batches."""
+    for step in range(phase.step, phase.steps):
+        x = phase.buffer.next_batch(config.batch)  # [N, D]
+        n = len(x) * world_size()
+        variance = (x - x.mean(0)).pow(2).sum(-1).mean()
+        lr = config.lr * lr_factor(step, phase.steps, config.warmup, decay=0.2)
+        figures = []
+        for t in phase.trainees:
+            sae = t.sae
+            x_hat, active = sae(x)
+            error = (x - x_hat) / sae.scale
+            mse = error.pow(2).sum(-1).mean()
+            loss = mse
+            if sae.kind == "relu":
+                t.l1 = config.l1 * min(1.0, 20 * step / phase.steps)
+                loss = mse + t.l1 * (active.sums * sae.W_dec.norm(dim=-1)).sum() / len(x)
+            elif len(t.dead):
+                loss = mse + auxk_loss(sae, x, error, t.dead) / 32
+            loss.backward()
+            update(t, lr)
+
+            counts = sum_over_ranks(active.counts)  # [F]
+            t.idle = torch.where(counts > 0, 0, t.idle + n)
+            if step % DEAD_EVERY == 0:
+                t.dead = (t.idle > config.dead_after).nonzero()[:, 0]
+            if sae.kind == "batchtopk":
+                follow_threshold(sae, active, step, phase.steps)
+            fvu = (mse * sae.scale**2 / variance).detach()
+            figures.append({"loss": loss.detach(), "fvu": fvu, "l0": counts.sum() / n})
+        phase.step = step + 1
+        after_step(phase, figures)
+
+
+# ---- Phase two: KL+MSE on whole sequences ------------------------------------------------------
+def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step):
+    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all q.
+    The rate falls linearly to 0; if this is all of the training (end to end), it is phase one's."""
+    end_to_end = config.kl_tokens == config.tokens and not config.start
+    peak, warmup, decay = (config.lr, config.warmup, 0.2) if end_to_end else (config.kl_lr, 0, 1.0)
+    kind = phase.trainees[0].loss  # of one method: the same for all
+    for step in range(phase.step, phase.steps):
+        first = phase.first + step * config.kl_batch * world_size()
+        tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a method has it
+        with torch.no_grad():
+            resid = lm.prefix(tokens, config.layer)  # [B, T, D]
+            keep = content(resid, lm.n_skip, phase.limit)  # [B, T]
+            n = mean_over_ranks(keep.sum().float())
+            weight = keep.flatten() / n  # of each token in a mean, [N]
+            x = single(resid).flatten(0, 1)  # [N, D]
+            variance = weight @ (x - weight @ x).pow(2).sum(-1)
+            last_p = None if kind == "mse" else lm.suffix(resid, config.layer).flatten(0, 1)
+
+        passes = [t.splice(tokens, resid, keep, config.layer) for t in phase.trainees]
+        if kind == "mse":  # no later block runs
+            kls = [torch.zeros_like(n) for _ in passes]
+        else:
+            lasts_q = [t.lm.suffix(s, config.layer) for t, (*_, s) in zip(phase.trainees, passes)]
+            kls = SlicedKL.apply(lm, weight, last_p, *(last.flatten(0, 1) for last in lasts_q))
+
+        losses, figures = [], []
+        for t, (x, x_hat, active, _), kl in zip(phase.trainees, passes, kls):
+            mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
+            beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
+            loss = {"kl": (beta * kl + mse) / 2, "kl-only": kl, "mse": mse}[kind]
+            l0 = sum_over_ranks(active.counts).sum() / (n * world_size())
+            if t.sae.kind == "relu":
+                # lambda was set beside the squared norm of x / scale: D / scale^2 times this MSE.
+                penalty = (active.sums * t.sae.W_dec.norm(dim=-1)).sum() / n
+                loss = loss * x.shape[1] / t.sae.scale**2 + t.l1 * penalty
+                t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
+            losses.append(loss)
+            row = {"loss": loss, "mse": mse, "kl": kl, "beta": beta, "l0": l0}
+            figures.append({**row, "fvu": mse * x.shape[1] / variance})
+        sum(losses).backward()  # each loss reaches its own SAE alone
+
+        lr = peak * lr_factor(step, phase.steps, warmup, decay)
+        for t, (_, _, active, _) in zip(phase.trainees, passes):
+            update(t, lr)
+            if t.sae.kind == "batchtopk" and t.sae.training:
+                follow_threshold(t.sae, active, step, phase.steps)
+        phase.step = step + 1
+        after_step(phase, [{name: v.detach() for name, v in row.items()} for row in figures])
+
+
+METHODS = {  # name -> (lm, a copy of the MSE SAE, config) -> what to train
+    "kl": lambda lm, sae, config: Trainee(sae, lm, "kl"),
+    "kl-only": lambda lm, sae, config: Trainee(sae, lm, "kl-only"),
+    "mse": lambda lm, sae, config: Trainee(sae, lm, "mse"),  # the control
+}
+
+
+# ---- Evaluation --------------------------------------------------------------------------------
+def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor, weight: Tensor) -> Tensor:
+    """[2, m], summed with weight [N]: CE on targets [N] of each of m outputs [N, D] of the last
+    block, and KL from the first one's distribution. A slice of tokens at a time."""
+    sums = torch.zeros(2, len(lasts), dtype=torch.double, device=targets.device)
+    for rows in slices(len(targets), lm.W_U):
+        for i, last in enumerate(lasts):
+            log_q = single(lm.unembed(last[rows])).log_softmax(-1)  # [n, V]
+            if i == 0:
+                log_p = log_q
+            sums[0, i] += weight[rows] @ F.nll_loss(log_q, targets[rows], reduction="none").double()
+            if i > 0:
+                kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+                sums[1, i] += weight[rows] @ kl.double()
+    return sums
+
+
+@torch.no_grad()
+def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tuple[dict, list]:
+    """On held-out tokens [n, T]: figures of the model, and of each trainee.
+
+    ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
+    unexplained. l0: active latents per token. dead: latents that never fired. Positions without
+    content (`content`) do not count; their share is `left_out`.
+    """
+    layer, limit, device = config.layer, sink_limit(trainees[0].sae, config), lm.W_U.device
+    sums = torch.zeros(2, 2 + len(trainees), dtype=torch.double, device=device)
+    errors = torch.zeros(len(trainees), dtype=torch.double, device=device)
+    counts = torch.zeros(len(trainees), len(trainees[0].sae.b_enc), device=device)
+    x_sum = torch.zeros(len(trainees[0].sae.b_dec), dtype=torch.double, device=device)
+    totals = torch.zeros(3, dtype=torch.double, device=device)  # ||x||^2, kept, with a target
+    for batch in tokens[rank() :: world_size()].to(device).split(8):
+        resid = lm.prefix(batch, layer)  # [B, T, D]
+        keep = content(resid, lm.n_skip, limit)  # [B, T]
+        zeroed = resid.masked_fill(keep[..., None], 0)
+        lasts = [lm.suffix(resid, layer), lm.suffix(zeroed, layer)]
+        for i, t in enumerate(trainees):
+            x, x_hat, active, spliced = t.splice(batch, resid, keep, layer)
+            lasts.append(t.lm.suffix(spliced, layer))
+            errors[i] += (x - x_hat).masked_fill(~keep.flatten()[:, None], 0).double().pow(2).sum()
+            counts[i] += active.counts
+        x = (resid - zeroed).flatten(0, 1).double()
+        weight = keep[:, :-1].flatten().double()  # a token's next one is its target
+        lasts = [last[:, :-1].flatten(0, 1) for last in lasts]
+        sums += ce_and_kl(lm, lasts, batch[:, 1:].flatten(), weight)
+        x_sum += x.sum(0)
+        totals += torch.stack([x.pow(2).sum(), keep.sum(), weight.sum()])
+    sums, errors, counts, x_sum, totals = map(sum_over_ranks, (sums, errors, counts, x_sum, totals))
+
+    square, kept, scored = totals.tolist()
+    variance = square - x_sum.pow(2).sum().item() / kept
+    (ce_original, ce_zero, *ces), (_, _, *kls) = (sums / scored).tolist()
+    model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
+    figures = []
+    for ce, kl, error, fired in zip(ces, kls, errors.tolist(), counts):
+        row = {"ce": ce, "gap": ce - ce_original, "kl": kl, "fvu": error / variance}
+        row.update(l0=fired.sum().item() / kept, dead=int((fired == 0).sum()))
+        row["loss_recovered"] = ratio(ce_zero - ce, ce_zero - ce_original)
+        figures.append(row)
+    return model, figures
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole; None where there is nothing to have a share of."""
+    return part / whole if whole else None
+
+
+# ---- Fast paths: on the CPU, the same values in less time --------------------------------------
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight' + bias. In float32 on the CPU oneDNN's product is up to 1.5 times as fast as that
+    of the BLAS behind F.linear; it has no derivative, so only where none is recorded."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    fast = FAST and ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
+    if not fast or recorded or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Entries(NamedTuple):
+    """f [N, F] as a flat list of P entries, token by token."""
+
+    values: Tensor  # [P], above 0; or 0 where a token has fewer than K positive latents
+    latents: Tensor  # [P], the column of each entry
+    offsets: Tensor  # [N], where each token's entries begin
+
+
+def top_k(pre: Tensor, k: int) -> Entries:
+    """ReLU of the K largest of each row of pre [N, F]. They lie in the K groups (g, g + G,
+    g + 2G, ...) with the largest maxima: it is enough to search those."""
+    n, d_sae = pre.shape
+    size = 1 << (d_sae // max(1024, 4 * k)).bit_length() >> 1  # of a group
+    if size < 4 or d_sae % size:
+        values, latents = pre.topk(k, sorted=False)
+    else:
+        grouped = pre.view(n, size, -1)
+        best = grouped.amax(1).topk(k, sorted=False).indices  # [N, K]
+        inside = grouped.gather(2, best[:, None].expand(n, size, k)).flatten(1)  # [N, size K]
+        values, place = inside.topk(k, sorted=False)
+        latents = place // k * (d_sae // size) + best.gather(1, place % k)
+    return Entries(values.relu().flatten(), latents.flatten(), torch.arange(0, n * k, k))
+
+
+def at_least(pre: Tensor, floor: Tensor | float) -> Entries:
+    """Every entry of pre [N, F] that is above 0 and at least `floor`."""
+    active = (pre > 0) & (pre >= floor)
+    tokens, latents = active.nonzero(as_tuple=True)
+    per_token = active.sum(-1)
+    return Entries(pre[tokens, latents], latents, per_token.cumsum(0) - per_token)
+
+
+def times(f: Entries, table: Tensor) -> Tensor:
+    """The product f @ table [N, D] of a sparse f [N, F] and a table [F, D]."""
+    values = f.values.to(table.dtype)
+    return F.embedding_bag(f.latents, table, f.offsets, mode="sum", per_sample_weights=values)
+
+
+class SparseAutoencode(torch.autograd.Function):
+    """`autoencode` and its gradients with one dense product, the encoder's.
+
+    With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
+    dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
+    f' and h' are lists of a few entries, sorted by latent once; h falls out of f' g, since
+    d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select, keep):
+        centred = x - b_dec
+        pre = single(linear(centred, W_enc, b_enc))  # [N, F]
+        n = torch.tensor(len(x))
+        if keep is not None:
+            pre.masked_fill_(~keep[:, None], -torch.inf)
+            n = keep.sum()
+        k, floor = select(pre, n)
+        entries = at_least(pre, floor) if k is None else top_k(pre, k)
+        ctx.save_for_backward(centred, W_enc, W_dec, *entries)
+        ctx.mark_non_differentiable(entries.latents, entries.offsets)
+        return times(entries, W_dec) + b_dec, *entries
+
+    @staticmethod
+    def backward(ctx, g, g_values, *_):
+        centred, W_enc, W_dec, *entries = ctx.saved_tensors
+        entries = Entries(*entries)
+        # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
+        order = entries.latents.int().sort(stable=True).indices
+        latents, values = entries.latents[order], entries.values[order].requires_grad_()
+        tokens = torch.bucketize(order, entries.offsets, right=True) - 1
+        offsets = torch.searchsorted(latents, torch.arange(len(W_enc)))
+        f_T = Entries(values, tokens, offsets)
+        with torch.enable_grad():
+            dW_dec = times(f_T, g)
+        (h,) = torch.autograd.grad(dW_dec, values, W_dec)
+        h = (h + g_values[order]) * (values > 0)
+        dW_enc = times(f_T._replace(values=h), centred)
+        db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, latents, h.to(W_enc.dtype))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            by_token = entries._replace(values=torch.empty_like(h).index_copy_(0, order, h))
+            dx = times(by_token, W_enc)
+        return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None, None
+
+
+def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tensor, Activity]:
+    """`autoencode`, for the CPU."""
+    x_hat, *entries = SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, keep)
+    values, latents, _ = entries
+    zeros = values.new_zeros(len(W_enc))
+    counts = zeros.long().index_add_(0, latents, (values > 0).long())
+    smallest = torch.where(values > 0, values, torch.inf).min()
+    return x_hat, Activity(counts, zeros.index_add(0, latents, values), smallest)
+
+
+# ---- Language models: what the families share --------------------------------------------------
+def number(config: dict, key: str, default: float | None = None) -> float:
+    """A positive number from a config.json. UserError, with key and value, where it is none."""
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 2**31:
+        raise UserError(f"config.json has {key} = {value!r:.80}: not a positive number")
+    return value
+
+
+def require(config: dict, key: str, *supported) -> None:
+    """UserError where a config.json asks for what is not supported; the first is the default."""
+    value = config.get(key, supported[0])
+    if value not in supported:
+        raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
+
+
+class Rope(NamedTuple):
+    """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
+
+    dim: int
+    base: float
+    factor: float = 1.0  # positions are divided by it
+
+    @classmethod
+    def read(cls, config: dict, layer_type: str, head_dim: int, share: float, base: float) -> Rope:
+        """From either spelling: `rope_parameters`, for each layer type or for all, or older keys,
+        of which rope_scaling is about full attention alone."""
+        rope, old = config.get("rope_parameters"), config.get("rope_scaling")
+        if rope and old and rope != old:
+            raise UserError("config.json has rope_parameters and another rope_scaling")
+        if rope is None:
+            rope = (old or {}) if layer_type == "full_attention" else {}
+        rope = rope.get(layer_type, rope)
+        kind = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        require(kind, "rope_type", "default", "linear")
+        factor = number(rope, "factor") if kind["rope_type"] == "linear" else 1.0
+        dim = int(head_dim * number(rope, "partial_rotary_factor", share))
+        return cls(dim, number(rope, "rope_theta", base), factor)
+
+    def tables(self, length: int, device) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, dim]."""
+        inv_freq = self.base ** -(torch.arange(0, self.dim, 2, device=device).float() / self.dim)
+        positions = torch.arange(length, device=device).float() / self.factor
+        angles = torch.outer(positions, inv_freq).repeat(1, 2)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,92 +864,97 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(x / cap), or x itself where there is no cap."""
-    return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def single(x: Tensor) -> Tensor:
-    """x in float32, where its own precision is less."""
-    return x.float() if x.element_size() < 4 else x
-
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight' + bias. Fast path for float32 on the CPU: oneDNN's product, up to 1.5 times as fast
-    as that of the BLAS behind F.linear; it has no derivative, so only where none is recorded."""
-    recorded = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    fast = ONEDNN and x.is_cpu and x.dtype == torch.float32
-    if fast and not (recorded and torch.is_grad_enabled()):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def linears(bias: bool, **shapes: tuple[int, int]) -> nn.ModuleDict:
-    """Linear layers by their names in the checkpoint, each from (inputs, outputs)."""
-    return nn.ModuleDict({name: Linear(*shape, bias=bias) for name, shape in shapes.items()})
-
-
 class LanguageModel(nn.Module):
-    """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints;
-    `embedding`, `blocks` and `final_norm` say where. W_U is the embedding's without `embed_out`."""
+    """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints:
+    a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds."""
 
-    n_skip = 0  # leading positions without content, left out of everything (Gemma's <bos>)
+    n_skip = 0  # leading positions without content (<bos>)
     logit_cap: float | None = None
-    W_U = property(lambda self: getattr(self, "embed_out", self.embedding).weight)  # [V, D]
+    kl_and_gradient = staticmethod(kl_and_gradient)
+    body = embedding = layers = norm = head = ""  # names of the parts in checkpoints
 
-    def set_rotary(self, config: dict, head_dim: int, share: float) -> None:
-        """Takes either spelling of the settings: `rope_parameters`, or keys of the config."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"config.json has rope_type = {kind!r}; supported: 'default'")
-        base = config.get("rope_theta", config.get("rotary_emb_base", 10000))
-        share = rope.get("partial_rotary_factor", config.get("rotary_pct", share))
-        self.rope_dim, self.rope_base = int(head_dim * share), rope.get("rope_theta", base)
+    def __init__(self, config: dict, blocks: list[nn.Module], norm: nn.Module, has_head: bool):
+        super().__init__()
+        shape = number(config, "vocab_size"), number(config, "hidden_size")
+        self.max_context = number(config, "max_position_embeddings", 8192)
+        parts = {self.embedding: nn.Embedding(*shape), self.layers: nn.ModuleList(blocks)}
+        self.add_module(self.body, nn.ModuleDict({**parts, self.norm: norm}))
+        if has_head:
+            self.add_module(self.head, nn.Linear(*shape[::-1], bias=False))
+
+    def part(self, name: str) -> nn.Module:
+        return self.get_submodule(f"{self.body}.{name}")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.part(self.layers)
+
+    @property
+    def W_U(self) -> Tensor:  # [V, D]
+        return getattr(self, self.head, self.part(self.embedding)).weight
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens)
+        return self.part(self.embedding)(tokens)
 
     def prefix(self, tokens: Tensor, layer: int) -> Tensor:
-        """resid_post [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
+        """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
         return self.suffix(self.embed(tokens), -1, layer + 1)
 
     def suffix(self, resid: Tensor, layer: int, stop: int | None = None) -> Tensor:
-        """resid_post [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
-        rope = rotary_tables(resid.shape[1], self.rope_dim, self.rope_base, resid.device)
-        for block in self.blocks[layer + 1 : stop]:
-            resid = block(resid, *rope)
+        """Output [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
+        blocks = self.blocks[layer + 1 : stop]
+        ropes = {block.rope for block in blocks}
+        tables = {rope: rope.tables(resid.shape[1], resid.device) for rope in ropes}
+        for block in blocks:
+            resid = block(resid, *tables[block.rope])
         return resid
 
+    def final_norm(self, resid: Tensor) -> Tensor:
+        return self.part(self.norm)(resid)
+
     def unembed(self, resid: Tensor) -> Tensor:
-        """Logits [..., V] of the last block's resid_post [..., D]."""
+        """Logits [..., V] of the last block's output [..., D]."""
         return soft_cap(linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]."""
         return self.unembed(self.suffix(self.embed(tokens), -1))
 
+    def compile_parts(self) -> None:
+        """torch.compile for the blocks and the KL, which are bound by elementwise traffic."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+        self.kl_and_gradient = torch.compile(kl_and_gradient)
 
-# ---- Pythia (GPT-NeoX, arXiv 2304.01373) -----------------------------------------------------
+
+# ---- Pythia (GPT-NeoX, arXiv 2304.01373) -------------------------------------------------------
 class PythiaBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
+
     def __init__(self, config: dict):
         super().__init__()
-        d_model, d_mlp = config["hidden_size"], config["intermediate_size"]
-        self.n_heads = config["num_attention_heads"]
+        d_model, d_mlp = number(config, "hidden_size"), number(config, "intermediate_size")
+        eps = number(config, "layer_norm_eps", 1e-5)
+        require(config, "hidden_act", "gelu")
+        require(config, "use_parallel_residual", True, False)
         self.parallel = config.get("use_parallel_residual", True)
-        self.input_layernorm = nn.LayerNorm(d_model, config["layer_norm_eps"])
-        self.post_attention_layernorm = nn.LayerNorm(d_model, config["layer_norm_eps"])
-        qkv, up, down = (d_model, 3 * d_model), (d_model, d_mlp), (d_mlp, d_model)
-        self.attention = linears(True, query_key_value=qkv, dense=(d_model, d_model))
-        self.mlp = linears(True, dense_h_to_4h=up, dense_4h_to_h=down)
+        self.n_heads = number(config, "num_attention_heads")
+        share = number(config, "rotary_pct", 0.25)
+        base = number(config, "rotary_emb_base", 10_000)
+        self.rope = Rope.read(config, "full_attention", d_model // self.n_heads, share, base)
+        self.input_layernorm = nn.LayerNorm(d_model, eps)
+        self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
+        self.attention = nn.ModuleDict()
+        self.attention["query_key_value"] = Linear(d_model, 3 * d_model)
+        self.attention["dense"] = Linear(d_model, d_model)
+        self.mlp = nn.ModuleDict()
+        self.mlp["dense_h_to_4h"] = Linear(d_model, d_mlp)
+        self.mlp["dense_4h_to_h"] = Linear(d_mlp, d_model)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # The weight's rows go head by head, the q, k and v of a head side by side.
@@ -203,34 +971,23 @@ class PythiaBlock(nn.Module):
 
 
 class Pythia(LanguageModel):
-    """LayerNorm with bias, rotary on a part of each head, attention and MLP side by side."""
+    body, embedding, layers, norm = "gpt_neox", "embed_in", "layers", "final_layer_norm"
+    head = "embed_out"
 
-    activation = ("hidden_act", "gelu")
-    embedding = property(lambda self: self.gpt_neox.embed_in)
-    blocks = property(lambda self: self.gpt_neox.layers)
-    final_norm = property(lambda self: self.gpt_neox.final_layer_norm)
-
-    def __init__(self, config: dict):
-        super().__init__()
-        vocab, d_model = config["vocab_size"], config["hidden_size"]
-        self.set_rotary(config, d_model // config["num_attention_heads"], share=0.25)
-        self.gpt_neox = nn.ModuleDict()
-        self.gpt_neox["embed_in"] = nn.Embedding(vocab, d_model)
-        blocks = (PythiaBlock(config) for _ in range(config["num_hidden_layers"]))
-        self.gpt_neox["layers"] = nn.ModuleList(blocks)
-        self.gpt_neox["final_layer_norm"] = nn.LayerNorm(d_model, config["layer_norm_eps"])
-        if not config.get("tie_word_embeddings", False):
-            self.embed_out = nn.Linear(d_model, vocab, bias=False)
+    def __init__(self, config: dict, has_head: bool):
+        blocks = [PythiaBlock(config) for _ in range(number(config, "num_hidden_layers"))]
+        eps = number(config, "layer_norm_eps", 1e-5)
+        super().__init__(config, blocks, nn.LayerNorm(number(config, "hidden_size"), eps), has_head)
 
 
-# ---- Gemma 2 (arXiv 2408.00118) --------------------------------------------------------------
+# ---- Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) ---------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), in float32 whatever the model's dtype."""
 
-    def __init__(self, d_model: int, eps: float):
+    def __init__(self, dim: int, config: dict):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(d_model))
+        self.eps = number(config, "rms_norm_eps", 1e-6)
+        self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = 1 + single(self.weight)
@@ -238,35 +995,53 @@ class RMSNorm(nn.Module):
 
 
 class GemmaBlock(nn.Module):
-    """Grouped-query attention with soft-capped scores; sees all before it, or `window` tokens."""
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Grouped-query attention to all
+    before it, or to a window. Gemma 2 soft-caps the scores; Gemma 3 norms q and k instead."""
 
-    def __init__(self, config: dict, window: int | None):
+    def __init__(self, config: dict, layer_type: str):
         super().__init__()
-        d_model, d_mlp = config["hidden_size"], config["intermediate_size"]
-        self.head_dim, self.n_kv = config["head_dim"], config["num_key_value_heads"]
-        self.scale = config["query_pre_attn_scalar"] ** -0.5
-        self.score_cap, self.window = config["attn_logit_softcapping"], window
-        d_q, d_kv = config["num_attention_heads"] * self.head_dim, self.n_kv * self.head_dim
-        q, kv, o = (d_model, d_q), (d_model, d_kv), (d_q, d_model)
-        self.self_attn = linears(False, q_proj=q, k_proj=kv, v_proj=kv, o_proj=o)
-        up, down = (d_model, d_mlp), (d_mlp, d_model)
-        self.mlp = linears(False, gate_proj=up, up_proj=up, down_proj=down)
-        norm = lambda: RMSNorm(d_model, config["rms_norm_eps"])
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
+        gemma_3, sliding = config["model_type"] == "gemma3_text", layer_type == "sliding_attention"
+        d_model, d_mlp = number(config, "hidden_size"), number(config, "intermediate_size")
+        self.head_dim = number(config, "head_dim", 256)
+        self.n_kv = number(config, "num_key_value_heads")
+        self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
+        self.score_cap = config.get("attn_logit_softcapping")
+        self.window = number(config, "sliding_window", 4096) if sliding else None
+        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
+        if gemma_3 and sliding:
+            base = number(config, "rope_local_base_freq", 10_000)
+        self.rope = Rope.read(config, layer_type, self.head_dim, 1.0, base)
+        d_q = number(config, "num_attention_heads") * self.head_dim
+        d_kv = self.n_kv * self.head_dim
+        self.self_attn = nn.ModuleDict()
+        self.self_attn["q_proj"] = Linear(d_model, d_q, bias=False)
+        self.self_attn["k_proj"] = Linear(d_model, d_kv, bias=False)
+        self.self_attn["v_proj"] = Linear(d_model, d_kv, bias=False)
+        self.self_attn["o_proj"] = Linear(d_q, d_model, bias=False)
+        self.self_attn["q_norm"] = RMSNorm(self.head_dim, config) if gemma_3 else nn.Identity()
+        self.self_attn["k_norm"] = RMSNorm(self.head_dim, config) if gemma_3 else nn.Identity()
+        self.mlp = nn.ModuleDict()
+        self.mlp["gate_proj"] = Linear(d_model, d_mlp, bias=False)
+        self.mlp["up_proj"] = Linear(d_model, d_mlp, bias=False)
+        self.mlp["down_proj"] = Linear(d_mlp, d_model, bias=False)
+        self.input_layernorm = RMSNorm(d_model, config)
+        self.post_attention_layernorm = RMSNorm(d_model, config)
+        self.pre_feedforward_layernorm = RMSNorm(d_model, config)
+        self.post_feedforward_layernorm = RMSNorm(d_model, config)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        projections = (self.self_attn[name] for name in ("q_proj", "k_proj", "v_proj"))
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        parts = self.self_attn
+        projections = parts.q_proj(x), parts.k_proj(x), parts.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
+        q, k = rotate(parts.q_norm(q), cos, sin), rotate(parts.k_norm(k), cos, sin)
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
         q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)
-        scores = soft_cap(q @ k.mT * self.scale, self.score_cap)
+        scores = single(soft_cap(q @ k.mT * self.score_scale, self.score_cap))
         hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
         if self.window is not None:
-            hidden |= torch.ones_like(hidden).tril(-self.window)
-        weights = single(scores).masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
-        return self.self_attn.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
+            hidden = hidden | torch.ones_like(hidden).tril(-self.window)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
+        return parts.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), cos, sin))
@@ -275,728 +1050,709 @@ class GemmaBlock(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp.down_proj(h))
 
 
-class Gemma2(LanguageModel):
-    """RMSNorm before and after each half of a block, tied embeddings, soft-capped logits."""
-
+class Gemma(LanguageModel):
     n_skip = 1
-    activation = ("hidden_activation", "gelu_pytorch_tanh")
-    embedding = property(lambda self: self.model.embed_tokens)
-    blocks = property(lambda self: self.model.layers)
-    final_norm = property(lambda self: self.model.norm)
+    body, embedding, layers, norm = "model", "embed_tokens", "layers", "norm"
+    head = "lm_head"
 
-    def __init__(self, config: dict):
-        super().__init__()
-        d_model, n_layers = config["hidden_size"], config["num_hidden_layers"]
-        self.set_rotary(config, config["head_dim"], share=1.0)
-        self.logit_cap = config["final_logit_softcapping"]
-        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * n_layers
-        windows = [config["sliding_window"] if k[0] == "s" else None for k in kinds[:n_layers]]
-        self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(config["vocab_size"], d_model)
-        self.model["layers"] = nn.ModuleList(GemmaBlock(config, window) for window in windows)
-        self.model["norm"] = RMSNorm(d_model, config["rms_norm_eps"])
+    def __init__(self, config: dict, has_head: bool):
+        n_layers = number(config, "num_hidden_layers")
+        every = number(
+            config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6
+        )
+        pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
+        kinds = config.get("layer_types") or pattern * n_layers
+        for kind in kinds:
+            require({"layer_types": kind}, "layer_types", *pattern)
+        require(config, "hidden_activation", "gelu_pytorch_tanh")
+        require(config, "use_bidirectional_attention", False, None)
+        blocks = [GemmaBlock(config, kinds[i]) for i in range(n_layers)]
+        super().__init__(config, blocks, RMSNorm(number(config, "hidden_size"), config), has_head)
+        self.logit_cap = config.get("final_logit_softcapping")
 
     def embed(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = super().embed(tokens)
         # The factor is rounded to the model's dtype, as the published weights expect.
-        return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)
+        return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
 
 
-# ---- From a checkpoint to a model ------------------------------------------------------------
-FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma2}  # model_type -> class
-# Buffers of old GPT-NeoX checkpoints: not parameters.
-IGNORED = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+# ---- From a checkpoint to a model --------------------------------------------------------------
+FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma, "gemma3_text": Gemma}  # model_type -> class
+# Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
+IGNORED = (
+    r"\.(attention\.(masked_)?bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_projector\."
+)
 
 
-def build_lm(config: dict) -> LanguageModel:
-    """The model that a parsed config.json describes; UserError for settings it cannot follow."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    key, activation = FAMILIES[kind].activation
-    if config.get(key) not in (None, activation):
-        raise UserError(f"config.json has {key} = {config[key]!r}; supported: {activation!r}")
+def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
+    """The model that a parsed config.json describes, on the meta device; has_head: whether it has
+    an unembedding of its own, if config.json does not decide. UserError for what it cannot follow.
+    """
+    if config.get("model_type") == "gemma3":
+        config = {**config, **config.get("text_config", {}), "model_type": "gemma3_text"}
+    require(config, "model_type", *FAMILIES)
+    family = FAMILIES[config["model_type"]]
+    tied = config.get("tie_word_embeddings", family is Gemma)
+    require({"tie_word_embeddings": tied}, "tie_word_embeddings", True, False)
     try:
-        return FAMILIES[kind](config)
-    except KeyError as missing:
-        raise UserError(f"config.json has no {missing}, which a {kind} model needs") from None
+        with torch.device("meta"):
+            lm = family(config, has_head or not tied)
+            lm(torch.zeros(1, 2, dtype=torch.long))
+    except UserError:
+        raise
+    except Exception as error:  # sizes that do not fit each other
+        raise UserError(f"config.json describes no model that runs: {error!r:.200}") from None
+    return lm
 
 
-def load_lm(name_or_folder: str, device="cpu", dtype=torch.float32) -> LanguageModel:
+def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     """A frozen language model, `lm(tokens [B, T]) -> logits [B, T, V]`, from a short name, a Hub
-    owner/name or a folder like a Hub snapshot. UserError where its tensors do not match by name."""
-    with torch.device("meta"):
-        lm = build_lm(model_loaders.load_config(name_or_folder))
-    weights = model_loaders.load_weights(name_or_folder, device, dtype)
-    tied = () if hasattr(lm, "embed_out") else ("embed_out.weight", "lm_head.weight")
-    weights = {k: w for k, w in weights.items() if not k.endswith(IGNORED + tied)}
+    owner/name[@revision] or a folder. UserError where its tensors do not fit or are not finite."""
+    config, weights = model_loaders.load_config(name), {}
+    for key, w in model_loaders.load_weights(name, device, dtype).items():
+        if "language_model." in key:  # Gemma 3 with vision
+            key = key.replace("language_model.model.", "model.").replace("language_model.", "")
+        if not re.search(IGNORED, key):
+            weights[key] = w
+    lm = build_lm(config, not weights.keys().isdisjoint(("embed_out.weight", "lm_head.weight")))
     try:
         lm.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())
-        raise UserError(f"{name_or_folder}: weights do not fit config.json: {details}") from None
+        raise UserError(f"{name}: weights do not fit config.json: {details:.300}") from None
+    for key, w in weights.items():
+        if not w.isfinite().all():
+            raise UserError(f"{name}: {key} is not finite in {dtype}: a damaged file, or too large")
     return lm.eval().requires_grad_(False)
 
 
-# ---- The sparse autoencoder (Gao et al. 2024, arXiv 2406.04093) ------------------------------
-class Acts(NamedTuple):
-    """The active latents of N tokens: an [N, F] matrix f as a flat list of P entries, by row."""
-
-    values: Tensor  # [P], above 0; or 0 where a token has fewer than K positive latents
-    latents: Tensor  # [P], the column
-    offsets: Tensor  # [N], where each token's entries begin
-
-    @property
-    def tokens(self) -> Tensor:  # [P], the row of each entry
-        entries = torch.arange(len(self.latents), device=self.offsets.device)
-        return torch.bucketize(entries, self.offsets, right=True) - 1
-
-    @property
-    def l0(self) -> Tensor:  # active latents per token
-        return (self.values > 0).sum() / len(self.offsets)
+# ---- Processes: one, or several GPUs under torchrun --------------------------------------------
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def top_k(pre: Tensor, k: int) -> Acts:
-    """The K largest of each row of pre [N, F], after ReLU. Plainly: pre.topk(k). Fast path, exact:
-    they lie in the K groups (g, g + G, g + 2G, ...) with the largest maxima: search only there."""
-    n, d_sae = pre.shape
-    size = 1 << (d_sae // max(1024, 4 * k)).bit_length() >> 1  # of a group
-    if size < 4 or d_sae % size:
-        values, latents = pre.topk(k, sorted=False)
-    else:
-        grouped = pre.view(n, size, -1)
-        best = grouped.amax(1).topk(k, sorted=False).indices  # [N, K]
-        inside = grouped.gather(2, best[:, None].expand(n, size, k)).flatten(1)  # [N, size K]
-        values, place = inside.topk(k, sorted=False)
-        latents = place // k * (d_sae // size) + best.gather(1, place % k)
-    offsets = torch.arange(0, n * k, k, device=pre.device)
-    return Acts(values.relu().flatten(), latents.flatten(), offsets)
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def above(pre: Tensor, threshold: Tensor | float) -> Acts:
-    """Every entry of pre [N, F] above a threshold >= 0."""
-    active = pre > threshold
-    tokens, latents = active.nonzero(as_tuple=True)
-    per_token = active.sum(-1)
-    return Acts(pre[tokens, latents], latents, per_token.cumsum(0) - per_token)
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over all processes; x itself where there is one."""
+    if world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
 
 
-SPARSE_DEVICES = ("cpu",)  # elsewhere a dense bfloat16 product beats a sparse sum
-
-
-def times(f: Acts, table: Tensor) -> Tensor:
-    """The product f @ table [N, D] of a sparse f [N, F] and a dense table [F, D]."""
-    if table.device.type in SPARSE_DEVICES:
-        values = f.values.to(table.dtype)
-        return F.embedding_bag(f.latents, table, f.offsets, mode="sum", per_sample_weights=values)
-    dense = f.values.new_zeros(len(f.offsets), len(table))
-    return dense.index_put((f.tokens, f.latents), f.values) @ table
-
-
-class SparseAutoencode(torch.autograd.Function):
-    """x_hat = f W_dec + b_dec with f = select((x - b_dec) W_enc' + b_enc), and its gradients.
-    With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
-    dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
-    Fast path: only the encoder product is dense. f' and h' are lists of a few entries, sorted by
-    latent once; h falls out of f' g, since d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>."""
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select):
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        centred = x - b_dec
-        acts = select(linear(centred, W_enc, b_enc))
-        ctx.save_for_backward(centred, W_enc, W_dec, *acts)
-        ctx.mark_non_differentiable(acts.latents, acts.offsets)
-        return times(acts, W_dec) + b_dec, *acts
-
-    @staticmethod
-    def backward(ctx, g, g_values, *_):
-        centred, W_enc, W_dec, *acts = ctx.saved_tensors
-        acts, d_sae = Acts(*acts), len(W_enc)
-        with torch.autocast(g.device.type, torch.bfloat16, enabled=ctx.autocast):
-            # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
-            order = acts.latents.int().sort(stable=True).indices
-            latents, values = acts.latents[order], acts.values[order].requires_grad_()
-            offsets = torch.searchsorted(latents, torch.arange(d_sae, device=g.device))
-            f_T = Acts(values, acts.tokens[order], offsets)
-            with torch.enable_grad():
-                dW_dec = times(f_T, g)
-            (h,) = torch.autograd.grad(dW_dec, values, W_dec)
-            h = (h + g_values[order]) * (values > 0)
-            dW_enc = times(f_T._replace(values=h), centred)
-            db_enc = W_enc.new_zeros(d_sae).index_add_(0, latents, h.to(W_enc.dtype))
-            dx = None
-            if ctx.needs_input_grad[0]:
-                by_token = acts._replace(values=torch.empty_like(h).index_copy_(0, order, h))
-                dx = times(by_token, W_enc)
-        return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None
-
-
-class SAE(nn.Module):
-    """x_hat = W_dec f + b_dec, f = activation(W_enc (x - b_dec) + b_enc), on x / scale.
-    W_enc and W_dec are both [F, D], a row for each latent; `scale` makes the mean squared norm of
-    activations 1. `kind` is the activation: "topk", the K largest of each token; "batchtopk", the
-    K N largest of N tokens in training and later those above `threshold`, the running mean of the
-    smallest one kept (arXiv 2412.06410); "relu", all that are positive."""
-
-    def __init__(self, d_model: int, d_sae: int, k: int, kind="topk", autocast: bool = True):
-        super().__init__()
-        self.k, self.kind = k, kind
-        self.autocast = autocast  # bfloat16 products on CUDA; the parameters stay float32
-        directions = F.normalize(torch.randn(d_sae, d_model), dim=-1)
-        self.W_enc, self.W_dec = nn.Parameter(directions.clone()), nn.Parameter(directions)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("threshold", torch.zeros(()))
-        self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
-
-    @torch.no_grad()
-    def start_from(self, x: Tensor) -> None:
-        """Sets scale, and b_dec to the geometric median, from first activations x [N, D]."""
-        self.scale.copy_(x.float().pow(2).sum(-1).mean().sqrt())
-        x = x[:8192].float() / self.scale
-        median = x.mean(0)
-        for _ in range(30):  # Weiszfeld's iteration to the least summed distance to all rows
-            weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            median = (weights * x).sum(0) / weights.sum()
-        self.b_dec.copy_(median)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
-        """Reconstructions [N, D] of x [N, D], and the active latents (in units of x / scale)."""
-        weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast and x.is_cuda):
-            x_hat, *acts = SparseAutoencode.apply(single(x) / self.scale, *weights, self.select)
-        return x_hat * self.scale, Acts(*acts)
-
-    def select(self, pre: Tensor) -> Acts:
-        """The latents that stay active, of pre-activations [N, F]."""
-        if self.kind == "topk":
-            return top_k(pre, self.k)
-        if self.kind == "relu":
-            return above(pre, 0.0)
-        if not self.training:
-            return above(pre, self.threshold)
-        smallest = pre.flatten().topk(self.k * len(pre), sorted=False).values.min().clamp_min(0)
-        self.threshold.lerp_(smallest.detach(), 0.001 if self.threshold > 0 else 1.0)
-        return above(pre, torch.nextafter(smallest, smallest - 1).clamp_min(0))
-
-    def sparsity(self, acts: Acts) -> Tensor:
-        """mean_n sum_i f_i ||W_dec[i]||."""
-        return (acts.values * self.W_dec.norm(dim=-1)[acts.latents]).sum() / len(acts.offsets)
-
-    @torch.no_grad()
-    def project_gradient(self) -> None:
-        """Removes from each W_dec.grad[i] the part along W_dec[i], which has norm 1."""
-        for w, g in zip(self.W_dec.split(1024), self.W_dec.grad.split(1024)):  # fits the cache
-            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
-
-    def folded(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and settings in SAELens's layout, for raw activations: scale goes to biases."""
-        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
-        tensors |= {"b_enc": self.b_enc * self.scale, "b_dec": self.b_dec * self.scale}
-        architecture = {"topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}[self.kind]
-        cfg = {"architecture": architecture, "d_in": len(self.b_dec), "d_sae": len(self.b_enc)}
-        cfg |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
-        cfg |= {"normalize_activations": "none", "reshape_activations": "none"}
-        if self.kind == "topk":
-            cfg |= {"k": self.k, "rescale_acts_by_decoder_norm": False}
-        if self.kind == "batchtopk":
-            tensors["threshold"] = torch.ones_like(self.b_enc) * self.threshold * self.scale
-        return tensors, cfg
-
-
-# ---- KL without the logits of a whole batch --------------------------------------------------
-def slices(n_tokens: int, vocab: int) -> list[slice]:
-    """Slices of the tokens with about 8M logits each."""
-    size = max(1, 2**23 // vocab)
-    return [slice(i, i + size) for i in range(0, n_tokens, size)]
-
-
-class SlicedKL(torch.autograd.Function):
-    """KL(p || q), mean over N tokens, of p, q = softmax(lm.unembed(resid_p, resid_q [N, D])).
-    d KL / d logits_q = (q - p) / N is taken back through soft cap, unembedding and final norm slice
-    by slice in the forward pass: three products with W_U per token, and never a tensor [N, V]."""
-
-    @staticmethod
-    def forward(ctx, resid_p: Tensor, resid_q: Tensor, lm: LanguageModel) -> Tensor:
-        kl, grad = single(resid_q.new_zeros(())), torch.empty_like(resid_q)
-        for rows in slices(len(resid_q), len(lm.W_U)):
-            log_p = single(lm.unembed(resid_p[rows])).log_softmax(-1)
-            with torch.enable_grad():
-                resid = resid_q[rows].detach().requires_grad_()
-                normed = lm.final_norm(resid)
-            logits = single(soft_cap(linear(normed.detach(), lm.W_U), lm.logit_cap))
-            log_q = logits.log_softmax(-1)
-            p = log_p.exp()
-            kl += (p * (log_p - log_q)).sum() / len(resid_q)
-            g = log_q.exp() - p
-            if lm.logit_cap is not None:  # the derivative of c tanh(z / c) is 1 - tanh(z / c)^2
-                g *= 1 - (logits / lm.logit_cap) ** 2
-            g = linear(g.to(normed.dtype), lm.W_U.T) / len(resid_q)
-            (grad[rows],) = torch.autograd.grad(normed, resid, g)
-        ctx.save_for_backward(grad)
-        return kl
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, g * ctx.saved_tensors[0], None
-
-
-# ---- Phase one: MSE on shuffled activations --------------------------------------------------
-class ActivationBuffer:
-    """Mixes the hook layer's activations of many sequences; each activation is served once.
-    Batches follow a random permutation of the rows [size, D]; when half of them are used, new
-    activations take their places and a new permutation is drawn."""
-
-    def __init__(self, lm: LanguageModel, stream: TokenStream, n_sequences: int, config: Config):
-        self.lm, self.stream, self.layer = lm, stream, config.layer
-        self.chunk = max(1, 8192 // config.context)  # sequences in one forward
-        self.next_sequence, self.n_sequences = 0, n_sequences
-        self.per_sequence = config.context - lm.n_skip
-        size = max(config.buffer, 1 + 2 * config.batch // self.per_sequence)
-        n_rows = min(size, n_sequences) * self.per_sequence
-        self.rows = lm.W_U.new_empty(n_rows, lm.W_U.shape[1])
-        # Rows in the order in which they are served; those before `used` may be written over.
-        self.order, self.used = torch.arange(n_rows, device=self.rows.device), n_rows
-        self.refill()
-
-    @torch.no_grad()
-    def refill(self) -> None:
-        n = min(self.used // self.per_sequence, self.n_sequences - self.next_sequence)
-        new, rest = self.order[: self.used].tensor_split([n * self.per_sequence])
-        tokens = self.stream.train(self.next_sequence, n).to(new.device)
-        places = new.view(n, self.per_sequence)
-        for chunk, rows in zip(tokens.split(self.chunk), places.split(self.chunk)):
-            self.rows[rows] = self.lm.prefix(chunk, self.layer)[:, self.lm.n_skip :]
-        self.next_sequence += n
-        live = torch.cat([self.order[self.used :], new])
-        shuffled = live[torch.randperm(len(live), device=live.device)]
-        self.order, self.used = torch.cat([rest, shuffled]), len(rest)
-
-    def next_batch(self, n: int) -> Tensor:
-        """[n, D] activations in float32."""
-        if self.used >= len(self.rows) // 2 and self.next_sequence < self.n_sequences:
-            self.refill()
-        rows = self.order[self.used : self.used + n]
-        self.used += len(rows)
-        return self.rows[rows].float()
-
-
-def auxk_loss(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
-    """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = (x - x_hat) / scale
-    and its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
-    e = ((x - x_hat) / sae.scale).detach()
-    k = min(x.shape[1] // 2, len(dead))
-    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], torch.zeros_like(sae.b_dec)
-    centred = x / sae.scale - sae.b_dec
-    e_hat, *_ = SparseAutoencode.apply(centred, *weights, lambda pre: top_k(pre, k))
-    return (e - e_hat).pow(2).sum() / (e - e.mean(0)).pow(2).sum()
-
-
-def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Rises over `warmup` steps or a tenth, falls linearly to 0 over the last share `decay`."""
-    rise = (step + 1) / max(1, min(warmup, steps // 10))
-    return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
-
-
-def update(loss: Tensor, module: nn.Module, optimizer: AdamW, lr: float) -> None:
-    """Backward, gradient off the decoder's directions, norm clipped to 1, Adam, unit norm again.
-    Fast path: the fused kernel itself divides by `grad_scale`, and does nothing where `found_inf`
-    is 1: clipping takes no pass of its own, and a step that is not finite changes nothing."""
-    loss.backward()
-    constrained = getattr(module, "unit_norm", False)
-    if constrained:
-        module.project_gradient()
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    optimizer.grad_scale, optimizer.found_inf = norm.clamp_min(1.0), (~norm.isfinite()).float()
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    if constrained:
-        F.normalize(module.W_dec.data, dim=-1, out=module.W_dec.data)
-
-
-def train_mse(lm, stream: TokenStream, saes: list[SAE], n_sequences: int, config: Config):
-    """Phase one on the first n_sequences (0: only the start); all SAEs see the same batches.
-    Yields (step, steps, each SAE's figures) of each step.
-    loss = mean_n ||x - x_hat||^2 + AuxK / 32, or + lambda * sparsity for ReLU; on x / scale."""
-    buffer = ActivationBuffer(lm, stream, n_sequences or min(32, stream.n_train), config)
-    for sae in saes:
-        sae.train().start_from(buffer.rows[:32768])
-    optimizers = [AdamW(sae.parameters(), weight_decay=0.0, fused=True) for sae in saes]
-    idle = [torch.zeros_like(sae.b_enc, dtype=torch.long) for sae in saes]  # tokens since it fired
-    dead = [torch.empty(0, dtype=torch.long) for _ in saes]
-    steps = n_sequences * buffer.per_sequence // config.batch
-    for step in range(steps):
-        x = buffer.next_batch(config.batch)
-        lr = config.lr * lr_factor(step, steps, config.warmup, decay=0.2)
-        rows = []
-        for i, (sae, optimizer) in enumerate(zip(saes, optimizers)):
-            x_hat, acts = sae(x)
-            loss = mse = ((x - x_hat) / sae.scale).pow(2).sum(-1).mean()
-            if sae.kind == "relu":
-                loss = mse + config.l1 * min(1.0, 20 * step / steps) * sae.sparsity(acts)
-            elif len(dead[i]):
-                loss = mse + auxk_loss(sae, x, x_hat, dead[i]) / 32
-            update(loss, sae, optimizer, lr)
-            fires = torch.zeros_like(idle[i]).index_add_(0, acts.latents, (acts.values > 0).long())
-            idle[i] = (idle[i] + len(x)) * (fires == 0)
-            if step % config.log_every == 0:  # not at each step: it waits for the device
-                dead[i] = (idle[i] > config.dead_after).nonzero()[:, 0]
-            rows.append({"loss": loss.detach(), "mse": mse.detach(), "l0": acts.l0})
-        yield step, steps, rows
-
-
-# ---- Phase two: KL+MSE on whole sequences ----------------------------------------------------
-@dataclass
-class Splice:
-    """What a fine-tune method trains: `insert` in place of resid_post after block L of `lm`.
-    `insert` maps x [N, D] to (x_hat [N, D], Acts). Trained are the parameters of `insert` and `lm`
-    that require a gradient; `loss` is "kl" (KL+MSE), "kl-only" or "mse"."""
-
-    insert: nn.Module
-    lm: LanguageModel
-    loss: str = "kl"
-    own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
-    l1: float = 0.0  # lambda of a ReLU SAE, and the L0 at which it is held
-    l0_target: float = 0.0
-
-    @property
-    def trained(self) -> nn.Module:
-        return self.lm if any(p.requires_grad for p in self.lm.parameters()) else self.insert
-
-    def run(self, tokens: Tensor, resid: Tensor, layer: int):
-        """For tokens [B, T], with the original model's resid_post [B, T, D] of block `layer`:
-        resid_post of the last block with x_hat inserted, x, x_hat [B (T - n_skip), D], and Acts."""
-        resid, skip = self.lm.prefix(tokens, layer) if self.own_prefix else resid, self.lm.n_skip
-        x = resid[:, skip:].flatten(0, 1)
-        x_hat, acts = self.insert(x)
-        if self.loss == "mse" and self.insert.training:
-            return x, x, x_hat, acts  # nothing after block L is needed
-        inserted = x_hat.to(resid.dtype).view_as(resid[:, skip:])
-        last = self.lm.suffix(torch.cat([resid[:, :skip], inserted], dim=1), layer)
-        return last[:, skip:].flatten(0, 1), x, x_hat, acts
-
-
-def finetune_loss(s: Splice, last_p: Tensor, last_q: Tensor, x: Tensor, x_hat: Tensor, acts: Acts):
-    """(beta KL + MSE) / 2, and what to log; last_p, last_q: last resid_post [N, D] of the original
-    model and with x_hat [N, D]. beta = MSE / KL, new for every batch: both halves weigh alike."""
-    mse = F.mse_loss(x_hat, single(x))
-    loss, figures = mse, {"mse": mse.detach(), "l0": acts.l0}
-    if s.loss != "mse":
-        kl = loss = SlicedKL.apply(last_p, last_q, s.lm)
-        figures |= {"kl": kl.detach(), "beta": (mse / (kl + 1e-8)).detach()}
-    if s.loss == "kl":
-        loss = (figures["beta"] * kl + mse) / 2
-    if getattr(s.insert, "kind", None) == "relu":
-        # lambda was set beside the squared norm on x / scale, which is D / scale^2 times this MSE.
-        loss = loss * x.shape[1] / s.insert.scale**2 + s.l1 * s.insert.sparsity(acts)
-        s.l1 *= 1.001 if acts.l0 > s.l0_target else 0.999
-    return loss, figures
-
-
-def finetune(lm, stream: TokenStream, splices: list[Splice], start: int, stop: int, config):
-    """Phase two: sequences start..stop in order; all splices see the same ones, and share blocks
-    0..L with the original. The rate falls linearly to 0; where this phase is the whole training
-    (end to end), rate and schedule are those of phase one. Yields as `train_mse` does."""
-    steps, layer = max(1, (stop - start) // config.kl_batch), config.layer
-    whole = config.kl_tokens == config.tokens
-    peak, *schedule = (config.lr, config.warmup, 0.2) if whole else (config.kl_lr, 0, 1.0)
-    trained = [s.trained.train().parameters() for s in splices]
-    optimizers = [AdamW(parameters, weight_decay=0.01, fused=True) for parameters in trained]
-    for step in range(steps):
-        first = start + step * config.kl_batch
-        tokens = stream.train(first, min(config.kl_batch, stop - first)).to(lm.W_U.device)
-        with torch.no_grad():
-            resid = last_p = lm.prefix(tokens, layer)
-            if any(s.loss != "mse" for s in splices):
-                last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
-        rows = []
-        for s, optimizer in zip(splices, optimizers):
-            loss, figures = finetune_loss(s, last_p, *s.run(tokens, resid, layer))
-            update(loss, s.trained, optimizer, peak * lr_factor(step, steps, *schedule))
-            rows.append({"loss": loss.detach()} | figures)
-        yield step, steps, rows
-    for s in splices:
-        s.insert.eval(), s.lm.eval()
-
-
-# name -> (lm, a copy of the MSE SAE, config) -> what to train. experiments/baselines.py adds more.
-METHODS = {  # "mse" is the control
-    loss: lambda lm, sae, config, loss=loss: Splice(sae, lm, loss)
-    for loss in ("kl", "kl-only", "mse")
-}
-
-
-# ---- Evaluation ------------------------------------------------------------------------------
-def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor) -> Tensor:
-    """[2, m], summed over N tokens: CE on targets [N] of each of m resid_posts [N, D] of the last
-    block, and KL from the first one's distribution to each. A slice of tokens at a time."""
-    out = torch.zeros(2, len(lasts), dtype=torch.double, device=targets.device)
-    for rows in slices(len(targets), len(lm.W_U)):
-        log_p = single(lm.unembed(lasts[0][rows])).log_softmax(-1)
-        for i, last in enumerate(lasts):
-            log_q = single(lm.unembed(last[rows])).log_softmax(-1) if i else log_p
-            out[0, i] += F.nll_loss(log_q, targets[rows], reduction="sum")
-            out[1, i] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return out
-
-
-@torch.no_grad()
-def evaluate(lm, layer: int, tokens: Tensor, splices: list[Splice]) -> tuple[dict, list[dict]]:
-    """On held-out tokens [n, T]: the model's own CE and zero ablation's, and a dict per splice.
-    ce, kl: nats per token. fvu: share of the variance of x left unexplained. l0: active latents per
-    token. dead: latents that never fired. The first n_skip positions do not count."""
-    skip, device, insert = lm.n_skip, lm.W_U.device, splices[0].insert
-    d_sae = len(getattr(insert, "sae", insert).b_enc)
-    none = Acts(*torch.zeros(3, 0, dtype=torch.long, device=device))
-    identity, zero = lambda x: (x, none), lambda x: (torch.zeros_like(x), none)
-    splices, x_sum = [Splice(identity, lm), Splice(zero, lm), *splices], 0
-    ce_kl, error_l0 = torch.zeros(2, 2, len(splices), dtype=torch.double, device=device)
-    fired = torch.zeros(len(splices), d_sae, dtype=torch.bool, device=device)
-    for batch in tokens.to(device).split(8):
-        resid, lasts = lm.prefix(batch, layer), []
-        x_sum = x_sum + resid[:, skip:].flatten(0, 1).double().sum(0)
-        for i, s in enumerate(splices):
-            last, x, x_hat, acts = s.run(batch, resid, layer)
-            lasts.append(last.unflatten(0, (len(batch), -1))[:, :-1].flatten(0, 1))
-            error_l0[0, i] += (x - x_hat).double().pow(2).sum()
-            error_l0[1, i] += (acts.values > 0).sum()
-            fired[i, acts.latents[acts.values > 0]] = True
-        ce_kl += ce_and_kl(lm, lasts, batch[:, skip + 1 :].flatten())
-    n = tokens[:, skip:].numel()
-    (ce, kl), (error, l0) = ce_kl / (n - len(tokens)), error_l0 / n
-    gap, variance = ce - ce[0], error[1] - (x_sum / n).pow(2).sum()  # error[1] is that of zero
-    columns = {"ce": ce, "kl": kl, "fvu": error / variance, "l0": l0, "dead": (~fired).sum(1)}
-    columns |= {"gap": gap, "loss_recovered": 1 - gap / gap[1]}
-    rows = [dict(zip(columns, row)) for row in zip(*(c.tolist() for c in columns.values()))]
-    return {"ce_original": rows[0]["ce"], "ce_zero": rows[1]["ce"]}, rows[2:]
-
-
-# ---- A run, from the command line to its report ----------------------------------------------
-def check(config: Config) -> None:
-    """Fills in what depends on the model; UserError for settings that cannot be, with the value."""
-    for name in "tokens d_sae context batch kl_batch buffer log_every rank".split():
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is below 1")
-    for k in config.k:
-        if not 1 <= k <= config.d_sae:
-            raise UserError(f"--k {k} is not between 1 and d_sae = {config.d_sae}")
-    if config.kl_tokens > config.tokens:
-        raise UserError(f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    for stage in "+".join(config.method).split("+"):
-        if stage not in METHODS:
-            raise UserError(f"--method {stage} is unknown; there are: {', '.join(METHODS)}")
-    n_layers = model_loaders.load_config(config.model).get("num_hidden_layers", 0)
-    config.layer = n_layers // 2 if config.layer is None else config.layer
-    if not 0 <= config.layer < n_layers:
-        raise UserError(f"--layer {config.layer}: {config.model} has layers 0 to {n_layers - 1}")
-    config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14) if config.lr is None else config.lr
-    if config.data is None:
-        name = Path(config.model).name  # Pythia's own data, or c4
-        config.data = "pythia" + name[-8:] * name.endswith("-deduped") if "pythia" in name else "c4"
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean over all processes; x itself where there is one."""
+    return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
 def find_device(name: str) -> torch.device:
-    """The device that --device names, cpu or cuda; UserError where it is not there."""
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = ["cpu", "cuda", *(f"cuda:{i}" for i in range(n))] if n else ["cpu"]
-    if name not in ("auto", *names):
-        raise UserError(f"--device {name}: there are auto, {', '.join(names)}")
-    return torch.device(names[n > 0] if name == "auto" else name)
+    """The device that --device names, each process of torchrun its own. UserError without it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
 
 
-def save(insert: nn.Module, folder: Path, config: Config) -> None:
-    """A method's SAE in SAELens's layout: W_enc [D, F], W_dec [F, D]. Raises UserError."""
-    sae = insert.merged() if hasattr(insert, "merged") else getattr(insert, "sae", insert)
-    tensors, cfg = sae.folded()
-    hook, model = f"blocks.{config.layer}.hook_resid_post", Path(config.model).name
-    metadata = {"model_name": model, "hook_name": hook, "context_size": config.context}
-    metadata |= {"dataset_path": config.data, "prepend_bos": "gemma" in model}
-    cfg["metadata"] = metadata | {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
-    path = folder / "sae_weights.safetensors"
-    model_loaders.write_safetensors(path, tensors, {"format": "pt"}, cfg)
+def join_processes(device: torch.device) -> None:
+    """Joins the processes that torchrun started, if it did. Tokenising may take hours."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+# ---- A run's folder, and what a person sees ----------------------------------------------------
+MARK = ".saeft"  # the file that says that a folder is a run's
+IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
+IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*"]
+
+
+def take_folder(path: Path, config: Config, locks: contextlib.ExitStack) -> None:
+    """Makes a run's folder and holds it for this process alone. UserError where it holds another
+    run, or anything else."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / MARK).exists() and any(path.iterdir()):
+            raise UserError(f"{path} is not empty and no run's folder: choose another --name")
+        (path / MARK).touch()
+        locks.enter_context(WeakFileLock(path / ".lock", timeout=0.1))
+    except TimeoutError:
+        raise UserError(f"{path} is in use by another run: choose another --name") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): choose another --out or --name") from None
+    if any(path.glob("checkpoint*.pt")) and not (config.resume or config.overwrite):
+        raise UserError(f"{path} holds an unfinished run: add --resume to go on with it")
+    if (path / "report.json").exists() and not config.overwrite:
+        raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
+
+
+def clear_folder(path: Path, parts: list[str]) -> None:
+    """Removes what a run wrote there and in its `parts`, and nothing else."""
+    for folder, names in [*((path / part, IN_SAE) for part in parts), (path, IN_RUN)]:
+        for name in names:
+            for file in folder.glob(name):
+                file.unlink()
+        if folder != path and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def say(text: str, renew: bool = False) -> None:
+    """A line for the reader. On a terminal, one to `renew` is cut to its width and gives way to the
+    next. The first process speaks for all; a closed stdout ends nothing."""
+    live = sys.stdout.isatty()
+    if live and renew:
+        text = text[: shutil.get_terminal_size().columns - 1]
+    try:
+        if rank() == 0:
+            end = "" if live and renew else "\n"
+            print(f"\r\033[K{text}" if live else text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- A run, from its settings to its report ----------------------------------------------------
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; args[0] is the signal's number."""
+
+
+LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
+LABELS["mse"] = "after MSE alone, same tokens"
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
+
+
+def check(config: Config, methods: dict) -> LanguageModel:
+    """Fills in what depends on the model, and returns that without weights. UserError for settings
+    that cannot be, with the value, before anything is loaded or written."""
+    for f in fields(Config):
+        value, low = getattr(config, f.name), f.metadata["low"]
+        for one in value if isinstance(value, list) else [value]:
+            flag = f"--{f.name.replace('_', '-')} {one}"
+            small = isinstance(one, (int, float)) and not low <= one < 2**62
+            refuse(small, f"{flag} is not from {low} to 2^62")
+            refuse(one == "", f"{flag}is empty")
+    for name in config.method:
+        refuse(name not in methods, f"--method {name}: there are {', '.join(methods)}")
+    lm = build_lm(model_loaders.load_config(config.model))
+    last = len(lm.blocks) - 1
+    config.layer = (last + 1) // 2 if config.layer is None else config.layer
+    config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14) if config.lr is None else config.lr
+    if config.data is None:  # Pythia's own data, or c4
+        deduped = "-deduped" if "-deduped" in config.model else ""
+        config.data = f"pythia{deduped}" if "pythia" in config.model else "c4"
+    k, context, n_mse = config.k, config.context, config.tokens - config.kl_tokens
+    step = config.kl_batch * context * world_size()
+    refuse(config.layer > last, f"--layer {config.layer}: {config.model} has 0 to {last}")
+    refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
+    refuse(len({*k}) < len(k), f"--k {k} has the same K twice")
+    refuse(len({*config.method}) < len(config.method), f"--method {config.method}: one twice")
+    refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
+    refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
+    few = 0 < n_mse < config.batch * world_size() * context / (context - 1)
+    refuse(few, f"{n_mse} tokens of phase one are less than a step of --batch {config.batch}")
+    few = 0 < config.kl_tokens < step
+    refuse(few, f"--kl-tokens {config.kl_tokens} is less than a step of {step} (--kl-batch)")
+    several = config.sae == "batchtopk" and world_size() > 1
+    refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
+    return lm
+
+
+def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
+    """Multiplications of each part of a run, roughly: what a token takes, times the tokens."""
+    block = sum(p.numel() for p in lm.blocks[0].parameters())
+    head, before = lm.W_U.numel(), (config.layer + 1) * block
+    after = len(lm.blocks) * block - before
+    n, sae = len(config.k), 3 * config.d_sae * lm.W_U.shape[1]
+    parts = {"MSE": (config.tokens - config.kl_tokens) * (before + n * sae)}
+    for method in config.method:
+        passes = 0 if method == "mse" else after + head + n * (2 * after + 2 * head)
+        parts[method] = config.kl_tokens * (before + n * sae + passes)
+    evaluation = before + (n + 2) * (after + head) + n * sae
+    return {**parts, "evaluation": config.eval_tokens * evaluation * (1 + len(config.method))}
 
 
 class Run:
-    """What a command line asks for: settings, model, tokens, and a folder for each K (or `folder`,
-    whatever it holds). UserError for what cannot be or is not there, before anything is written."""
+    """What a command line asks for, and what has been done of it: settings, model, tokens, a folder
+    for each K. UserError for what cannot be, or is not there."""
 
-    def __init__(self, config: Config, folder: Path | None = None):
-        check(config)
-        self.config, self.device = config, find_device(config.device)
-        name = config.name or f"{Path(config.model).name}-{config.sae}-k{{k}}-seed{config.seed}"
+    def __init__(self, config: Config, methods: dict = METHODS):
+        self.config, self.methods = config, methods
+        self.device = find_device(config.device)
+        join_processes(self.device)
+        self.operations = operations(config, check(config, methods))
+        self.parts = ["before", "unfinished", *methods]  # folders in a run's
+        self.locks, self.taken = contextlib.ExitStack(), []
+        self.signal, self.in_loop = None, False
+        self.began = self.saved = time.monotonic()
+        self.state = {"results": {}, "seconds": {}, "saes": [], "phase": {}}
+        self.losses, self.lines, self.writes = [], [[] for _ in config.k], False
+        name = config.name or f"{Path(config.model).name}-layer{config.layer}-{config.sae}"
+        name = name if config.name else f"{name}-k{{k}}-seed{config.seed}"
         name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
-        self.folders = [folder or Path(config.out, name.replace("{k}", str(k))) for k in config.k]
-        for path in self.folders if folder is None else []:
-            replaced = config.overwrite and (path / "config.json").exists()
-            if path.exists() and not replaced and (path.is_file() or any(path.iterdir())):
-                raise UserError(f"{path} holds another run: choose a --name, or pass --overwrite")
-        torch.set_float32_matmul_precision("highest" if config.float32 else "high")  # high: TF32
-        source = config.data, load_tokenizer(config.model), config.context
-        budget = config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, *budget, allow_short=config.allow_short)
-        self.n = n = self.stream.n_train  # sequences, the first n_mse for phase one
-        if config.allow_short:
-            total = n * config.context
-            config.tokens, config.kl_tokens = total, config.kl_tokens * total // config.tokens
-        self.n_mse = n - n * config.kl_tokens // config.tokens
-        self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
+        plain = Path(name).name == name and name not in (".", "..")
+        refuse(not plain, f"--name {name} is no plain name of a folder")
+        out = Path(config.out).expanduser()
+        self.folders = [out / name.replace("{k}", str(k)) for k in config.k]
 
-    def new_saes(self) -> list[SAE]:
-        """An SAE for each K, from the seed."""
-        torch.manual_seed((config := self.config).seed)
-        shape, kind = (self.lm.W_U.shape[1], config.d_sae), (config.sae, not config.float32)
-        return [SAE(*shape, k, *kind).to(self.device) for k in config.k]
+    def prepare(self) -> None:
+        """Takes the folders, then loads the model and starts the stream of tokens."""
+        config = self.config
+        for folder in self.folders if rank() == 0 else []:
+            take_folder(folder, config, self.locks)
+            self.taken.append(folder)
+        if not config.overwrite:  # an earlier run stays until there is something new
+            self.start_writing()
+        say(self.headline())
+        say("loading the model", renew=True)
+        tokenizer = load_tokenizer(config.model)
+        if config.bos == "yes" and tokenizer.bos_id is None:
+            tokenizer.bos_id = tokenizer.eos_id  # as published for Pythia
+        if config.bos == "no":
+            tokenizer.bos_id = None
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        lm = self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
+        lm.n_skip = int(tokenizer.bos_id is not None)
+        many = f"the tokenizer has {tokenizer.n_vocab} ids, the embedding {len(lm.W_U)} rows"
+        refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model}: {many}")
+        source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
+        report = lambda text: say(text, renew=True)  # noqa: E731
+        self.stream = TokenStream(*source, allow_short=config.allow_short, report=report)
+        self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
+        if self.n * config.context < config.tokens // config.context * config.context:
+            config.kl_tokens = config.kl_tokens * self.n * config.context // config.tokens
+            config.tokens = self.n * config.context
+        self.n_mse = self.n - self.n * config.kl_tokens // config.tokens
+        logits = lm(self.stream.train(0, 1).to(self.device))
+        refuse(not logits.isfinite().all(), f"{config.model}: logits not finite in {config.dtype}")
+        if config.compile:
+            lm.compile_parts()
 
-    def follow(self, phase: str, splices: list[Splice], training) -> None:
-        """Runs a phase: `training` yields (step, steps, figures of each splice), which go to its
-        folder's metrics.jsonl and to a progress line. UserError where a loss is not finite; the
-        SAEs are then saved as they were at the last line."""
-        config, start, shown, losses = self.config, time.perf_counter(), 0, []
-        good = [copy.deepcopy(s.insert) for s in splices]
-        size = config.batch if phase == "MSE" else config.kl_batch * config.context
-        for step, steps, rows in training:
-            losses.append(torch.stack([row["loss"] for row in rows]))
-            if (step + 1) % config.log_every and step + 1 < steps:
-                continue  # no wait for the device in between
-            since, losses = torch.stack(losses), []  # [steps since the last line, splices]
-            for at, i in (~since.isfinite()).nonzero()[:1].tolist():
-                for insert, folder in zip(good, self.folders):
-                    save(insert, folder, config)
-                text = f"phase {phase} is {since[at, i]} at step {step + 1 - len(since) + at}"
-                kept = f"The last good SAE is in {self.folders[i]}"
-                raise UserError(f"the loss of {text}: lower its rate. {kept}")
-            if all(p.isfinite().all() for s in splices for p in s.insert.parameters()):
-                good = [copy.deepcopy(s.insert) for s in splices]
-            tokens, seconds = (step + 1) * size, time.perf_counter() - start
-            line = {"phase": phase, "step": step + 1, "tokens": tokens, "seconds": seconds}
-            rows = [row | {"loss": loss} for row, loss in zip(rows, since.mean(0))]
-            if config.log_ce:
-                some = self.stream.validation()[:32]
-                for s, row in zip(splices, rows):
-                    s.trained.eval()
-                    model, (held_out,) = evaluate(self.lm, config.layer, some, [s])
-                    row |= {"ce": held_out["ce"], "ce_original": model["ce_original"]}
-                    s.trained.train()
-            rows = [{name: float(value) for name, value in row.items()} for row in rows]
-            for row, folder in zip(rows, self.folders):
-                with open(folder / "metrics.jsonl", "a") as file:
-                    print(json.dumps(line | row), file=file)
-            live, tenth = sys.stdout.isatty(), 10 * (step + 1) // steps
-            if live or tenth > shown:
-                shown, minutes = tenth, seconds / 60 * (steps / (step + 1) - 1)
-                text = f"{phase}: {tokens / 1e6:.2f}M of {steps * size / 1e6:.2f}M tokens"
-                text += f", {tokens / seconds:,.0f}/s, {minutes:.1f} minutes left"
-                text += "".join(f", {name} {value:.4g}" for name, value in rows[0].items())
-                end = "" if live and step + 1 < steps else "\n"
-                print(f"\r{text}\033[K" if live else text, end=end, flush=True)
-
-    def finetune(self, method: str, saes: list[SAE], before: list[dict], first: int):
-        """A splice for each SAE after one method on the sequences from `first` on; stages joined by
-        + share them and follow on. `before`: what `evaluate` said of the SAEs."""
-        stages, n, config = method.split("+"), self.n - first, self.config
-        bounds = [first + n * i // len(stages) for i in range(len(stages) + 1)]
-        for stage, *span in zip(stages, bounds, bounds[1:]):
-            splices = [METHODS[stage](self.lm, copy.deepcopy(sae), config) for sae in saes]
-            for s, row in zip(splices, before):
-                s.l1, s.l0_target = config.l1, row["l0"]
-            self.follow(stage, splices, finetune(self.lm, self.stream, splices, *span, config))
-            saes = [s.insert for s in splices]
-        return splices
+    def headline(self) -> str:
+        """What is trained on what, where, and for how long roughly."""
+        config = self.config
+        sizes = f"{config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        tokens = f"{(config.tokens - config.kl_tokens) / 1e6:.2f}M tokens of MSE"
+        tokens += f", {config.kl_tokens / 1e6:.2f}M of {', '.join(config.method)}"
+        x = torch.rand(1024, 1024, device=self.device)
+        start = time.perf_counter()
+        for _ in range(4):
+            x = x @ x / 512
+        x.sum().item()  # waits for the device
+        rate = 2**32 / (time.perf_counter() - start) / 2  # half a bare product's
+        minutes = sum(self.operations.values()) / rate / 60
+        where = f"{self.device}, {config.dtype}, roughly {minutes:.0f} minutes"
+        return f"saeft: {config.sae} ({sizes}) on {config.model}, layer {config.layer}: {tokens}; {where}"
 
     def train(self) -> list[dict]:
         """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
-        config, clock, n_mse = self.config, time.perf_counter, self.n_mse
-        saes, start = self.new_saes(), clock()
-        splices = [Splice(sae, self.lm) for sae in saes]
-        self.follow("MSE", splices, train_mse(self.lm, self.stream, saes, n_mse, config))
-        seconds, held_out = {"MSE": clock() - start}, self.stream.validation()
-        methods = config.method if n_mse < self.n else []
-        for sae, folder in zip(saes, self.folders):
-            save(sae.eval(), folder / "before" if methods else folder, config)
-        model, before = evaluate(self.lm, config.layer, held_out, splices)
-        results = [{"MSE": row} if n_mse else {} for row in before]  # end to end, it is untrained
-        for method in methods:
-            start = clock()
-            splices = self.finetune(method, saes, before, n_mse)
-            seconds[method] = clock() - start
-            _, after = evaluate(self.lm, config.layer, held_out, splices)
-            for s, row, rows, folder in zip(splices, after, results, self.folders):
-                row["gap_closed"] = 1 - row["gap"] / rows["MSE"]["gap"] if n_mse else None
-                rows[method] = row
-                save(s.insert, folder if method == methods[0] else folder / method, config)
-        return [self.report(model, *one, seconds) for one in zip(self.folders, config.k, results)]
+        config, lm, state = self.config, self.lm, self.state
+        if config.start:
+            saes = [SAE.load(config.start)]
+        else:
+            shape = lm.W_U.shape[1], config.d_sae
+            saes = [SAE(*shape, k, config.sae, config.seed) for k in config.k]
+        for sae in saes:
+            sae.to(self.device).bfloat16 = config.dtype == "bfloat16"
+        if state["saes"]:
+            for sae, saved in zip(saes, state["saes"]):
+                sae.load_state_dict(saved)
+        else:
+            self.measure(saes)
+        trainees = [Trainee(sae.train(), lm, "mse") for sae in saes]
+        if "MSE" not in state["results"]:
+            if not config.start:
+                steps = self.n_mse * (config.context - lm.n_skip) // (config.batch * world_size())
+                phase = Phase("MSE", trainees, steps, sink_limit(saes[0], config))
+                phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, phase.limit, config)
+                self.run_phase(phase, train_mse, config)
+            self.finish("MSE", trainees)
+        for method in config.method if self.n_mse < self.n else []:
+            if method not in state["results"]:
+                self.fine_tune(method, saes)
+        return [self.report(i) for i in range(len(self.folders))]
 
-    def report(self, model: dict, folder: Path, k: int, results: dict, seconds: dict) -> dict:
-        """Writes report.json and prints the closing table; returns the report."""
-        before = results.get("MSE", {})
-        final = results.get(self.config.method[0], before | {"gap_closed": 0.0})
-        out = asdict(self.config) | {"k": k} | model
-        for name in ("ce", "gap", "fvu", "kl"):
-            out |= {f"{name}_mse": before.get(name), f"{name}_final": final[name]}
-        out |= {name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")}
-        out |= {"seconds": seconds, "results": results}
-        (folder / "report.json").write_text(json.dumps(out, indent=2) + "\n")
-        rows = {"original": {"ce": model["ce_original"]}, "zero ablation": {"ce": model["ce_zero"]}}
-        names = "ce gap gap_closed kl fvu l0 dead".split()
-        print(f"\n{folder}\n{'':16}" + "".join(f"{name:>12}" for name in names))
-        for label, row in (rows | results).items():
-            cells = (" " * 12 if row.get(name) is None else f"{row[name]:12.4f}" for name in names)
-            print(f"{label:16}" + "".join(cells))
-        return out
+    @torch.no_grad()
+    def measure(self, saes: list[SAE]) -> None:
+        """From the first activations: the median norm where an SAE has none, and scale and b_dec
+        of new SAEs. The first process's hold for all."""
+        tokens = self.stream.train(0, min(self.n, 32_768 // self.config.context + 1))
+        resid = collect(self.lm, tokens.to(self.device), self.config.layer)  # [B, T, D]
+        median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
+        for sae in saes:
+            sae.median_norm.copy_(torch.where(sae.median_norm > 0, sae.median_norm, median))
+            keep = content(resid, self.lm.n_skip, sink_limit(sae, self.config))
+            x = single(resid[keep])
+            if not self.config.start:
+                sae.start_from(x)
+            elif sae.kind == "relu" and sae.scale == 1:
+                sae.rescale(x.pow(2).sum(-1).mean().sqrt())
+            for values in sae.state_dict().values() if world_size() > 1 else []:
+                dist.broadcast(values, 0)
 
-    def make_folders(self) -> None:
-        """Empty but for config.json."""
+    def fine_tune(self, method: str, saes: list[SAE]) -> None:
+        trainees = []
+        for sae, before in zip(saes, self.state["results"]["MSE"]):
+            sae = copy.deepcopy(sae)
+            if sae.kind != "relu":
+                sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled ones
+            if sae.kind == "batchtopk":
+                sae.k = before["l0"]
+            trainee = self.methods[method](self.lm, sae, self.config)
+            trainee.l1, trainee.l0_target = self.config.l1, before["l0"]
+            trainees.append(trainee)
+            trainee.trained.train()
+        steps = (self.n - self.n_mse) // (self.config.kl_batch * world_size())
+        limit = sink_limit(saes[0], self.config)
+        phase = Phase(method, trainees, steps, limit, first=self.n_mse)
+        self.run_phase(phase, finetune, self.lm, self.stream, self.config)
+        self.finish(method, trainees)
+
+    def run_phase(self, phase: Phase, loop, *args) -> None:
+        """A phase's loop, from where a checkpoint left it."""
+        if self.state["phase"].get("name") == phase.name:
+            phase.load_state_dict(self.state["phase"])
+        self.phase_began = time.monotonic() - self.state["seconds"].get(phase.name, 0.0)
+        self.in_loop = True
+        loop(phase, *args, self.after_step)
+        self.in_loop = False
+        self.checkpoint(phase)
+
+    def finish(self, name: str, trainees: list[Trainee]) -> None:
+        """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
+        config, results = self.config, self.state["results"]
+        for t, folder in zip(trainees, self.folders):
+            t.trained.eval()
+            first = name == config.method[0] or (name == "MSE" and self.n_mse == self.n)
+            part = "before" if name == "MSE" else name
+            self.save(t, folder if first else folder / part)
+        say(f"evaluating {LABELS.get(name, name)}", renew=True)
+        held_out = self.stream.validation()
+        self.state["model"], figures = evaluate(self.lm, held_out, trainees, config)
+        for row, before in zip(figures, results.get("MSE", [])):
+            row["gap_closed"] = ratio(before["gap"] - row["gap"], before["gap"])
+        results[name] = figures
+        if name == "MSE":
+            self.state["saes"] = [t.sae.state_dict() for t in trainees]
+        self.checkpoint()
+
+    def save(self, trainee: Trainee, folder: Path) -> None:
+        config = self.config
+        metadata = {
+            "sae_lens_version": "6.54.0",  # of the layout: without it SAELens drops the rest
+            "model_name": MODELS.get(config.model, config.model)
+            if config.model != "tiny"
+            else "tiny",
+            "hook_name": f"blocks.{config.layer}.hook_resid_post",
+            "context_size": config.context,
+            "prepend_bos": self.lm.n_skip > 0,
+            "dataset_path": config.data,
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            "sequences": self.n_mse,
+        }
+        if rank() == 0:
+            self.start_writing()
+            trainee.save(folder, metadata)
+
+    def start_writing(self) -> None:
+        """There is something new: an earlier run's files give way to it."""
+        if self.writes or rank() > 0:
+            return
         for folder, k in zip(self.folders, self.config.k):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            settings = json.dumps(asdict(self.config) | {"k": k}, indent=2)
-            (folder / "config.json").write_text(settings + "\n")
+            clear_folder(folder, self.parts)
+            settings = {**asdict(self.config), "k": k}
+            model_loaders.write_text(folder / "config.json", json.dumps(settings, indent=2))
+        self.writes = True
+
+    def after_step(self, phase: Phase, figures: list[dict]) -> None:
+        """Figures to metrics.jsonl and the progress line, every log_every steps; a checkpoint when
+        it is time for one, or when a signal asks for the end."""
+        config = self.config
+        self.losses.append(torch.stack([row["loss"] for row in figures]))
+        if phase.step % config.log_every == 0 or phase.step == phase.steps:
+            self.log(phase, figures)
+        due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
+        wishes = torch.tensor([self.signal or 0, int(due)])
+        if world_size() > 1:
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)  # all processes stop at the same step
+        stop, due = wishes.tolist()
+        if due or stop:
+            self.checkpoint(phase)
+        if stop:
+            raise Interrupted(stop)
+
+    def log(self, phase: Phase, figures: list[dict]) -> None:
+        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
+        config = self.config
+        losses = mean_over_ranks(torch.stack(self.losses))  # [steps since the last line, SAEs]
+        self.losses = []
+        for at, i in (~losses.isfinite()).nonzero()[:1].tolist():
+            folder = self.folders[i] / "unfinished"
+            self.save(phase.trainees[i], folder)
+            step = phase.step - len(losses) + at
+            text = (
+                f"the loss of {phase.name} is {losses[at, i]} at step {step + 1} of {phase.steps}"
+            )
+            raise UserError(f"{text}: lower its rate. The SAE as it was then is in {folder}")
+        seconds = time.monotonic() - self.phase_began
+        self.state["seconds"][phase.name] = seconds
+        per_step = config.batch if phase.buffer else config.kl_batch * config.context
+        tokens = phase.step * per_step * world_size()
+        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
+        for lines, row, loss in zip(self.lines, figures, losses.mean(0)):
+            row = {name: float(value) for name, value in {**row, "loss": loss}.items()}
+            lines.append(json.dumps({**line, **row}) + "\n")
+        self.write_lines()
+        share = phase.step / phase.steps
+        if sys.stdout.isatty() or int(10 * share) > int(
+            10 * (share - config.log_every / phase.steps)
+        ):
+            text = (
+                f"{phase.name} {share:4.0%}, {tokens / seconds:,.0f} tokens/s, {self.left(phase)}"
+            )
+            say(text + "".join(f", {name} {row[name]:.3g}" for name in ("loss", "fvu", "l0")), True)
+
+    def left(self, phase: Phase) -> str:
+        """The time left of the whole run, at the speed so far."""
+        names = [*self.state["results"], phase.name]
+        done = sum(self.operations.get(name, 0) for name in names[:-1])
+        done += self.operations[phase.name] * phase.step / phase.steps
+        rate = done / (time.monotonic() - self.began)
+        minutes = (sum(self.operations.values()) - done) / rate / 60
+        return f"{minutes:.1f} minutes left"
+
+    def write_lines(self) -> None:
+        """Lines that wait go to metrics.jsonl, as soon as this run may write."""
+        if not self.writes or rank() > 0:
+            return
+        for folder, lines in zip(self.folders, self.lines):
+            try:
+                with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:
+                raise UserError(f"cannot write {folder / 'metrics.jsonl'} ({error})") from None
+            lines.clear()
+
+    def checkpoint(self, phase: Phase | None = None) -> None:
+        """Saves all that `restore` needs; each process its own part, under names that only the
+        first one's file, the last to come into place, makes valid."""
+        self.start_writing()
+        self.write_lines()
+        state = {**self.state, "phase": phase.state_dict() if phase else {}, "losses": self.losses}
+        state["config"], state["world"] = asdict(self.config), world_size()
+        state["tag"] = f"{len(self.state['results'])}-{phase.step if phase else 0}"
+        if rank() > 0:
+            save_state(state, self.folders[0] / f"checkpoint-{rank()}-{state['tag']}.pt")
+        if world_size() > 1:
+            dist.barrier()
+        if rank() == 0:
+            metrics = [folder / "metrics.jsonl" for folder in self.folders]
+            state["metrics"] = [os.path.getsize(f) if f.exists() else 0 for f in metrics]
+            save_state(state, self.folders[0] / "checkpoint.pt")
+        for old in self.folders[0].glob(f"checkpoint-{rank()}-*.pt"):
+            if state["tag"] not in old.name:
+                old.unlink()
+        self.saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint. UserError where it is another run's."""
+        path = self.folders[0] / "checkpoint.pt"
+        if not self.config.resume or not path.exists():
+            return
+        state = load_state(path, self.device)
+        if rank() > 0:
+            path = path.with_name(f"checkpoint-{rank()}-{state['tag']}.pt")
+            state = load_state(path, self.device)
+        may_differ = {"resume", "overwrite", "out", "log_every", "checkpoint_minutes"}
+        for name, value in asdict(self.config).items():
+            was = state["config"][name]
+            refuse(value != was and name not in may_differ, f"{path}: --{name} was {was}")
+        refuse(state["world"] != world_size(), f"{path}: it had {state['world']} processes")
+        for folder, size in zip(self.folders, state.get("metrics", [])):
+            if size:
+                os.truncate(folder / "metrics.jsonl", size)
+        self.state = {name: state[name] for name in self.state | {"model": {}}}
+        self.losses, self.writes = state["losses"], True
+
+    def report(self, i: int) -> dict:
+        """Writes report.json and prints the closing table of one SAE; returns the report."""
+        config, state, folder = self.config, self.state, self.folders[i]
+        results = {name: rows[i] for name, rows in state["results"].items()}
+        before = results["MSE"]
+        final = results.get(config.method[0], {**before, "gap_closed": 0.0})
+        out = {**asdict(config), "k": config.k[i], **state["model"]}
+        for name in ("ce", "gap", "fvu", "kl", "l0"):
+            out.update({f"{name}_mse": before[name], f"{name}_final": final[name]})
+        out.update({name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")})
+        out.update(seconds=state["seconds"], results=results)
+        if rank() == 0:
+            model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
+        say(f"\n{folder}")
+        say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}{'dead':>5}")
+        say(f"{'original model':29}{out['ce_original']:8.4f}")
+        say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
+        for name, row in results.items():
+            closed = "" if row.get("gap_closed") is None else f"{row['gap_closed']:.1%}"
+            cells = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
+            label = (
+                "as loaded" if config.start and name == "MSE" else LABELS.get(name, f"after {name}")
+            )
+            say(f"{label:29}{cells}{row['fvu']:7.4f}{row['l0']:7.2f}{row['dead']:5}")
+        return out
 
     def run(self) -> list[dict]:
         """The whole run; a report for each K, as in its report.json. UserError where it fails."""
-        self.make_folders()
         try:
-            return self.train()
-        except UserError:
-            for folder in self.folders:
-                if not (folder / "cfg.json").exists():
-                    shutil.rmtree(folder)
-            raise
+            self.prepare()
+            self.restore()
+            reports = self.train()
+            if rank() == 0:
+                for file in self.folders[0].glob("checkpoint*.pt"):
+                    file.unlink()
+            return reports
         finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stops the stream, gives the folders back, and removes those in which nothing stands."""
+        if hasattr(self, "stream"):
             self.stream.close()
+        kept = [*IN_SAE, "report.json", "checkpoint.pt", "before", "unfinished"]
+        for folder in self.taken:
+            if not any((folder / name).exists() for name in kept):
+                clear_folder(folder, [])
+                for name in (MARK, ".lock"):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        self.locks.close()
+
+    def on_signal(self, number: int, frame) -> None:
+        """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
+        if self.in_loop and self.signal is None:
+            self.signal = number
+        else:
+            raise Interrupted(number)
 
 
-def fail(message: str) -> None:
-    raise UserError(f"{message} (--help lists the flags)")
+def save_state(state: dict, path: Path) -> None:
+    """To a temporary name, flushed, renamed. UserError where it cannot."""
+    new = path.with_suffix(".tmp")
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second
+        raise UserError(f"cannot write {path} ({error})") from None
+
+
+def load_state(path: Path, device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read ({error!r:.200}): --overwrite starts anew"
+        ) from None
+
+
+# ---- The command line --------------------------------------------------------------------------
+def count(text: str) -> int:
+    """A whole number, also written 500M, 25M, 4k or 1e6."""
+    unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    value = round(float(text[:-1] if unit > 1 else text) * unit, 4)  # 4.1M is not quite 4.1e6
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Settings from the command line: Config's defaults, the model's preset, then the flags."""
-    parser = argparse.ArgumentParser(description=__doc__[:82], argument_default=argparse.SUPPRESS)
-    parser.error = fail
+    """Settings from the command line: Config's defaults, the model's preset, what the SAE of
+    --start says, then the flags. UserError where the last two contradict each other."""
+    first_line = __doc__.splitlines()[0]
+    parser = Parser(description=first_line, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
-        options, default = dict(f.metadata), f.default_factory()
-        options["help"] += "" if default is None else f" (default: {default})"
-        if "bool" in f.type:
+        default = f.default_factory()
+        shown = "" if default is None else f" (default: {default})"
+        options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
+        if f.type == "bool":
             options["action"] = "store_true"
         else:
-            options["type"] = count if "int" in f.type else float if "float" in f.type else str
+            kinds = {"int": count, "float": float}
+            options["type"] = next((kinds[kind] for kind in kinds if kind in f.type), str)
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    short = Path(given.get("model", Config().model)).name.removesuffix("-deduped")
-    return Config(**PRESETS.get(short, {}) | given)
+    told = sae_settings(given["start"]) if "start" in given else {}
+    for name in ("layer", "k", "sae", "d_sae"):
+        same = name not in given or name not in told or given[name] == told[name]
+        refuse(not same, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
+    model = given.get("model", told.get("model", Config().model))
+    preset = PRESETS.get(Path(model).name.split("@")[0].removesuffix("-deduped"), {})
+    config = Config(**{**preset, **told, **given})
+    if config.start:
+        config.tokens = config.kl_tokens + told["sequences"] * config.context
+    return config
 
 
-def main(argv: list[str] | None = None) -> int:
+def sae_settings(source: str) -> dict:
+    """Settings that an SAE's metadata tells."""
+    tensors, cfg = model_loaders.read_sae(source)
+    metadata = cfg.get("metadata") or {}
+    own = metadata.get("saeft", {})
+    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+    told = {
+        "sae": own.get("kind", kind),
+        "d_sae": cfg["d_sae"],
+        "k": [cfg.get("k", own.get("k", 1))],
+    }
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
+    if hook:
+        told["layer"] = int(hook[1])
+    for theirs, ours in [
+        ("model_name", "model"),
+        ("context_size", "context"),
+        ("dataset_path", "data"),
+    ]:
+        if metadata.get(theirs):
+            told[ours] = metadata[theirs]
+    if "prepend_bos" in metadata:
+        told["bos"] = "yes" if metadata["prepend_bos"] else "no"
+    return {**told, "sequences": own.get("sequences", 0)}
+
+
+def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
+    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # a locale without a name's characters
     try:
-        Run(parse(argv)).run()
+        run = Run(parse(argv), methods)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run.on_signal)
+        run.run()
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        number = interrupted.args[0]
+        saved = (run.folders[0] / "checkpoint.pt").exists()
+        advice = "the same command with --resume goes on" if saved else "nothing was kept"
+        print(f"saeft: stopped by {signal.Signals(number).name}: {advice}", file=sys.stderr)
+        return 128 + number
     return 0
 
 

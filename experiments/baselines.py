@@ -1,26 +1,30 @@
 """The other fine-tunes that the paper compares KL+MSE with. Each is what it trains and inserts.
 
-    python experiments/baselines.py --method kl lora-sae lora-lm   # flags as for saeft.py
+    python experiments/baselines.py --method kl lora-sae lora-lm --rank 16   # flags as saeft.py's
 
-lora-sae             LoRA on the SAE's encoder and decoder, the SAE frozen
-lora-lm              LoRA on the language model's matrices, the SAE frozen, KL to the original model
-lora-lm-after        the same on the blocks after L alone
-linear-adapter       x_hat + U V x_hat after the frozen SAE
-mlp-adapter          x_hat + U ReLU(V x_hat + a) + c
-kl+linear-adapter    + runs one method on the first half of the tokens, another on the rest
-All start as the identity. The rank is --rank. The language model's own weights never change.
+lora-sae           LoRA on the SAE's encoder and decoder, the SAE frozen
+lora-lm            LoRA on the language model's matrices, the SAE frozen, KL to the original model
+lora-lm-after      the same on the blocks after L alone
+linear-adapter     x_hat + U V x_hat after the frozen SAE
+mlp-adapter        x_hat + U ReLU(V x_hat + a) + c
+All start as the identity; the language model's own weights never change. What a run saves:
+lora-sae as an ordinary SAE; of the others adapter.safetensors beside the SAE (`load` reads both).
 """
 
 import copy
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
-from saeft import SAE, Acts, LanguageModel, Splice, times
+from model_loaders import read_safetensors, write_safetensors
+from saeft import SAE, Activity, LanguageModel, Trainee, activate, single
 
 
 class LoRA(nn.Module):
@@ -28,13 +32,17 @@ class LoRA(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, layer: nn.Module = None):
         super().__init__()
-        self.A, self.B = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
+        self.A = nn.Linear(d_in, rank, bias=False)
+        self.B = nn.Linear(rank, d_out, bias=False)
         nn.init.zeros_(self.B.weight)
         self.layer, self.factor, self.dropout = layer, alpha / rank, nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.B(self.A(self.dropout(x.float()))) * self.factor
+        y = self.B(self.A(self.dropout(single(x)))) * self.factor
         return y if self.layer is None else self.layer(x) + y.to(x.dtype)
+
+    def matrix(self) -> Tensor:
+        return self.factor * self.B.weight @ self.A.weight
 
 
 def lora_lm(lm: LanguageModel, rank: int, first_block: int) -> LanguageModel:
@@ -54,23 +62,28 @@ class LoRASAE(nn.Module):
 
     def __init__(self, sae: SAE, rank: int):
         super().__init__()
-        (d_sae, d_model), self.sae = sae.W_enc.shape, sae.requires_grad_(False)
-        self.encoder, self.decoder = LoRA(d_model, d_sae, rank, 32), LoRA(d_sae, d_model, rank, 32)
+        d_sae, d_model = sae.W_enc.shape
+        self.sae = sae.requires_grad_(False)
+        self.encoder = LoRA(d_model, d_sae, rank, 32)
+        self.decoder = LoRA(d_sae, d_model, rank, 32)
         self.to(sae.W_enc.device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
-        sae, lora = self.sae, self.decoder
-        centred = x.float() / sae.scale - sae.b_dec
-        acts = sae.select(F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred))
-        dropped = acts._replace(values=lora.dropout(acts.values))
-        low_rank = lora.B(times(dropped, lora.A.weight.T.contiguous())) * lora.factor
-        return (times(acts, sae.W_dec) + low_rank + sae.b_dec) * sae.scale, acts
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Activity]:
+        sae = self.sae
+        centred = single(x) / sae.scale - sae.b_dec
+        pre = F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred)  # [N, F]
+        pre = pre.masked_fill(~keep[:, None], -torch.inf)
+        f = activate(pre, *sae.select(pre.detach(), keep.sum()))
+        x_hat = f @ sae.W_dec + self.decoder(f) + sae.b_dec
+        smallest = torch.where(f > 0, f, torch.inf).min()
+        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0), smallest)
 
+    @torch.no_grad()
     def merged(self) -> SAE:
         """An ordinary SAE with the same reconstructions."""
-        sae, low_rank = copy.deepcopy(self.sae), lambda m: m.factor * m.B.weight @ m.A.weight
-        sae.W_enc.data += low_rank(self.encoder)
-        sae.W_dec.data += low_rank(self.decoder).T
+        sae = copy.deepcopy(self.sae)
+        sae.W_enc += self.encoder.matrix()
+        sae.W_dec += self.decoder.matrix().T
         return sae
 
 
@@ -79,30 +92,72 @@ class Adapter(nn.Module):
 
     def __init__(self, sae: SAE, rank: int, mlp: bool):
         super().__init__()
-        d_model, self.sae = len(sae.b_dec), sae.requires_grad_(False)
-        self.V, self.U = nn.Linear(d_model, rank, bias=mlp), nn.Linear(rank, d_model, bias=mlp)
+        d_model = len(sae.b_dec)
+        self.sae = sae.requires_grad_(False)
+        self.V = nn.Linear(d_model, rank, bias=mlp)
+        self.U = nn.Linear(rank, d_model, bias=mlp)
         self.act = nn.ReLU() if mlp else nn.Identity()
         for p in self.U.parameters():
             nn.init.zeros_(p)
         self.to(sae.W_enc.device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Acts]:
-        x_hat, acts = self.sae.eval()(x)
-        return x_hat + self.U(self.act(self.V(x_hat))), acts
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Activity]:
+        x_hat, active = self.sae.eval()(x, keep)
+        return x_hat + self.U(self.act(self.V(x_hat))), active
 
 
-def splice_lora_lm(lm, sae: SAE, config, first_block: int) -> Splice:
-    adapted, own_prefix = lora_lm(lm, config.rank, first_block), first_block <= config.layer
-    return Splice(sae.requires_grad_(False), adapted, "kl-only", own_prefix)
+@dataclass
+class Baseline(Trainee):
+    """A trainee that is saved as what it is: merged, or as an SAE and an adapter beside it."""
+
+    method: str = ""
+    rank: int = 0
+
+    def save(self, folder: Path, metadata: dict) -> None:
+        if self.method == "lora-sae":
+            self.trained.merged().save(folder, metadata)
+            return
+        self.sae.save(folder, metadata)
+        frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
+        state = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
+        state = {k: v for k, v in state.items() if not k.startswith("sae.")}
+        told = {"method": self.method, "rank": str(self.rank)}
+        write_safetensors(folder / "adapter.safetensors", state, told)
 
 
-saeft.METHODS |= {
-    "lora-sae": lambda lm, sae, config: Splice(LoRASAE(sae, config.rank), lm),
-    "lora-lm": lambda lm, sae, config: splice_lora_lm(lm, sae, config, 0),
-    "lora-lm-after": lambda lm, sae, config: splice_lora_lm(lm, sae, config, config.layer + 1),
-    "linear-adapter": lambda lm, sae, config: Splice(Adapter(sae, config.rank, False), lm),
-    "mlp-adapter": lambda lm, sae, config: Splice(Adapter(sae, config.rank, True), lm),
-}
+def build(method: str, lm: LanguageModel, sae: SAE, layer: int, rank: int) -> Trainee:
+    """What a method trains, from an SAE."""
+    named = {"method": method, "rank": rank}
+    if method == "lora-sae":
+        return Baseline(sae, lm, insert=LoRASAE(sae, rank), **named)
+    if method in ("linear-adapter", "mlp-adapter"):
+        return Baseline(sae, lm, insert=Adapter(sae, rank, method == "mlp-adapter"), **named)
+    first = 0 if method == "lora-lm" else layer + 1
+    adapted = lora_lm(lm, rank, first)
+    sae.requires_grad_(False)
+    own_prefix = method == "lora-lm"
+    return Baseline(sae, adapted, "kl-only", trained=adapted, own_prefix=own_prefix, **named)
+
+
+def load(folder: str | Path, lm: LanguageModel, layer: int) -> Trainee:
+    """What a run of a baseline saved: it gives the figures that the run reported."""
+    path, sae = Path(folder, "adapter.safetensors"), SAE.load(folder)
+    if not path.exists():
+        return Trainee(sae, lm)
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    trainee = build(header["method"], lm, sae, layer, int(header["rank"]))
+    trainee.trained.load_state_dict(read_safetensors(path), strict=False)
+    trainee.trained.eval()
+    return trainee
+
+
+def method(name: str):
+    return lambda lm, sae, config: build(name, lm, sae, config.layer, config.rank)
+
+
+NAMES = ("lora-sae", "lora-lm", "lora-lm-after", "linear-adapter", "mlp-adapter")
+METHODS = {**saeft.METHODS, **{name: method(name) for name in NAMES}}
 
 if __name__ == "__main__":
-    sys.exit(saeft.main())
+    sys.exit(saeft.main(methods=METHODS))
