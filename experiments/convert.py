@@ -43,7 +43,7 @@ class Source:
             below = [file for file in path.rglob("*") if file.name in FORMATS]
             found = [file for file in below if file.parent == path] or below
             refuse(
-                len(found) != 1, f"{len(found)} files there are of {', '.join(FORMATS)}: name one"
+                len(found) != 1, f"{len(found)} files in it are {' or '.join(FORMATS)}: name one"
             )
             path = found[0]
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[^:]+)?)(?::(.*))?", source)
@@ -52,8 +52,7 @@ class Source:
         names = [os.path.basename(inside)] if re.search(r"\.(pt|npz|safetensors)$", inside) else []
         self.folder = os.path.dirname(inside) if names else inside.strip("/")
         self.words = "/".join(Path(self.root, self.folder).parts[-6:])  # tell model and layer
-        found = filter(None, map(self.find, names or FORMATS))
-        self.weights = next(found, None)
+        self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
         refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
 
     def find(self, name: str) -> Path | None:
@@ -65,85 +64,87 @@ class Source:
                 return None
             raise
 
-    def json(self, name: str) -> dict:
+    def json(self, name: str, needed: bool = False) -> dict:
         path = self.find(name)
+        refuse(needed and not path, f"{name} is missing")
         return read_json(path) if path else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, float32 at least. No pickle is opened that holds anything else."""
+    """Tensors by name, in float32. No pickle is opened that holds anything else."""
     with open_file(path) as file:
         if path.suffix == ".safetensors":
             stored = read_safetensors(path)
         elif path.suffix == ".npz":
-            arrays = np.load(file, allow_pickle=False)
-            stored = {name: torch.from_numpy(arrays[name]) for name in arrays}
+            stored = dict(np.load(file, allow_pickle=False))
         else:
             try:
                 stored = torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise UserError(f"{path}: a pickle of more than tensors, not opened") from None
-    tensors = {}
-    for name, tensor in stored.items():
-        tensor = torch.as_tensor(tensor)
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        tensors[re.sub(r"^(_orig_mod\.|module\.)+", "", name)] = tensor
-    return tensors
+        names = {name: re.sub(r"^(_orig_mod\.|module\.)+", "", name) for name in stored}
+        return {names[name]: torch.as_tensor(stored[name]).float() for name in stored}
 
 
 # ---- What each format means, in the words of SAELens's cfg.json --------------------------------
-UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
-
-
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
-    cfg = source.json("cfg.json")
+    cfg = source.json("cfg.json", needed=True)
     cfg = {"hook_name": cfg.get("hook_point"), **(cfg.get("metadata") or {}), **cfg}
-    if cfg.get("activation_fn_str", cfg.get("activation_fn")) == "topk":
-        cfg.update(architecture="topk", k=cfg.get("activation_fn_kwargs", {}).get("k"))
+    function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
+    if function != "relu":
+        settings = cfg.get("activation_fn_kwargs") or {}
+        cfg.update(architecture=function, k=settings.get("k", cfg.get("k")))
     trained = cfg.get("training_architecture_details") or cfg.get("saeft") or {}
-    name = cfg.get("training_architecture", trained.get("kind", ""))
-    if name.endswith("batchtopk") and cfg.get("architecture") == "jumprelu":
+    name = cfg.get("training_architecture") or trained.get("kind") or ""
+    if cfg.setdefault("architecture", "standard") == "jumprelu" and name.endswith("batchtopk"):
         cfg.update(architecture=name, k=trained.get("k"))
-    if "topk" not in cfg.setdefault("architecture", "standard"):
+    elif "topk" not in cfg["architecture"]:
         cfg["rescale_acts_by_decoder_norm"] = False
+    if "log_threshold" in tensors:  # of older checkpoints
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    factor, used = tensors.pop("scaling_factor", torch.ones(1)), "finetuning_scaling_factor"
+    refuse((factor != 1).any() and not cfg.get(used), f"a scaling_factor, but {used} is not true")
+    tensors["W_dec"] *= factor[:, None]  # f meets both
     if cfg.get("normalize_activations") in (True, "expected_average_only_in"):
-        cfg["factor"] = source.json("activation_scaler.json").get("scaling_factor")
-        if cfg["factor"] is None:  # folded when training ended
-            print("note: normalize_activations without a factor: x is used as it is, as by SAELens")
+        scaler = source.json("activation_scaler.json")  # of a checkpoint: folded in the end
+        if not scaler:
+            print("note: normalize_activations, but no factor: x is used as it is, as by SAELens")
+        factor = scaler.get("scaling_factor", 1.0)
+        tensors["W_enc"] *= factor
+        tensors["W_dec"] /= factor
+        tensors["b_dec"] /= factor
+        if cfg.get("rescale_acts_by_decoder_norm") and "topk_threshold" in tensors:
+            tensors["topk_threshold"] /= factor
     return cfg
 
 
 CLASSES = {"AutoEncoder": "standard", "AutoEncoderNew": "standard", "AutoEncoderTopK": "topk"}
 CLASSES.update(BatchTopKSAE="batchtopk", MatryoshkaBatchTopKSAE="batchtopk")
 CLASSES.update(JumpReluAutoEncoder="jumprelu")
+UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
 
 
 def dictionary_learning(tensors: dict, source: Source) -> dict:
     config = source.json("config.json")
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
-    name = trainer.get("dict_class") or dictionary_class(tensors, source)
-    k = [int(k) for k in (trainer.get("k"), tensors.get("k")) if k is not None]
+    name = trainer.get("dict_class")
+    if not name:  # TopK and BatchTopK differ in nothing but folders' names
+        batch = "batchtopk" in re.sub("[^a-z]", "", source.words.lower())
+        name = "BatchTopKSAE" if batch else "AutoEncoderTopK"
+        name = "AutoEncoder" if "bias" in tensors else name
+        print(f"note: without a config.json it is taken for an {name}")
+    k = [int(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
+    unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}.get(name)
+    tensors.pop(unused, None)  # an alternative to k; of the loss
     cfg = {"architecture": CLASSES.get(name, name), "k": k[0] if k else None}
     cfg["apply_b_dec_to_input"] = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     cfg["rescale_acts_by_decoder_norm"] = name == "AutoEncoder"  # by its loader
-    cfg.update(hook_name=trainer.get("submodule_name"), layer=trainer.get("layer"))
-    cfg.update(model_name=trainer.get("lm_name"), context_size=buffer.get("ctx_len"))
-    return {**cfg, "io": buffer.get("io", "out"), **UNPROCESSED}
-
-
-def dictionary_class(tensors: dict, source: Source) -> str:
-    """Where config.json is missing. TopK and BatchTopK differ in nothing but folders' names."""
-    clues = {"gate_bias": "GatedAutoEncoder", "group_sizes": "MatryoshkaBatchTopKSAE"}
-    clues |= {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew"}
-    found = [clues[name] for name in clues if name in tensors]
-    jump = "threshold" in tensors and tensors["threshold"].ndim == 1
-    batch = "batchtopk" in re.sub("[^a-z]", "", source.words.lower())
-    found += ["JumpReluAutoEncoder"] * jump + ["BatchTopKSAE"] * batch + ["AutoEncoderTopK"]
-    print(f"note: no config.json: taken for dictionary_learning's {found[0]}")
-    return found[0]
+    io = buffer.get("io", "out")  # of the module
+    cfg["hook_name"] = trainer.get("submodule_name") if io == "out" else io
+    cfg.update(layer=trainer.get("layer"), context_size=buffer.get("ctx_len"))
+    return {**cfg, "model_name": trainer.get("lm_name"), **UNPROCESSED}
 
 
 def gemma_scope(tensors: dict, source: Source) -> dict:
@@ -156,44 +157,34 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
         model = model or f"gemma-{3 if name[1] else 2}-{name[2]}"
     if "gemma-2" in model or "270m" in model:
         model = model.removesuffix("-pt")  # its name on the Hub
-    cfg = {"architecture": config.get("architecture", "jump_relu").replace("_", "")}
-    cfg.update(apply_b_dec_to_input=False, hook_name=config.get("hf_hook_point_in"))
-    cfg.update(hook_name_out=config.get("hf_hook_point_out"), prepend_bos=True, context_size=1024)
+    architecture = config.get("architecture", "jump_relu").replace("_", "")
+    architecture = "transcoder" if "hf_hook_point_out" in config else architecture
+    cfg = {"architecture": architecture, "apply_b_dec_to_input": False, "prepend_bos": True}
+    cfg.update(hook_name=config.get("hf_hook_point_in"), context_size=1024)
     return {**cfg, "model_name": f"google/{model}" if model else None, **UNPROCESSED}
 
 
 def sparsify(tensors: dict, source: Source) -> dict:
+    cfg, folder = source.json("cfg.json", needed=True), Path(source.folder).name
     run = source.json("../config.json") if source.folder else {}  # of all layers
-    folder = Path(source.folder).name
+    refused = [key for key in ("transcode", "skip_connection", "signed") if cfg.get(key)]
+    architecture = refused[0] if refused else cfg.get("activation", "topk")
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
-    cfg = {**source.json("cfg.json"), "architecture": "topk", "hook_name": hook}
+    cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
-    return {**cfg, "dataset_path": run.get("dataset"), **UNPROCESSED}
+    return {**cfg, "dataset_path": run.get("dataset")}
 
 
 FORMATS = {"sae_weights.safetensors": saelens, "ae.pt": dictionary_learning}
 FORMATS.update({"params.npz": gemma_scope, "params.safetensors": gemma_scope})
 FORMATS.update({"sae.safetensors": sparsify})
-SUFFIXES = {".pt": dictionary_learning, ".npz": gemma_scope}  # of files with other names
-EXPRESSED = {  # what configs may say; the first is meant where they are silent
-    "architecture": ["standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu"],
-    "activation_fn_str": ["relu", "topk"],
-    "activation_fn": ["relu", "topk"],
-    "activation": ["topk"],
-    "normalize_activations": ["none", None, False, True, "expected_average_only_in"],
-    "reshape_activations": ["none", None],
-    "hook_head_index": [None],
-    "hook_name_out": [None],
-    "transcode": [False],
-    "skip_connection": [False],
-    "signed": [False],
-    "io": ["out"],
-}
+OTHER_NAMES = {".pt": dictionary_learning, ".npz": gemma_scope}
 # The residual stream after or before a block, as TransformerLens, transformers and
 # dictionary_learning call it; and what in a folder's name says that an SAE reads something else.
 HOOK = r"blocks\.\d+\.hook_resid_(post|pre)|(\w+\.)*layers\.\d+(\.output)?"
 HOOK += r"|(resid_(post|out|pre)_)?layer_?\d+"
-OTHER = r"(?<![a-z])(mlp|att|attn|attention|resid_mid|(trans|cross)coders?|clt|embed\w*)(?![a-z])"
+OTHER = r"(mlp|att|attn|attention|resid_mid)(_out)?(_all|_layer_?\d+)?|embed\w*"
+OTHER += r"|((trans|cross)coder|clt)(_all)?"
 
 
 def block(cfg: dict, source: Source, layer: int | None) -> int | None:
@@ -204,65 +195,65 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
         known = int(re.search(r"\d+", hook)[0]) - ("resid_pre" in hook)
         refuse(known < 0, f"it reads {hook}, the embedding")
     elif layer is None:
-        other = re.search(OTHER, source.words)
-        refuse(other, f"{other and other[0]!r} in its name: --layer L if it reads a block's output")
+        other = [word for word in source.words.split("/") if re.fullmatch(OTHER, word)]
+        refuse(other, f"its folder is {other}: --layer L if it reads the output of a block")
         numbers = re.findall(r"(?<![a-z])(?:layers?|blocks)[._]?(\d+)", source.words)
         known = int(numbers[-1]) if numbers and known is None else known
     refuse(None not in (layer, known) and layer != known, f"--layer {layer}: it says {known}")
     return known if layer is None else layer
 
 
-KEPT = ["sae_lens_version", "model_name", "hook_name", "context_size", "prepend_bos"]
-KEPT += ["dataset_path", "neuronpedia_id", "exclude_special_tokens", "seqpos_slice"]
-KEPT += ["model_from_pretrained_kwargs"]
-
-
 # ---- What it is in our form --------------------------------------------------------------------
 NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
-NAMES |= {"topk_threshold": "threshold", "finetuning_scaling_factor": "scaling_factor"}
+NAMES |= {"topk_threshold": "threshold"}
+EXPRESSED = {  # the first is meant where a config is silent
+    "architecture": ["standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu"],
+    "normalize_activations": ["none", None, False, True, "expected_average_only_in"],
+    "reshape_activations": ["none", None],
+    "hook_head_index": [None],
+}
 
 
 def build(stored: dict[str, Tensor], cfg: dict) -> SAE:
-    """The SAE of these tensors, with what its format does besides folded into them."""
-    tensors = {}
+    """Our SAE of these tensors: x centred, decoder norms nowhere but in the decoder."""
+    for key, values in EXPRESSED.items():
+        refuse(cfg.get(key, values[0]) not in values, f"its {key} is {cfg.get(key)!r:.60}")
+    kind, k = cfg["architecture"].removeprefix("matryoshka_"), cfg.get("k")
+    t = {}
     for name, tensor in stored.items():  # an nn.Linear's weight is [outputs, inputs]
-        tensors[NAMES.get(name, name)] = tensor.mT if name.endswith("coder.weight") else tensor
-    W_enc, b_enc, W_dec, b_dec = (tensors.pop(n) for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-    (D, F), shapes = W_enc.shape, [list(tensor.shape) for tensor in (b_enc, W_dec, b_dec)]
-    refuse(shapes != [[F], [F, D], [D]], f"its b_enc, W_dec, b_dec are {shapes}, W_enc {[D, F]}")
-    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"].split("_")[-1])
-    k, threshold = cfg.get("k"), tensors.pop("threshold", None)
-    if "log_threshold" in tensors:  # of older checkpoints
-        threshold = tensors.pop("log_threshold").exp()
-    factor, used = tensors.pop("scaling_factor", torch.ones(1)), "finetuning_scaling_factor"
-    refuse((factor != 1).any() and not cfg.get(used), f"a scaling_factor, but {used} is not true")
-    W_dec = W_dec * factor[:, None]  # before version 6: the decoder meets factor f
-    factor = cfg.get("factor") or 1.0  # the encoder meets factor x
-    W_enc, W_dec, b_dec = W_enc * factor, W_dec / factor, b_dec / factor
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        norms = W_dec.norm(dim=1).clamp_min(1e-8)  # weigh z, and divide f again
-        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
-        threshold = None if threshold is None else threshold / factor  # of BatchTopK, weighed
+        t[NAMES.get(name, name)] = tensor.mT if name.endswith("coder.weight") else tensor
+    names = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    names += ["threshold"] * (kind in ("jumprelu", "batchtopk"))
+    refuse(t.keys() != set(names), f"it has {', '.join(stored)} in place of {', '.join(names)}")
+    D, F = t["W_enc"].shape
+    for name, shape in {"b_enc": [F], "W_dec": [F, D], "b_dec": [D]}.items():
+        found = list(t[name].shape)
+        refuse(found != shape, f"its {name} is {found}, its W_enc {[D, F]}")
+    if cfg.get("rescale_acts_by_decoder_norm"):  # norms weigh z, and divide f again
+        norms = t["W_dec"].norm(dim=1).clamp_min(1e-8)
+        t["W_enc"] = t["W_enc"] * norms
+        t["b_enc"] = t["b_enc"] * norms
+        t["W_dec"] = t["W_dec"] / norms[:, None]
     if not cfg.get("apply_b_dec_to_input", True):  # the same z from x - b_dec
-        b_enc = b_enc + b_dec.double() @ W_enc.double()
-    weights = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    if kind in ("jumprelu", "batchtopk"):
-        uniform = threshold.unique().numel() == 1 and k is not None
-        kind = "batchtopk" if kind == "batchtopk" and uniform else "jumprelu"
-        threshold = threshold.expand(F)
-        weights["threshold"] = threshold if kind == "jumprelu" else threshold[0]
-    unused = set(tensors) - {"k", "group_sizes"}
-    refuse(unused, f"its {', '.join(unused)} have no place in f W_dec + b_dec")
+        t["b_enc"] = t["b_enc"] + t["b_dec"].double() @ t["W_enc"].double()
+    if kind == "batchtopk" and (k is None or len(t["threshold"].unique()) > 1):
+        kind = "jumprelu"
+    if "threshold" in t:
+        t["threshold"] = t["threshold"].expand(F)[0 if kind == "batchtopk" else ...]
     if kind in ("topk", "batchtopk"):
-        fits = type(k) in (int, float) and 0 < k <= F and (kind != "topk" or k == int(k))
-        refuse(not fits, f"its K is {k!r:.60}, its latents {F}")
-    sae = SAE(D, F, k or 0, kind)
-    sae.load_state_dict(weights, strict=False)
-    for name, tensor in weights.items():
-        sound = tensor.is_floating_point() and getattr(sae, name).isfinite().all()
-        refuse(not sound, f"{name}, {tensor.dtype}, is not of finite numbers")
+        k = int(k) if type(k) is float and k.is_integer() else k
+        fits = type(k) is int or (type(k) is float and kind == "batchtopk")
+        refuse(not fits or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
+    sae = SAE(D, F, k or 0, "relu" if kind == "standard" else kind)
+    sae.load_state_dict({**t, "W_enc": t["W_enc"].T}, strict=False)
+    for name in names:
+        refuse(not getattr(sae, name).isfinite().all(), f"its {name} holds NaN or infinity")
     return sae.eval()
+
+
+KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "neuronpedia_id"]
+KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 
 
 def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
@@ -272,19 +263,18 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
     files = Source(source)
-    describe = FORMATS.get(files.weights.name, SUFFIXES.get(files.weights.suffix))
-    refuse(not describe, f"{files.weights.name} is none of {', '.join(FORMATS)}")
+    name, suffix = files.weights.name, files.weights.suffix
+    describe = FORMATS.get(name, OTHER_NAMES.get(suffix))
+    refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
     with file_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
         cfg = describe(tensors, files)
-        for key, values in EXPRESSED.items():
-            refuse(cfg.get(key, values[0]) not in values, f"its {key} is {cfg.get(key)!r:.60}")
-        known = block(cfg, files, layer)
-        sae = build(tensors, cfg)
-    cfg["hook_name"] = None if known is None else f"blocks.{known}.hook_resid_post"
-    cfg["sae_lens_version"] = "6.54.0"  # of the layout: without it SAELens drops the rest
-    cfg.update({name: value for name, value in told.items() if value})
-    metadata = {name: cfg[name] for name in KEPT if cfg.get(name) is not None}
+        L, sae = block(cfg, files, layer), build(tensors, cfg)
+    cfg.update({key: value for key, value in told.items() if value})
+    metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
+    metadata["sae_lens_version"] = "6.54.0"  # of the layout: without it SAELens drops the rest
+    if L is not None:
+        metadata["hook_name"] = f"blocks.{L}.hook_resid_post"
     with file_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
