@@ -16,7 +16,7 @@ import threading
 import unicodedata
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
@@ -304,6 +304,7 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors in float32, cfg) in SAELens's layout: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec
     [D], of jumprelu also threshold [F]. `source`: a folder, or on the Hub owner/name:path or
     owner/name@revision:path. UserError also for what our equations cannot express."""
+    source = str(source)
     name, _, inside = source.partition(":")
     if os.path.isdir(os.path.expanduser(source)):
         name, inside = source, ""
@@ -324,7 +325,8 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{path}: {name} is not of finite numbers")
-    return tensors, cfg
+    metadata = cfg.get("metadata")
+    return tensors, cfg | {"metadata": metadata if isinstance(metadata, dict) else {}}
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
@@ -855,3 +857,100 @@ def _ids_at(path: str, start: int, n_bytes: int, stored: np.dtype) -> np.ndarray
     with opened(path) as file:
         file.seek(start)
         return np.frombuffer(file.read(n_bytes), stored)
+
+
+# ---- A run's folder ---------------------------------------------------------------------------
+
+MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
+IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
+IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
+
+
+class RunFolder:
+    """A folder that one process at a time writes a run into: config.json, metrics.jsonl, checkpoints;
+    and for each SAE, here or in k8, k16, ..., its files, report.json, and more SAEs in `parts`.
+    An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it."""
+
+    def __init__(self, path: Path, parts: list[str]):
+        self.path, self.parts = path, parts
+        self.begun, self.waiting, self.lock = False, [], ExitStack()
+
+    def take(self, resume: bool, overwrite: bool):
+        """Make it, for this process alone. UserError where something else is in it."""
+        path = self.path
+        with file_errors(f"cannot write {path}: choose another --out or --name"):
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / MARK).exists() and any(path.iterdir()):
+                raise UserError(f"{path} is not empty and no run's folder: choose another --name")
+            try:
+                self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
+            except TimeoutError:
+                raise UserError(f"{path} is in use by a run that is going on") from None
+        if not overwrite and not resume and (path / "checkpoint.pt").exists():
+            self.lock.close()
+            raise UserError(f"{path} holds an unfinished run: pass --resume, or --overwrite")
+        if not overwrite and any(path.glob("**/report.json")):
+            self.lock.close()
+            raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
+
+    def clear(self):
+        """Remove what a run writes, and nothing else."""
+        saes = [self.path, *self.path.glob("k[0-9]*")]
+        parts = [sae / part for sae in saes for part in self.parts]
+        for folder in parts + saes[::-1]:
+            for name in IN_SAE if folder in parts else IN_RUN:
+                for file in folder.glob(name):
+                    file.unlink()
+            if folder != self.path and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def begin(self, settings: dict):
+        """There is something to keep: an earlier run's files give way to it."""
+        if not self.begun:
+            with file_errors(f"cannot write {self.path}"):
+                self.clear()
+            write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
+            self.begun = True
+            self.log([])
+
+    def log(self, lines: list[str]):
+        """Add lines to metrics.jsonl."""
+        self.waiting += lines
+        if self.begun:
+            path = self.path / "metrics.jsonl"
+            with file_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in self.waiting)
+            self.waiting.clear()
+
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl, for `go_on`."""
+        return (self.path / "metrics.jsonl").stat().st_size
+
+    def go_on(self, logged: int):
+        """Instead of `begin`: with the run that is there, metrics.jsonl as long as it was."""
+        with file_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
+            os.truncate(self.path / "metrics.jsonl", logged)
+        self.begun = True
+
+    def save_state(self, name: str, state: dict):
+        with replacing(self.path / name) as file:
+            torch.save(state, file)
+
+    def load_state(self, name: str, device) -> dict:
+        with file_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
+            return torch.load(self.path / name, map_location=device, weights_only=True)
+
+    def remove(self, pattern: str, but: str = "no file"):
+        for file in self.path.glob(pattern):
+            if but not in file.name:
+                file.unlink()
+
+    def leave(self):
+        """Give it back; remove it where there is nothing to keep, and nothing else in it."""
+        if not any(self.path.glob("**/sae_weights.safetensors")):
+            if not any(self.path.glob("checkpoint*.pt")):
+                self.clear()
+                (self.path / MARK).unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
+        self.lock.close()

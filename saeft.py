@@ -52,12 +52,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub.utils import WeakFileLock
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import MODELS, TokenStream, UserError, file_errors, load_tokenizer, replacing
+from model_loaders import MODELS, RunFolder, TokenStream, UserError, load_tokenizer
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -105,7 +104,6 @@ class Config:
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
     compile: bool = flag(False, "torch.compile the blocks and the KL")
     eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation", 1)
-    allow_short: bool = flag(False, "train on what there is when the data ends before the budget")
     out: str = flag("runs", "where run folders go")
     name: str | None = flag(None, "folder under --out (default: model, layer, kind, K, seed)")
     overwrite: bool = flag(False, "replace an earlier run of the same name")
@@ -114,27 +112,14 @@ class Config:
     log_every: int = flag(50, "steps between lines of metrics.jsonl", 1)
 
 
-GEMMA = {"dtype": "bfloat16", "kl_batch": 2}
-PRESETS = {name: GEMMA for name in MODELS if name.startswith("gemma")}
-PRESETS["gemma-2-2b"] = {**GEMMA, "layer": 12}
-PRESETS["pythia-160m"] = {"layer": 8}
-PRESETS["tiny"] = {
-    "layer": 2,
-    "data": "tiny",
-    "k": [16],
-    "d_sae": 1024,
-    "tokens": 1_600_000,
-    "kl_tokens": 400_000,
-    "context": 128,
-    "batch": 1024,
-    "buffer": 2000,
-    "method": ["kl", "mse"],
-    "lr": 1e-3,
-    "kl_lr": 1e-3,
-    "warmup": 50,
-    "dead_after": 200_000,
-    "eval_tokens": 100_000,
-    "log_every": 20,
+GEMMA = "--dtype bfloat16 --kl-batch 2"
+PRESETS = {  # flags that a model starts with
+    **{name: GEMMA for name in MODELS if name.startswith("gemma")},
+    "gemma-2-2b": f"{GEMMA} --layer 12",
+    "pythia-160m": "--layer 8",
+    "tiny": "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k --context 128"
+    " --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3 --warmup 50"
+    " --dead-after 200k --eval-tokens 100k --log-every 20",
 }
 
 
@@ -222,14 +207,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        """Sets scale, and b_dec to the geometric median, from first activations x [N, D]."""
+        """Sets scale, and b_dec to the mean, from first activations x [N, D] without sinks."""
         self.scale.copy_(x.pow(2).sum(-1).mean().sqrt())
-        x = x[:8192] / self.scale
-        median = x.mean(0)
-        for _ in range(30):  # Weiszfeld's iteration to the least summed distance to all rows
-            weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            median = (weights * x).sum(0) / weights.sum()
-        self.b_dec.copy_(median)
+        self.b_dec.copy_(x.mean(0) / self.scale)
 
     @torch.no_grad()
     def rescale(self, scale: float | Tensor) -> None:
@@ -241,9 +221,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
-        rows = 1024 if self.W_dec.is_cpu else len(self.W_dec)  # what fits the cache
-        for w, g in zip(self.W_dec.split(rows), self.W_dec.grad.split(rows)):
-            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
+        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
+        self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict) -> None:
@@ -1198,6 +1177,7 @@ def check(config: Config, methods: dict) -> LanguageModel:
     if config.data is None:  # Pythia's own data, or c4
         deduped = "-deduped" if "-deduped" in config.model else ""
         config.data = f"pythia{deduped}" if "pythia" in config.model else "c4"
+    config.k, config.method = [*dict.fromkeys(config.k)], [*dict.fromkeys(config.method)]
     k, method, context = config.k, config.method, config.context
     unknown = [name for name in method if name not in methods]
     n_mse, step = config.tokens - config.kl_tokens, config.kl_batch * context * world_size()
@@ -1205,11 +1185,12 @@ def check(config: Config, methods: dict) -> LanguageModel:
     refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
     refuse(config.layer > last, f"--layer {config.layer}: {config.model} has layers 0 to {last}")
     refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
-    refuse(len({*k}) < len(k), f"--k {k} has the same K twice")
-    refuse(len({*method}) < len(method), f"--method {method} has the same one twice")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    refuse(0 < n_mse < mse_step, f"{n_mse} tokens by MSE are below a step (--batch {config.batch})")
+    refuse(
+        0 < n_mse < mse_step and not config.start,
+        f"{n_mse} tokens by MSE are below a step (--batch {config.batch})",
+    )
     short = f"--kl-tokens {config.kl_tokens} is below a step of {step} (--kl-batch x --context)"
     refuse(0 < config.kl_tokens < step, short)
     several = config.sae == "batchtopk" and world_size() > 1
@@ -1222,7 +1203,7 @@ def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
     whole, n = sum(p.numel() for p in lm.parameters()), len(config.k)
     prefix = (config.layer + 1) * sum(p.numel() for p in lm.blocks[0].parameters())
     prefix += 3 * n * config.d_sae * lm.W_U.shape[1]  # and the SAEs
-    parts = {"MSE": (config.tokens - config.kl_tokens) * prefix}
+    parts = {"MSE": 0 if config.start else (config.tokens - config.kl_tokens) * prefix}
     for method in config.method:
         parts[method] = config.kl_tokens * (prefix + (method != "mse") * whole * (1 + 3 * n))
     evaluations = config.eval_tokens * (1 + len(config.method))
@@ -1231,9 +1212,6 @@ def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
 
 LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
 LABELS["mse"] = "after MSE alone, same tokens"
-MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
-IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
-IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.pt"]
 
 
 class Run:
@@ -1249,93 +1227,42 @@ class Run:
         self.device = join_processes(config.device)
         self.operations = operations(config, check(config, methods))
         self.began = self.saved = self.phase_began = time.monotonic()
-        self.signal, self.in_loop, self.writes = None, False, False
-        self.closing = contextlib.ExitStack()
-        # What a checkpoint keeps, beside a phase's state; lines of metrics.jsonl not yet written.
+        self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
+        # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
         self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}}
-        self.losses, self.lines, self.saved_phase = [], [], {}
+        self.losses, self.saved_phase = [], {}
         name = config.name
         if name is None:
             kinds = f"{config.sae}-k{'-'.join(map(str, config.k))}-seed{config.seed}"
             name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
         refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
-        self.folder = Path(config.out).expanduser() / name
-        one = len(config.k) == 1
-        self.sae_folders = [self.folder if one else self.folder / f"k{k}" for k in config.k]
-
-    # ---- The folder
-    def take_folder(self) -> None:
-        """Makes it, for this process alone. UserError where something else is in it."""
-        path, config = self.folder, self.config
-        with file_errors(f"cannot write {path}: choose another --out or --name"):
-            path.mkdir(parents=True, exist_ok=True)
-            foreign = not (path / MARK).exists() and any(path.iterdir())
-            refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
-            try:
-                self.closing.enter_context(WeakFileLock(path / MARK, timeout=0.1))
-            except TimeoutError:
-                raise UserError(f"{path} is in use by a run that is going on") from None
-            self.closing.callback(self.leave_folder)
-            unfinished = (path / "checkpoint.pt").exists() and not config.resume
-            finished = any(path.glob("**/report.json"))
-            keep = not config.overwrite
-            refuse(unfinished and keep, f"{path} holds an unfinished run: --resume or --overwrite")
-            refuse(finished and keep, f"{path} holds a finished run: another --name or --overwrite")
-
-    def clear_folder(self) -> None:
-        """Removes what a run writes, and nothing else."""
-        saes = [self.folder, *self.folder.glob("k[0-9]*")]
-        parts = [sae / part for sae in saes for part in ("before", "unfinished", *self.methods)]
-        for folder, names in [
-            *((part, IN_SAE) for part in parts),
-            *((sae, IN_RUN) for sae in saes),
-        ]:
-            for file in [file for name in names for file in folder.glob(name)]:
-                file.unlink()
-            if folder != self.folder and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-    def start_writing(self) -> None:
-        """There is something to keep: an earlier run's files give way to this one's."""
-        if rank() == 0 and not self.writes:
-            self.clear_folder()
-            settings = json.dumps(asdict(self.config), indent=2)
-            model_loaders.write_text(self.folder / "config.json", settings)
-        self.writes = True
-
-    def leave_folder(self) -> None:
-        """Removes it where this run has nothing to keep, and nothing else is in it."""
-        if not any(self.folder.rglob(IN_SAE[1])) and not any(self.folder.glob("checkpoint.pt")):
-            self.clear_folder()
-            (self.folder / MARK).unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
+        self.folder = RunFolder(Path(config.out).expanduser() / name, ["before", *methods])
+        several = len(config.k) > 1
+        self.sae_folders = [self.folder.path / (f"k{k}" if several else "") for k in config.k]
 
     # ---- The course of a run
     def run(self) -> list[dict]:
         """The whole run; a report for each K, as in its report.json."""
+        settings = {} if self.config.overwrite else asdict(self.config)
         with self.closing:
             if rank() == 0:
-                self.take_folder()
+                self.folder.take(self.config.resume, self.config.overwrite)
+                self.closing.callback(self.folder.leave)
             self.prepare()
-            self.restore()
-            if not self.config.overwrite:
-                self.start_writing()
+            if not self.restore() and settings:
+                self.folder.begin(settings)
             reports = self.train()
-            for file in self.folder.glob(f"checkpoint{f'-{rank()}-*' if rank() else ''}.pt"):
-                file.unlink()
+            self.folder.remove(f"checkpoint{rank() or ''}*.pt")
             return reports
 
     def prepare(self) -> None:
         """Loads the model, and starts the stream of tokens."""
         config = self.config
-        sizes = f"{config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
-        budget = f"{(config.tokens - config.kl_tokens) / 1e6:.2f}M tokens of MSE"
-        budget = f"{budget}, {config.kl_tokens / 1e6:.2f}M of {', '.join(config.method)}"
-        say(
-            f"saeft: {config.sae} SAE ({sizes}) on block {config.layer} of {config.model}: {budget}"
-        )
-        say(f"on {self.device} in {config.dtype}, roughly {self.guess():.0f} minutes")
+        what = f"{config.sae} SAE of {config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for "
+        budget += ", ".join(config.method)
+        say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
+        say(f"{budget}; roughly {self.guess():.0f} minutes")
         tokenizer = load_tokenizer(config.model)
         if config.bos == "yes" and tokenizer.bos_id is None:
             tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
@@ -1349,15 +1276,10 @@ class Run:
         refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model} has {rows}")
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         report = functools.partial(say, renew=True)
-        self.stream = TokenStream(*source, allow_short=config.allow_short, report=report)
+        self.stream = TokenStream(*source, report=report)
         self.closing.callback(self.stream.close)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
-        if config.allow_short and self.n < config.tokens // config.context:
-            config.kl_tokens = config.kl_tokens * self.n * config.context // config.tokens
-            config.tokens = self.n * config.context
-        self.n_mse = self.n - self.n * config.kl_tokens // config.tokens
-        logits = lm(self.stream.train(0, 1).to(self.device))
-        refuse(not logits.isfinite().all(), f"{config.model}: logits not finite in {config.dtype}")
+        self.n_mse = self.n - config.kl_tokens // config.context
         if config.compile:
             lm.compile_parts()
 
@@ -1469,35 +1391,34 @@ class Run:
             "dataset_path": config.data,
             "first_sequence": self.n_mse,  # where a fine-tune goes on
         }
-        self.start_writing()
-        for t, folder in zip(phase.trainees, self.sae_folders if rank() == 0 else []):
-            t.trained.eval()
-            t.save(folder / part, metadata)
+        if rank() == 0:
+            self.folder.begin(asdict(config))
+            for t, folder in zip(phase.trainees, self.sae_folders):
+                t.trained.eval()
+                t.save(folder / part, metadata)
 
     def report(self, i: int) -> dict:
         """Writes report.json and prints the closing table of SAE i; returns the report."""
-        config, state = self.config, self.state
-        results = {name: rows[i] for name, rows in state["results"].items()}
+        config, folder = self.config, self.sae_folders[i]
+        results = {name: rows[i] for name, rows in self.state["results"].items()}
         before = results["MSE"]
         final = results.get(config.method[0], {**before, "gap_closed": 0.0})
-        out = {**asdict(config), **state["model"], **final, "k": config.k[i]}
+        out = {**asdict(config), "k": config.k[i], **self.state["model"], **final}
         for name in ("ce", "gap", "fvu", "kl"):
             out[f"{name}_mse"], out[f"{name}_final"] = before[name], final[name]
-        out["seconds"], out["results"] = state["seconds"], results
+        out["seconds"], out["results"] = self.state["seconds"], results
         if rank() == 0:
-            path = self.sae_folders[i] / "report.json"
-            model_loaders.write_text(path, json.dumps(out, indent=2) + "\n")
-        say(f"\n{self.sae_folders[i]}: of {config.eval_tokens:,} held-out tokens")
-        say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}{'dead':>5}")
+            model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
+        say(f"\n{str(folder):29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
         for name, row in results.items():
-            label = (
-                "as loaded" if config.start and name == "MSE" else LABELS.get(name, f"after {name}")
-            )
-            closed = "" if row.get("gap_closed") is None else f"{row['gap_closed']:.1%}"
+            label = LABELS.get(name, f"after {name}")
+            label = "as loaded" if config.start and name == "MSE" else label
+            closed = row.get("gap_closed")
+            closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}{row['dead']:5}")
+            say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
         return out
 
     # ---- After each step
@@ -1523,83 +1444,61 @@ class Run:
         config = self.config
         losses = mean_over_ranks(torch.stack(self.losses))  # [steps since the last line, SAEs]
         if not losses.isfinite().all():
-            self.save(phase, "unfinished")
-            steps = f"steps {phase.step - len(losses) + 1} to {phase.step} of {phase.steps}"
-            kept = f"the SAE as it was then is in {self.sae_folders[0] / 'unfinished'}"
-            raise UserError(
-                f"a loss of {phase.name} in {steps} is not finite: lower its rate; {kept}"
-            )
+            when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
+            raise UserError(f"a loss of {phase.name} {when} is not finite: lower its rate")
         self.losses = []
         seconds = self.state["seconds"][phase.name] = time.monotonic() - self.phase_began
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
         tokens, share = phase.step * per_step * world_size(), phase.step / phase.steps
         line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
+        lines = []
         for k, row, loss in zip(config.k, figures, losses.mean(0)):
-            row = {name: float(value) for name, value in {**row, "loss": loss}.items()}
-            self.lines.append(json.dumps({**line, "k": k, **row}) + "\n")
-        self.write_lines()
-        if sys.stdout.isatty() or int(10 * share) > int(
-            10 * (share - config.log_every / phase.steps)
-        ):
-            done = sum(self.operations[name] for name in self.state["results"])
-            done += self.operations[phase.name] * share
-            rest = sum(self.operations.values()) / done - 1
-            text = f"{phase.name} {share:.0%}, {(time.monotonic() - self.began) * rest / 60:.1f} min left"
-            text += f", {tokens / seconds:,.0f} tokens/s"
-            say(text + "".join(f", {name} {row[name]:.3g}" for name in ("loss", "fvu", "l0")), True)
-
-    def write_lines(self) -> None:
-        """Lines that wait go to metrics.jsonl, once this run may write."""
-        path = self.folder / "metrics.jsonl"
-        if self.writes and rank() == 0:
-            with file_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
-                file.writelines(self.lines)
-            self.lines.clear()
+            row = {**line, "k": k, **{name: float(value) for name, value in row.items()}}
+            lines.append(json.dumps({**row, "loss": float(loss)}))
+        if rank() == 0:
+            self.folder.log(lines)
+        whole, done = sum(self.operations.values()), self.operations[phase.name] * share
+        done += sum(self.operations[name] for name in self.state["results"])
+        minutes = (time.monotonic() - self.began) * (whole / done - 1) / 60
+        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
+        if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
+            say(f"{text}/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
     # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
         """Saves all that `restore` needs; of several processes each its own, and the first one's,
         which says which of the others' are valid, last."""
-        self.start_writing()
-        self.write_lines()
-        tag = f"{len(self.state['results'])}-{phase.step if phase else 0}"
+        tag = f"-{len(self.state['results'])}-{phase.step if phase else 0}"
         state = {"state": self.state, "phase": phase.state_dict() if phase else {}, "tag": tag}
         state.update(losses=self.losses, config=asdict(self.config), world=world_size())
-        metrics = self.folder / "metrics.jsonl"
-        state["metrics"] = metrics.stat().st_size if metrics.exists() else 0
-        if world_size() > 1 and rank() == 0:
+        if rank() > 0:
+            self.folder.save_state(f"checkpoint{rank()}{tag}.pt", state)
+        if world_size() > 1:
             dist.barrier()
-        name = f"checkpoint-{rank()}-{tag}.pt" if rank() else "checkpoint.pt"
-        with replacing(self.folder / name) as file:
-            torch.save(state, file)
-        if world_size() > 1 and rank() > 0:
-            dist.barrier()
-            for old in self.folder.glob(f"checkpoint-{rank()}-*.pt"):
-                if old.name != name:
-                    old.unlink()
+        if rank() == 0:
+            self.folder.begin(asdict(self.config))
+            self.folder.save_state("checkpoint.pt", {**state, "logged": self.folder.logged()})
+        else:
+            self.folder.remove(f"checkpoint{rank()}-*.pt", but=tag)
         self.saved = time.monotonic()
 
-    def restore(self) -> None:
-        """Goes back to the last checkpoint. UserError where it is of other settings."""
-        path = self.folder / "checkpoint.pt"
-        if not self.config.resume or not path.exists():
-            return
-        with file_errors(f"cannot read {path}: --overwrite starts anew"):
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-            if rank() > 0:
-                path = path.with_name(f"checkpoint-{rank()}-{saved['tag']}.pt")
-                saved = torch.load(path, map_location=self.device, weights_only=True)
+    def restore(self) -> bool:
+        """Goes back to the last checkpoint, if there is one. UserError if its settings differ."""
+        if not self.config.resume or not (self.folder.path / "checkpoint.pt").exists():
+            return False
+        saved = self.folder.load_state("checkpoint.pt", self.device)
+        if rank() > 0:
+            saved = self.folder.load_state(f"checkpoint{rank()}{saved['tag']}.pt", self.device)
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in asdict(self.config).items():
             was = saved["config"][name]
-            refuse(
-                was != value and name not in may_differ, f"{path}: --{name} was {was}, is {value}"
-            )
-        refuse(saved["world"] != world_size(), f"{path} is of {saved['world']} processes")
-        if rank() == 0 and saved["metrics"]:
-            os.truncate(self.folder / "metrics.jsonl", saved["metrics"])
+            differs = was != value and name not in may_differ
+            refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
+        refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
+        if rank() == 0:
+            self.folder.go_on(saved["logged"])
         self.state, self.losses, self.saved_phase = saved["state"], saved["losses"], saved["phase"]
-        self.writes = True
+        return True
 
     def on_signal(self, number: int, frame) -> None:
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
@@ -1624,19 +1523,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def sae_settings(source: str) -> dict:
-    """The settings that an SAE tells of itself."""
+    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
     _, cfg = model_loaders.read_sae(source)
     metadata = cfg["metadata"]
     own = metadata.get("saeft", {})
-    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
-    told = {
-        "sae": own.get("kind", kind),
-        "d_sae": cfg["d_sae"],
-        "k": [cfg.get("k", own.get("k", 1))],
-    }
+    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
+    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
     told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
     hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
     told["layer"] = int(hook[1]) if hook else None
+    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
     names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
     told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
     return {name: value for name, value in told.items() if value is not None}
@@ -1659,9 +1555,12 @@ def parse(argv: list[str] | None = None) -> Config:
     told = sae_settings(given["start"]) if "start" in given else {}
     for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
         refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
-    model = given.get("model", told.get("model", Config().model))
-    preset = PRESETS.get(Path(model).name.split("@")[0].removesuffix("-deduped"), {})
-    return Config(**{**preset, **told, **given})
+    model = Path(given.get("model", told.get("model", Config().model)))
+    preset = PRESETS.get(model.name.split("@")[0].removesuffix("-deduped"), "")
+    config = Config(**{**vars(parser.parse_args(preset.split())), **told, **given})
+    if config.start:
+        config.tokens = told["tokens"] + config.kl_tokens
+    return config
 
 
 def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
@@ -1678,7 +1577,7 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        saved = (run.folder / "checkpoint.pt").exists()
+        saved = (run.folder.path / "checkpoint.pt").exists()
         advice = "the same command with --resume goes on" if saved else "nothing was done yet"
         print(f"saeft: {signal.Signals(interrupted.args[0]).name}: {advice}", file=sys.stderr)
         return 128 + interrupted.args[0]
