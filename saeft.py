@@ -56,7 +56,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import MODELS, RunFolder, TokenStream, UserError, load_tokenizer
+from model_loaders import (
+    MODELS,
+    RunFolder,
+    TokenStream,
+    UserError,
+    load_tokenizer,
+    number,
+    require,
+    rope_settings,
+)
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -664,14 +673,10 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
     for (ce, kl), error, latents in zip(rows, errors.tolist(), fired):
         row = {"ce": ce, "gap": ce - ce_original, "kl": kl, "fvu": error / variance}
         row["l0"], row["dead"] = latents.sum().item() / kept, int((latents == 0).sum())
-        row["loss_recovered"] = ratio(ce_zero - ce, ce_zero - ce_original)
+        lost = ce_zero - ce_original
+        row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
         figures.append(row)
     return model, figures
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """part / whole; None where there is nothing to have a share of."""
-    return part / whole if whole else None
 
 
 # ---- Fast paths: on the CPU, the same values in less time --------------------------------------
@@ -783,43 +788,12 @@ def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tens
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def number(config: dict, key: str, default: float | None = None) -> float:
-    """A positive number from a config.json. UserError, with key and value, where it is none."""
-    value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise UserError(f"config.json has {key} = {value!r:.80}: not a positive number")
-    return value
-
-
-def require(config: dict, key: str, *supported) -> None:
-    """UserError where a config.json asks for what is not supported; the first is the default."""
-    value = config.get(key, supported[0])
-    if value not in supported:
-        raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
-
-
 class Rope(NamedTuple):
     """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
 
     dim: int
     base: float
     factor: float = 1.0  # positions are divided by it
-
-    @classmethod
-    def read(cls, config: dict, layer_type: str, head_dim: int, share: float, base: float) -> Rope:
-        """From either spelling: `rope_parameters`, for each layer type or for all, or older keys,
-        of which rope_scaling is about full attention alone."""
-        rope, old = config.get("rope_parameters"), config.get("rope_scaling")
-        if rope and old and rope != old:
-            raise UserError("config.json has rope_parameters and another rope_scaling")
-        if rope is None:
-            rope = (old or {}) if layer_type == "full_attention" else {}
-        rope = rope.get(layer_type, rope)
-        kind = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-        require(kind, "rope_type", "default", "linear")
-        factor = number(rope, "factor") if kind["rope_type"] == "linear" else 1.0
-        dim = int(head_dim * number(rope, "partial_rotary_factor", share))
-        return cls(dim, number(rope, "rope_theta", base), factor)
 
     def tables(self, length: int, device) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, dim]."""
@@ -919,7 +893,8 @@ class PythiaBlock(nn.Module):
         self.n_heads = number(config, "num_attention_heads")
         share = number(config, "rotary_pct", 0.25)
         base = number(config, "rotary_emb_base", 10_000)
-        self.rope = Rope.read(config, "full_attention", d_model // self.n_heads, share, base)
+        rope = rope_settings(config, "full_attention", base, share)
+        self.rope = Rope(int(d_model // self.n_heads * rope["share"]), rope["base"])
         self.input_layernorm = nn.LayerNorm(d_model, eps)
         self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
         self.attention = nn.ModuleDict()
@@ -983,7 +958,8 @@ class GemmaBlock(nn.Module):
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
-        self.rope = Rope.read(config, layer_type, self.head_dim, 1.0, base)
+        rope = rope_settings(config, layer_type, base, share=1.0)
+        self.rope = Rope(self.head_dim, rope["base"], rope["factor"])
         d_q = number(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
         self.self_attn = nn.ModuleDict()
@@ -1372,7 +1348,7 @@ class Run:
         held_out = self.stream.validation()
         self.state["model"], rows = evaluate(self.lm, held_out, phase.trainees, self.config)
         for row, before in zip(rows, results.get("MSE", [])):
-            row["gap_closed"] = ratio(before["gap"] - row["gap"], before["gap"])
+            row["gap_closed"] = 1 - row["gap"] / before["gap"] if before["gap"] else None
         results[name] = rows
         if name == "MSE":
             self.state["saes"] = [t.sae.state_dict() for t in phase.trainees]
@@ -1389,7 +1365,7 @@ class Run:
             "context_size": config.context,
             "prepend_bos": self.lm.n_skip > 0,
             "dataset_path": config.data,
-            "first_sequence": self.n_mse,  # where a fine-tune goes on
+            "first_sequence": self.n_mse if part == "before" else self.n,  # where --start goes on
         }
         if rank() == 0:
             self.folder.begin(asdict(config))
@@ -1460,7 +1436,9 @@ class Run:
         whole, done = sum(self.operations.values()), self.operations[phase.name] * share
         done += sum(self.operations[name] for name in self.state["results"])
         minutes = (time.monotonic() - self.began) * (whole / done - 1) / 60
-        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
+        text = (
+            f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
+        )
         if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
             say(f"{text}/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
@@ -1522,22 +1500,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def sae_settings(source: str) -> dict:
-    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
-    _, cfg = model_loaders.read_sae(source)
-    metadata = cfg["metadata"]
-    own = metadata.get("saeft", {})
-    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
-    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
-    told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
-    told["layer"] = int(hook[1]) if hook else None
-    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
-    names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
-    told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
-    return {name: value for name, value in told.items() if value is not None}
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
@@ -1552,7 +1514,7 @@ def parse(argv: list[str] | None = None) -> Config:
         options.update({"type": kind} if kind else {"action": "store_true"})
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    told = sae_settings(given["start"]) if "start" in given else {}
+    told = model_loaders.sae_settings(given["start"]) if "start" in given else {}
     for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
         refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
     model = Path(given.get("model", told.get("model", Config().model)))
