@@ -917,8 +917,8 @@ IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.p
 
 
 class RunFolder:
-    """A folder that one process at a time writes a run into: config.json, metrics.jsonl, checkpoints;
-    and for each SAE, here or in k8, k16, ..., its files, report.json, and more SAEs in `parts`.
+    """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
+    checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, more SAEs in `parts`.
     An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it."""
 
     def __init__(self, path: Path, parts: list[str]):

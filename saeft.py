@@ -599,8 +599,8 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
                 loss = loss * x.shape[1] / t.sae.scale**2 + t.l1 * penalty
                 t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
             losses.append(loss)
-            row = {"loss": loss, "mse": mse, "kl": kl, "beta": beta, "l0": l0}
-            figures.append({**row, "fvu": mse * x.shape[1] / variance})
+            row = {"loss": loss, "mse": mse, "fvu": mse * x.shape[1] / variance, "l0": l0}
+            figures.append(row if kind == "mse" else {**row, "kl": kl, "beta": beta})
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         lr = peak * lr_factor(step, phase.steps, warmup, decay)
@@ -1202,7 +1202,7 @@ class Run:
         self.config, self.methods = config, methods
         self.device = join_processes(config.device)
         self.operations = operations(config, check(config, methods))
-        self.began = self.saved = self.phase_began = time.monotonic()
+        self.saved = self.phase_began = time.monotonic()
         self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
         # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
         self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}}
@@ -1342,13 +1342,17 @@ class Run:
     def finish(self, phase: Phase) -> None:
         """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
         name, results = phase.name, self.state["results"]
-        last = name == self.config.method[0] or self.n_mse == self.n
-        self.save(phase, "." if last else "before" if name == "MSE" else name)
+        part = "before" if name == "MSE" else name
+        if name == self.config.method[0] or self.n_mse == self.n:
+            part = "."
+        if self.n_mse or self.config.start or name != "MSE":
+            self.save(phase, part)
         say(f"evaluating {LABELS.get(name, name)}", renew=True)
         held_out = self.stream.validation()
         self.state["model"], rows = evaluate(self.lm, held_out, phase.trainees, self.config)
         for row, before in zip(rows, results.get("MSE", [])):
-            row["gap_closed"] = 1 - row["gap"] / before["gap"] if before["gap"] else None
+            known = before["gap"] and (self.n_mse or self.config.start)
+            row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         results[name] = rows
         if name == "MSE":
             self.state["saes"] = [t.sae.state_dict() for t in phase.trainees]
@@ -1357,10 +1361,9 @@ class Run:
     def save(self, phase: Phase, part: str) -> None:
         """Writes what a phase trains into a part of each SAE's folder."""
         config = self.config
+        short = config.model == "tiny" or config.model not in MODELS
         metadata = {
-            "model_name": "tiny"
-            if config.model == "tiny"
-            else MODELS.get(config.model, config.model),
+            "model_name": config.model if short else MODELS[config.model],
             "hook_name": f"blocks.{config.layer}.hook_resid_post",
             "context_size": config.context,
             "prepend_bos": self.lm.n_skip > 0,
@@ -1390,7 +1393,8 @@ class Run:
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
         for name, row in results.items():
             label = LABELS.get(name, f"after {name}")
-            label = "as loaded" if config.start and name == "MSE" else label
+            if name == "MSE" and (config.start or not self.n_mse):
+                label = "as loaded" if config.start else "at the random start"
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
@@ -1435,12 +1439,10 @@ class Run:
             self.folder.log(lines)
         whole, done = sum(self.operations.values()), self.operations[phase.name] * share
         done += sum(self.operations[name] for name in self.state["results"])
-        minutes = (time.monotonic() - self.began) * (whole / done - 1) / 60
-        text = (
-            f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
-        )
+        minutes = sum(self.state["seconds"].values()) * (whole / done - 1) / 60
+        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f}"
         if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
-            say(f"{text}/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
+            say(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
     # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
@@ -1469,7 +1471,7 @@ class Run:
             saved = self.folder.load_state(f"checkpoint{rank()}{saved['tag']}.pt", self.device)
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in asdict(self.config).items():
-            was = saved["config"][name]
+            was = saved["config"].get(name)
             differs = was != value and name not in may_differ
             refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
         refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
@@ -1538,6 +1540,11 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if world_size() == 1:
+            raise
+        print(f"saeft: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except Interrupted as interrupted:
         saved = (run.folder.path / "checkpoint.pt").exists()
         advice = "the same command with --resume goes on" if saved else "nothing was done yet"
