@@ -29,8 +29,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model_loaders import UserError, fetch, file_errors, open_file, read_json, read_safetensors
-from saeft import SAE, Parser, refuse
+import model_loaders
+from model_loaders import UserError, fetch
+from saeft import Parser, refuse
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class Source:
         self.root, inside = ("/", str(path)[1:]) if path.exists() else (hub[1], hub[2] or "")
         names = [os.path.basename(inside)] if re.search(r"\.(pt|npz|safetensors)$", inside) else []
         self.folder = os.path.dirname(inside) if names else inside.strip("/")
-        self.words = "/".join(Path(self.root, self.folder).parts[-6:])  # tell model and layer
+        self.words = Path(self.root, self.folder).parts[-6:]  # tell model and layer
         self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
         refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
 
@@ -67,14 +68,14 @@ class Source:
     def json(self, name: str, needed: bool = False) -> dict:
         path = self.find(name)
         refuse(needed and not path, f"{name} is missing")
-        return read_json(path) if path else {}
+        return model_loaders.read_json(path) if path else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name, in float32. No pickle is opened that holds anything else."""
-    with open_file(path) as file:
+    with model_loaders.open_file(path) as file:
         if path.suffix == ".safetensors":
-            stored = read_safetensors(path)
+            stored = model_loaders.read_safetensors(path)
         elif path.suffix == ".npz":
             stored = dict(np.load(file, allow_pickle=False))
         else:
@@ -91,32 +92,42 @@ def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = source.json("cfg.json", needed=True)
     cfg = {"hook_name": cfg.get("hook_point"), **(cfg.get("metadata") or {}), **cfg}
+    architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     if function != "relu":
-        settings = cfg.get("activation_fn_kwargs") or {}
-        cfg.update(architecture=function, k=settings.get("k", cfg.get("k")))
-    trained = cfg.get("training_architecture_details") or cfg.get("saeft") or {}
-    name = cfg.get("training_architecture") or trained.get("kind") or ""
-    if cfg.setdefault("architecture", "standard") == "jumprelu" and name.endswith("batchtopk"):
-        cfg.update(architecture=name, k=trained.get("k"))
-    elif "topk" not in cfg["architecture"]:
-        cfg["rescale_acts_by_decoder_norm"] = False
+        architecture, k = function, (cfg.get("activation_fn_kwargs") or {}).get("k", k)
+    for key in ("reshape_activations", "hook_head_index"):
+        refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
     if "log_threshold" in tensors:  # of older checkpoints
         tensors["threshold"] = tensors.pop("log_threshold").exp()
+    fold_factors(tensors, cfg, source)
+    trained = cfg.get("training_architecture_details") or cfg.get("saeft") or {}
+    name = cfg.get("training_architecture") or trained.get("kind") or ""
+    if architecture == "jumprelu" and name.endswith("batchtopk") and trained.get("k"):
+        if len(tensors["threshold"].unique()) == 1:
+            architecture, k = "batchtopk", trained["k"]
+    elif "topk" not in architecture:
+        cfg["rescale_acts_by_decoder_norm"] = False
+    return {**cfg, "architecture": architecture.removeprefix("matryoshka_"), "k": k}
+
+
+def fold_factors(tensors: dict, cfg: dict, source: Source) -> None:
+    """That of f, before version 6, and that of x, which is folded when training ends."""
     factor, used = tensors.pop("scaling_factor", torch.ones(1)), "finetuning_scaling_factor"
     refuse((factor != 1).any() and not cfg.get(used), f"a scaling_factor, but {used} is not true")
-    tensors["W_dec"] *= factor[:, None]  # f meets both
-    if cfg.get("normalize_activations") in (True, "expected_average_only_in"):
-        scaler = source.json("activation_scaler.json")  # of a checkpoint: folded in the end
-        if not scaler:
-            print("note: normalize_activations, but no factor: x is used as it is, as by SAELens")
-        factor = scaler.get("scaling_factor", 1.0)
-        tensors["W_enc"] *= factor
-        tensors["W_dec"] /= factor
-        tensors["b_dec"] /= factor
-        if cfg.get("rescale_acts_by_decoder_norm") and "topk_threshold" in tensors:
-            tensors["topk_threshold"] /= factor
-    return cfg
+    tensors["W_dec"] *= factor[:, None]
+    how = cfg.get("normalize_activations") or "none"
+    refuse(how not in ("none", "expected_average_only_in", True), f"its x is by {how!r:.60}")
+    scaler = {} if how == "none" else source.json("activation_scaler.json")
+    if how != "none" and not scaler:
+        print(f"note: {how} without a factor of x: x is used as it is, as SAELens does")
+    factor = scaler.get("scaling_factor", 1.0)
+    tensors["W_enc"] *= factor
+    tensors["W_dec"] /= factor
+    tensors["b_dec"] /= factor
+    if "topk_threshold" in tensors:  # of BatchTopK before inference
+        rescaled = cfg.get("rescale_acts_by_decoder_norm", False)
+        tensors["threshold"] = tensors.pop("topk_threshold") / (factor if rescaled else 1)
 
 
 CLASSES = {"AutoEncoder": "standard", "AutoEncoderNew": "standard", "AutoEncoderTopK": "topk"}
@@ -130,14 +141,14 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     name = trainer.get("dict_class")
     if not name:  # TopK and BatchTopK differ in nothing but folders' names
-        batch = "batchtopk" in re.sub("[^a-z]", "", source.words.lower())
+        batch = "batchtopk" in re.sub("[^a-z]", "", "".join(source.words).lower())
         name = "BatchTopKSAE" if batch else "AutoEncoderTopK"
         name = "AutoEncoder" if "bias" in tensors else name
-        print(f"note: without a config.json it is taken for an {name}")
+        print(f"note: no class in a config.json: it is taken for an {name}")
     k = [int(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
-    unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}.get(name)
-    tensors.pop(unused, None)  # an alternative to k; of the loss
+    unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}
+    tensors.pop(unused.get(name), None)  # in place of k, if asked for; of the loss
     cfg = {"architecture": CLASSES.get(name, name), "k": k[0] if k else None}
     cfg["apply_b_dec_to_input"] = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     cfg["rescale_acts_by_decoder_norm"] = name == "AutoEncoder"  # by its loader
@@ -151,9 +162,9 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
     """Both; the second has a config.json."""
     config = source.json("config.json")
     model = config.get("model_name", "").split("/")[-1].replace("-v3-", "-3-")
-    name = re.search(r"gemma-scope-(2-)?(\d+[bm]-(?:pt|it))(?:-(\w+))?", source.words)
+    name = re.search(r"gemma-scope-(2-)?(\d+[bm]-(?:pt|it))(-\w+)?", "/".join(source.words))
     if name:
-        refuse(not name[1] and name[3] not in (None, "res"), f"{name[0]}: not of the residual")
+        refuse(not name[1] and name[3] not in (None, "-res"), f"{name[0]}: not of the residual")
         model = model or f"gemma-{3 if name[1] else 2}-{name[2]}"
     if "gemma-2" in model or "270m" in model:
         model = model.removesuffix("-pt")  # its name on the Hub
@@ -165,7 +176,7 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
 
 
 def sparsify(tensors: dict, source: Source) -> dict:
-    cfg, folder = source.json("cfg.json", needed=True), Path(source.folder).name
+    cfg, folder = source.json("cfg.json", needed=True), source.words[-1]
     run = source.json("../config.json") if source.folder else {}  # of all layers
     refused = [key for key in ("transcode", "skip_connection", "signed") if cfg.get(key)]
     architecture = refused[0] if refused else cfg.get("activation", "topk")
@@ -178,9 +189,15 @@ def sparsify(tensors: dict, source: Source) -> dict:
 FORMATS = {"sae_weights.safetensors": saelens, "ae.pt": dictionary_learning}
 FORMATS.update({"params.npz": gemma_scope, "params.safetensors": gemma_scope})
 FORMATS.update({"sae.safetensors": sparsify})
-OTHER_NAMES = {".pt": dictionary_learning, ".npz": gemma_scope}
-# The residual stream after or before a block, as TransformerLens, transformers and
-# dictionary_learning call it; and what in a folder's name says that an SAE reads something else.
+SUFFIXES = {".pt": dictionary_learning, ".npz": gemma_scope}  # of files with other names
+
+# ---- What it is in SAELens's present layout ----------------------------------------------------
+NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
+NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
+KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "saeft", "first_sequence"]
+KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
+# The residual stream before or after a block, as TransformerLens, transformers and
+# dictionary_learning call it; and folders of SAEs that read something else.
 HOOK = r"blocks\.\d+\.hook_resid_(post|pre)|(\w+\.)*layers\.\d+(\.output)?"
 HOOK += r"|(resid_(post|out|pre)_)?layer_?\d+"
 OTHER = r"(mlp|att|attn|attention|resid_mid)(_out)?(_all|_layer_?\d+)?|embed\w*"
@@ -195,65 +212,43 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
         known = int(re.search(r"\d+", hook)[0]) - ("resid_pre" in hook)
         refuse(known < 0, f"it reads {hook}, the embedding")
     elif layer is None:
-        other = [word for word in source.words.split("/") if re.fullmatch(OTHER, word)]
+        other = [word for word in source.words if re.fullmatch(OTHER, word)]
         refuse(other, f"its folder is {other}: --layer L if it reads the output of a block")
-        numbers = re.findall(r"(?<![a-z])(?:layers?|blocks)[._]?(\d+)", source.words)
+        numbers = re.findall(r"(?<![a-z])(?:layers?|blocks)[._]?(\d+)", "/".join(source.words))
         known = int(numbers[-1]) if numbers and known is None else known
     refuse(None not in (layer, known) and layer != known, f"--layer {layer}: it says {known}")
     return known if layer is None else layer
 
 
-# ---- What it is in our form --------------------------------------------------------------------
-NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
-NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
-NAMES |= {"topk_threshold": "threshold"}
-EXPRESSED = {  # the first is meant where a config is silent
-    "architecture": ["standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu"],
-    "normalize_activations": ["none", None, False, True, "expected_average_only_in"],
-    "reshape_activations": ["none", None],
-    "hook_head_index": [None],
-}
-
-
-def build(stored: dict[str, Tensor], cfg: dict) -> SAE:
-    """Our SAE of these tensors: x centred, decoder norms nowhere but in the decoder."""
-    for key, values in EXPRESSED.items():
-        refuse(cfg.get(key, values[0]) not in values, f"its {key} is {cfg.get(key)!r:.60}")
-    kind, k = cfg["architecture"].removeprefix("matryoshka_"), cfg.get("k")
-    t = {}
+def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
+    """The layout's tensors: x is centred, and norms of W_dec weigh nothing."""
+    architecture, k, t = cfg["architecture"], cfg["k"], {}
+    known = architecture in ("standard", "topk", "batchtopk", "jumprelu")
+    refuse(not known, f"its architecture is {architecture!r:.60}")
     for name, tensor in stored.items():  # an nn.Linear's weight is [outputs, inputs]
         t[NAMES.get(name, name)] = tensor.mT if name.endswith("coder.weight") else tensor
     names = ["W_enc", "b_enc", "W_dec", "b_dec"]
-    names += ["threshold"] * (kind in ("jumprelu", "batchtopk"))
+    names += ["threshold"] if architecture in ("jumprelu", "batchtopk") else []
     refuse(t.keys() != set(names), f"it has {', '.join(stored)} in place of {', '.join(names)}")
     D, F = t["W_enc"].shape
     for name, shape in {"b_enc": [F], "W_dec": [F, D], "b_dec": [D]}.items():
         found = list(t[name].shape)
         refuse(found != shape, f"its {name} is {found}, its W_enc {[D, F]}")
+    if "topk" in architecture:
+        number = type(k) is int or (type(k) is float and architecture == "batchtopk")
+        refuse(not number or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
     if cfg.get("rescale_acts_by_decoder_norm"):  # norms weigh z, and divide f again
         norms = t["W_dec"].norm(dim=1).clamp_min(1e-8)
         t["W_enc"] = t["W_enc"] * norms
         t["b_enc"] = t["b_enc"] * norms
         t["W_dec"] = t["W_dec"] / norms[:, None]
     if not cfg.get("apply_b_dec_to_input", True):  # the same z from x - b_dec
-        t["b_enc"] = t["b_enc"] + t["b_dec"].double() @ t["W_enc"].double()
-    if kind == "batchtopk" and (k is None or len(t["threshold"].unique()) > 1):
-        kind = "jumprelu"
+        t["b_enc"] = (t["b_enc"] + t["b_dec"].double() @ t["W_enc"].double()).float()
     if "threshold" in t:
-        t["threshold"] = t["threshold"].expand(F)[0 if kind == "batchtopk" else ...]
-    if kind in ("topk", "batchtopk"):
-        k = int(k) if type(k) is float and k.is_integer() else k
-        fits = type(k) is int or (type(k) is float and kind == "batchtopk")
-        refuse(not fits or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
-    sae = SAE(D, F, k or 0, "relu" if kind == "standard" else kind)
-    sae.load_state_dict({**t, "W_enc": t["W_enc"].T}, strict=False)
-    for name in names:
-        refuse(not getattr(sae, name).isfinite().all(), f"its {name} holds NaN or infinity")
-    return sae.eval()
-
-
-KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "neuronpedia_id"]
-KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
+        t["threshold"] = t["threshold"].expand(F)
+    for name, tensor in t.items():
+        refuse(not tensor.isfinite().all(), f"its {name} holds NaN or infinity")
+    return t
 
 
 def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
@@ -264,25 +259,26 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
     files = Source(source)
     name, suffix = files.weights.name, files.weights.suffix
-    describe = FORMATS.get(name, OTHER_NAMES.get(suffix))
+    describe = FORMATS.get(name, SUFFIXES.get(suffix))
     refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
-    with file_errors("it cannot be converted"):
+    with model_loaders.file_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
-        cfg = describe(tensors, files)
-        L, sae = block(cfg, files, layer), build(tensors, cfg)
-    cfg.update({key: value for key, value in told.items() if value})
+        cfg = {"k": None, **describe(tensors, files), **{k: v for k, v in told.items() if v}}
+        L, tensors = block(cfg, files, layer), build(tensors, cfg)
     metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
-    metadata["sae_lens_version"] = "6.54.0"  # of the layout: without it SAELens drops the rest
-    if L is not None:
-        metadata["hook_name"] = f"blocks.{L}.hook_resid_post"
-    with file_errors(f"cannot write {folder}"):
+    metadata["hook_name"] = None if L is None else f"blocks.{L}.hook_resid_post"
+    architecture, k = cfg["architecture"], cfg["k"]
+    if architecture == "batchtopk":  # for others a JumpReLU SAE
+        architecture = "jumprelu"
+        metadata["saeft"] = {**metadata.get("saeft", {}), "kind": "batchtopk", "k": k}
+    with model_loaders.file_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
-            sae.save(Path(new, "sae"), metadata)
+            model_loaders.write_sae(Path(new, "sae"), tensors, architecture, k, metadata)
             os.replace(Path(new, "sae"), target)
-    what = f"{sae.kind}, {len(sae.b_enc):,} latents of {len(sae.b_dec):,} dimensions"
-    hook = metadata.get("hook_name", "an unknown hook (--layer)")
-    return f"{folder}: {what}, {hook} of {metadata.get('model_name', 'an unknown model (--model)')}"
+    hook = metadata["hook_name"] or "an unknown hook (--layer)"
+    model = metadata.get("model_name", "an unknown model (--model)")
+    return f"{folder}: {cfg['architecture']}, {len(tensors['b_enc']):,} latents, {hook} of {model}"
 
 
 def main(argv: list[str] | None = None) -> int:
