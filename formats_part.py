@@ -412,7 +412,8 @@ def test_metadata(sample, tmp_path):
 
 def test_layers(tmp_path, capsys):
     """resid_pre of block 4 is resid_post of block 3; --layer fills a gap, and only that."""
-    layers = {"blocks.4.hook_resid_pre": 3, "blocks.0.hook_resid_post": 0}
+    layers = {"blocks.4.hook_resid_pre": 3, "blocks.0.hook_resid_post": 0, "blocks.9.hook_out": 9}
+    layers |= {"gpt_neox.layers.2": 2, "blocks.1.hook_in": 0}
     for i, (hook, layer) in enumerate(layers.items()):
         lens(tmp_path / "s", four(random_sae()), metadata={"hook_name": hook})
         assert convert.main([str(tmp_path / "s"), str(tmp_path / f"{i}")]) == 0

@@ -50,8 +50,9 @@ class Source:
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[^:]+)?)(?::(.*))?", source)
         refuse(not path.exists() and not hub, "no such file (on the Hub: owner/name:path)")
         self.root, inside = ("/", str(path)[1:]) if path.exists() else (hub[1], hub[2] or "")
-        names = [os.path.basename(inside)] if re.search(r"\.(pt|npz|safetensors)$", inside) else []
-        self.folder = os.path.dirname(inside) if names else inside.strip("/")
+        is_file = path.is_file() or re.search(r"\.(pt|npz|safetensors)$", inside)
+        names = [os.path.basename(inside)] if is_file else []
+        self.folder = os.path.dirname(inside) if is_file else inside.strip("/")
         self.words = Path(self.root, self.folder).parts[-6:]  # tell model and layer
         self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
         refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
@@ -161,7 +162,7 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
 def gemma_scope(tensors: dict, source: Source) -> dict:
     """Both; the second has a config.json."""
     config = source.json("config.json")
-    model = config.get("model_name", "").split("/")[-1].replace("-v3-", "-3-")
+    model = (config.get("model_name") or "").split("/")[-1].replace("-v3-", "-3-")
     name = re.search(r"gemma-scope-(2-)?(\d+[bm]-(?:pt|it))(-\w+)?", "/".join(source.words))
     if name:
         refuse(not name[1] and name[3] not in (None, "-res"), f"{name[0]}: not of the residual")
@@ -198,7 +199,7 @@ KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "saeft", "f
 KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 # The residual stream before or after a block, as TransformerLens, transformers and
 # dictionary_learning call it; and folders of SAEs that read something else.
-HOOK = r"blocks\.\d+\.hook_resid_(post|pre)|(\w+\.)*layers\.\d+(\.output)?"
+HOOK = r"blocks\.\d+\.hook_(resid_post|resid_pre|out|in)|(\w+\.)*layers\.\d+(\.output)?"
 HOOK += r"|(resid_(post|out|pre)_)?layer_?\d+"
 OTHER = r"(mlp|att|attn|attention|resid_mid)(_out)?(_all|_layer_?\d+)?|embed\w*"
 OTHER += r"|((trans|cross)coder|clt)(_all)?"
@@ -209,8 +210,11 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     hook, known = cfg.get("hook_name"), cfg.get("layer")
     if hook:
         refuse(not re.fullmatch(HOOK, hook), f"it reads {hook!r:.80}, not the output of a block")
-        known = int(re.search(r"\d+", hook)[0]) - ("resid_pre" in hook)
-        refuse(known < 0, f"it reads {hook}, the embedding")
+        known = int(re.search(r"\d+", hook)[0])
+        if re.search("resid_pre|hook_in", hook):
+            known -= 1
+            refuse(known < 0, f"it reads {hook}, the embedding")
+            print(f"note: it reads {hook}, which is the output of block {known}")
     elif layer is None:
         other = [word for word in source.words if re.fullmatch(OTHER, word)]
         refuse(other, f"its folder is {other}: --layer L if it reads the output of a block")
@@ -257,6 +261,7 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     target = Path(folder).expanduser().absolute()
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
+    refuse((layer or 0) < 0, f"--layer {layer}: blocks are counted from 0")
     files = Source(source)
     name, suffix = files.weights.name, files.weights.suffix
     describe = FORMATS.get(name, SUFFIXES.get(suffix))
