@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import saeft
 from experiments import convert
 from saeft import SAE
 
@@ -282,6 +283,11 @@ def dl_standard_without_config(folder, t):
     return f * t["W_dec"].double().norm(dim=1), x_hat
 
 
+def dl_jumprelu_without_config(folder, t):
+    write(folder / "layer_3", "ae.pt", t)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
 def dl_new(folder, t):
     tensors = linear(t)
     tensors["decoder.bias"] = tensors.pop("b_dec")
@@ -333,7 +339,13 @@ SAMPLES += [saelens_scaled_checkpoint, saelens_1_standard, saelens_5_topk, saele
 SAMPLES += [saelens_5_log_threshold, dl_topk_unset_threshold, dl_topk_without_k_tensor]
 SAMPLES += [dl_topk_compiled, dl_topk_without_config, dl_batchtopk_without_config, dl_batchtopk]
 SAMPLES += [dl_batchtopk_untrained_threshold, dl_matryoshka, dl_jumprelu, dl_standard]
-SAMPLES += [dl_standard_without_config, dl_new, gemma_scope, gemma_scope_2]
+SAMPLES += [
+    dl_standard_without_config,
+    dl_jumprelu_without_config,
+    dl_new,
+    gemma_scope,
+    gemma_scope_2,
+]
 SAMPLES += [gemma_scope_2_without_config, sparsify_run]
 
 
@@ -545,7 +557,7 @@ REFUSED = {
     "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
     "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
     "dl gated": (dl("GatedAutoEncoder", gated), "GatedAutoEncoder"),
-    "dl gated, no config": (lambda folder, t: write(folder, "ae.pt", gated(t)), "gate_bias"),
+    "dl gated, no config": (lambda folder, t: write(folder, "ae.pt", gated(t)), "GatedAutoEncoder"),
     "dl crosscoder": (dl("BatchTopKCrossCoder"), "BatchTopKCrossCoder"),
     "dl mlp": (dl("AutoEncoderTopK", k=K, submodule_name="mlp_out_layer_3"), "mlp_out_layer_3"),
     "groupmax": (sparse(activation="groupmax"), "groupmax"),
@@ -564,7 +576,7 @@ REFUSED = {
     "no dictionary": (pickled([1, 2]), "ae.pt"),
     "object array": (object_arrays, "params.npz"),
     "empty": (lambda folder, t: folder.mkdir(), "sae_weights.safetensors"),
-    "two": (two_saes, "2 files"),
+    "two": (two_saes, "2 of"),
     "no cfg.json": (lambda f, t: write(f, "sae_weights.safetensors", four(t)), "cfg.json"),
 }
 
@@ -745,3 +757,45 @@ def test_from_the_hub(tmp_path, monkeypatch):
         check(f"owner/name@rev:{place}", tmp_path / f"{i}", inputs(), f, x_hat)
     assert set(asked) == {"owner/name@rev"}
     assert convert.main(["owner/name:c", str(tmp_path / "out")]) == 2
+
+
+def test_by_the_hub_client(tmp_path):
+    """With the real client: files that are missing, a missing repository, and no network."""
+    if "Hub" not in globals():
+        pytest.skip("the loopback Hub is test_saeft's")
+    dl_topk_compiled(tmp_path / "a" / "resid_post_layer_3", random_sae())
+    sparsify_run(tmp_path / "b", random_sae())
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in paths}
+    del files["a/resid_post_layer_3/config.json"]  # as in the paper's fine-tunes
+    root = Path(convert.__file__).parent.parent
+
+    def run(source, out, env):
+        command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+        env = {**os.environ, **hub.env(tmp_path / "home")}
+        for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
+            run_ = run("owner/name:" + source, source.replace("/", "-"), env)
+            assert run_.returncode == 0, run_.stderr
+            sae = SAE.load(str(tmp_path / source.replace("/", "-")))
+            f, x_hat = formula(random_sae(), topk)
+            assert_close(sae.encode(inputs()), f)
+        for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
+            run_ = run(source, "out", env)
+            assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
+    run_ = run("owner/name:d", "out", env)
+    assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and "cannot fetch" in run_.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sample, kind", [(dl_batchtopk, "batchtopk"), (dl_jumprelu, "jumprelu")])
+def test_start_reads_it(sample, kind, tmp_path):
+    """saeft.py --start takes kind, K, layer, model and context from what was converted."""
+    sample(tmp_path / "source", random_sae())
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    config = saeft.parse(["--start", str(tmp_path / "out"), "--kl-tokens", "1k"])
+    told = (config.sae, config.d_sae, config.layer, config.model, config.context)
+    assert told == (kind, F_SAE, 3, "EleutherAI/pythia-160m-deduped", 128)
+    assert kind == "jumprelu" or config.k == [K]

@@ -43,9 +43,7 @@ class Source:
         if path.is_dir():
             below = [file for file in path.rglob("*") if file.name in FORMATS]
             found = [file for file in below if file.parent == path] or below
-            refuse(
-                len(found) != 1, f"{len(found)} files in it are {' or '.join(FORMATS)}: name one"
-            )
+            refuse(len(found) != 1, f"{len(found)} of {', '.join(FORMATS)} in it: name one")
             path = found[0]
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+(?:@[^:]+)?)(?::(.*))?", source)
         refuse(not path.exists() and not hub, "no such file (on the Hub: owner/name:path)")
@@ -141,11 +139,15 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     config = source.json("config.json")
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     name = trainer.get("dict_class")
-    if not name:  # TopK and BatchTopK differ in nothing but folders' names
+    if not name:
+        clues = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew"}
+        clues |= {"gate_bias": "GatedAutoEncoder", "group_sizes": "MatryoshkaBatchTopKSAE"}
+        clues |= {"W_enc": "JumpReluAutoEncoder"}
+        # TopK and BatchTopK differ in nothing but folders' names.
         batch = "batchtopk" in re.sub("[^a-z]", "", "".join(source.words).lower())
-        name = "BatchTopKSAE" if batch else "AutoEncoderTopK"
-        name = "AutoEncoder" if "bias" in tensors else name
-        print(f"note: no class in a config.json: it is taken for an {name}")
+        clues["encoder.weight"] = "BatchTopKSAE" if batch else "AutoEncoderTopK"
+        name = next((clues[known] for known in clues if known in tensors), "unknown")
+        print(f"note: no class in a config.json: by its tensors it is {name}")
     k = [int(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
     unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}
