@@ -527,7 +527,7 @@ REFUSED = {
     "gated": (flat(architecture="gated"), "gated"),
     "transcoder": (lens6(architecture="jumprelu_transcoder"), "jumprelu_transcoder"),
     "skip": (lens6(architecture="skip_transcoder"), "skip_transcoder"),
-    "temporal": (lens6(architecture="temporal"), "temporal"),
+    "temporal": (tensors_of(lambda t: {"E": t["W_enc"]}, architecture="temporal"), "temporal"),
     "abstopk": (lens6(architecture="abstopk"), "abstopk"),
     "tanh": (flat(activation_fn_str="tanh-relu"), "tanh-relu"),
     "layer norm": (

@@ -87,11 +87,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 # ---- What each format means, in the words of SAELens's cfg.json --------------------------------
+ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu"]
+UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+
+
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = source.json("cfg.json", needed=True)
     cfg = {"hook_name": cfg.get("hook_point"), **(cfg.get("metadata") or {}), **cfg}
-    architecture, k = cfg.get("architecture", "standard"), cfg.get("k")
+    architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
+    k = cfg.get("k")
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     if function != "relu":
         architecture, k = function, (cfg.get("activation_fn_kwargs") or {}).get("k", k)
@@ -99,7 +104,8 @@ def saelens(tensors: dict, source: Source) -> dict:
         refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
     if "log_threshold" in tensors:  # of older checkpoints
         tensors["threshold"] = tensors.pop("log_threshold").exp()
-    fold_factors(tensors, cfg, source)
+    if architecture in ARCHITECTURES:
+        fold_factors(tensors, cfg, source)
     trained = cfg.get("training_architecture_details") or cfg.get("saeft") or {}
     name = cfg.get("training_architecture") or trained.get("kind") or ""
     if architecture == "jumprelu" and name.endswith("batchtopk") and trained.get("k"):
@@ -107,7 +113,7 @@ def saelens(tensors: dict, source: Source) -> dict:
             architecture, k = "batchtopk", trained["k"]
     elif "topk" not in architecture:
         cfg["rescale_acts_by_decoder_norm"] = False
-    return {**cfg, "architecture": architecture.removeprefix("matryoshka_"), "k": k}
+    return {**cfg, "architecture": architecture, "k": k}
 
 
 def fold_factors(tensors: dict, cfg: dict, source: Source) -> None:
@@ -132,7 +138,6 @@ def fold_factors(tensors: dict, cfg: dict, source: Source) -> None:
 CLASSES = {"AutoEncoder": "standard", "AutoEncoderNew": "standard", "AutoEncoderTopK": "topk"}
 CLASSES.update(BatchTopKSAE="batchtopk", MatryoshkaBatchTopKSAE="batchtopk")
 CLASSES.update(JumpReluAutoEncoder="jumprelu")
-UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
 
 
 def dictionary_learning(tensors: dict, source: Source) -> dict:
@@ -197,7 +202,7 @@ SUFFIXES = {".pt": dictionary_learning, ".npz": gemma_scope}  # of files with ot
 # ---- What it is in SAELens's present layout ----------------------------------------------------
 NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
-KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "saeft", "first_sequence"]
+KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "first_sequence"]
 KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 # The residual stream before or after a block, as TransformerLens, transformers and
 # dictionary_learning call it; and folders of SAEs that read something else.
@@ -229,8 +234,7 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
 def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
     """The layout's tensors: x is centred, and norms of W_dec weigh nothing."""
     architecture, k, t = cfg["architecture"], cfg["k"], {}
-    known = architecture in ("standard", "topk", "batchtopk", "jumprelu")
-    refuse(not known, f"its architecture is {architecture!r:.60}")
+    refuse(architecture not in ARCHITECTURES, f"its architecture is {architecture!r:.60}")
     for name, tensor in stored.items():  # an nn.Linear's weight is [outputs, inputs]
         t[NAMES.get(name, name)] = tensor.mT if name.endswith("coder.weight") else tensor
     names = ["W_enc", "b_enc", "W_dec", "b_dec"]
@@ -263,7 +267,8 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     target = Path(folder).expanduser().absolute()
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
-    refuse((layer or 0) < 0, f"--layer {layer}: blocks are counted from 0")
+    least = (layer or 0) >= 0 and (told.get("context_size") or 2) >= 2
+    refuse(not least, "--layer is 0 or more, --context 2 or more")
     files = Source(source)
     name, suffix = files.weights.name, files.weights.suffix
     describe = FORMATS.get(name, SUFFIXES.get(suffix))
@@ -277,7 +282,7 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     architecture, k = cfg["architecture"], cfg["k"]
     if architecture == "batchtopk":  # for others a JumpReLU SAE
         architecture = "jumprelu"
-        metadata["saeft"] = {**metadata.get("saeft", {}), "kind": "batchtopk", "k": k}
+        metadata["saeft"] = {"kind": "batchtopk", "k": k}
     with model_loaders.file_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
