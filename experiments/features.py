@@ -214,6 +214,11 @@ def make_page(args) -> str:
         stream.close()
     if not data["latents"]:
         raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
+    if (folder / "report.json").exists():
+        report = model_loaders.read_json(folder / "report.json")
+        for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
+            was, now = report.get(f"{name}_mse"), report.get(f"{name}_final")
+            data["facts"] += f" {words} {was:.4f} before the fine-tune, {now:.4f} after."
     out = Path(args.out or folder / "features.html")
     size = write_page(data, f"Latents of {folder.resolve().name}", out)
     return f"{out}: {len(data['latents'])} latents, {size / 1e3:.0f} kB"

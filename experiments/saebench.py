@@ -185,7 +185,10 @@ def models_from(place: str):
         if not os.path.isdir(place):
             return from_hub(place, dtype=dtype, **options)
         model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, add_bos_token=True)
+        if len(tokenizer) > model.config.vocab_size:  # a token for padding that no model knows
+            eos = {"pad_token": tokenizer.eos_token}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, add_bos_token=True, **eos)
         known = place if model.config.model_type == "gpt_neox" else f"google/{Path(place).name}"
         return from_hub(known, hf_model=model, tokenizer=tokenizer, dtype=dtype, **options)
 
@@ -228,6 +231,8 @@ def core(saes: list, args, options: dict, folder: Path) -> dict:
         n_eval_sparsity_variance_batches=args.batches,
         eval_batch_size_prompts=16,
         exclude_special_tokens_from_reconstruction=True,
+        compute_featurewise_density_statistics=True,  # without these two it saves nothing
+        compute_featurewise_weight_based_metrics=True,
         output_folder=str(folder / "core"),
         dtype=args.dtype,
         device=args.device,
@@ -277,11 +282,15 @@ def evaluate(run: Path, args, options: dict) -> dict[tuple, dict]:
         for name in args.evals:
             print(f"{run}: {name}", file=sys.stderr, flush=True)
             saes = [(label, SAE.load_from_disk(path)) for label, path in folders.items()]
-            with open(args.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            with open(args.out / "log.txt", "a") as log, contextlib.ExitStack() as quiet:
+                quiet.enter_context(contextlib.redirect_stdout(log))
+                quiet.enter_context(contextlib.redirect_stderr(log))
                 if name == "core":
                     results = core(saes, args, options, Path(scratch))
                 else:
                     results = others(name, saes, args, options, Path(scratch))
+            if results.keys() != folders.keys():  # core reports errors in its log alone
+                raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
             figures.update({(name, label): row for label, row in results.items()})
     return figures
 
