@@ -1,13 +1,13 @@
-# ---- experiments/features.py and experiments/saebench.py ---------------------------------------
-# To be spliced into test_saeft.py.
+"""Tests of experiments/features.py and saebench.py, to be spliced into test_saeft.py."""
 
-import gzip
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +15,9 @@ import torch
 import model_loaders
 import saeft
 from experiments import features
-from experiments import saebench
 from saeft import SAE
 
-HOSTILE = '</script><script>alert(1)</script><b>&amp; "q" \'s\'\t\x01\x7f\u202e 😀 é\n    end'
+HOSTILE = "</script><script>alert(1)</script><b>&amp; \"q\" 's'\t\x01\x7f\u202e 😀 é\n    end"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
@@ -55,7 +54,7 @@ def page_of(folder, *flags):
 def direct(folder):
     """The page's tokens, their residual stream, and the SAE, by other means than the page's."""
     sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
-    told = saeft.sae_settings(str(folder))
+    told = model_loaders.sae_settings(str(folder))
     source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
     stream = model_loaders.TokenStream(*source, allow_short=True)
     tokens = stream.validation()
@@ -100,7 +99,7 @@ def test_no_text_of_the_page_is_markup(run):
     assert page.count("<script") == page.count("</script>") == 2
     assert "<" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
     assert f"<title>{html.escape('Latents of a <b> & run')}</title>" in page
-    assert not re.search(r'(src|href)=|url\(|https?:|@import', page)
+    assert not re.search(r"(src|href)=|url\(|https?:|@import", page)
     texts = "".join("".join(t for t, _ in c["text"]) for c in data["latents"][0]["contexts"])
     assert "script>" in texts and "😀" in texts
 
@@ -116,7 +115,9 @@ def test_every_kind_of_sae_has_a_page_with_and_without_before(run):
 
 
 def test_tokens_that_share_a_character_are_one_piece():
-    tokenizer = type("Bytes", (), {"_bytes": {1: b"a\xf0\x9f", 2: b"\x98\x80", 3: b"\xff", 4: b"<"}})
+    tokenizer = type(
+        "Bytes", (), {"_bytes": {1: b"a\xf0\x9f", 2: b"\x98\x80", 3: b"\xff", 4: b"<"}}
+    )
     made = features.pieces(tokenizer, [4, 1, 2, 3, 1], [0.0, 1.0, 2.0, 3.0, 4.0])
     assert made == [("<", 0.0), ("a😀", 2.0), ("\\xff", 3.0), ("a\\xf0\\x9f", 4.0)]
 
@@ -131,18 +132,21 @@ def test_a_user_s_mistake_with_features_is_one_line(run, capsys):
 def test_search_and_order_work_in_a_browser(run, tmp_path):
     page, data = page_of(run)
     script = """<script>
-      const shown = () => [...document.querySelectorAll("article:not([hidden]) h2")].map(h => h.textContent);
+      const titles = () => document.querySelectorAll("article:not([hidden]) h2");
+      const shown = () => [...titles()].map(h => h.textContent);
       const set = (control, value) => { $(control).value = value; $(control).oninput() };
       const seen = { all: shown() };
       for (const name in orders) { set("#sort", name); seen[name] = shown() }
       set("input", "def F3(SELF"); seen.text = shown();
-      set("input", "#" + data.latents[3].id); seen.number = shown();
+      set("input", "#" + data.latents[3].id); seen.asked = shown();
       set("input", "in no text"); seen.none = shown();
       set("input", ""); set("#why", "turned"); seen.turned = shown();
       document.querySelector(".row").click();
       seen.open = document.querySelectorAll(".open").length;
       seen.scripts = document.scripts.length;
-      document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+      const out = element("pre", "", JSON.stringify(seen));
+      out.id = "seen";
+      document.body.append(out);
     </script>"""
     (tmp_path / "page.html").write_text(page + script)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -163,7 +167,7 @@ def test_search_and_order_work_in_a_browser(run, tmp_path):
         for latent in latents
     }
     assert {*seen["text"]} == {n for n, t in texts.items() if any("def f3(self" in c for c in t)}
-    assert f"#{latents[3]['id']}" in seen["number"] and seen["none"] == []
+    assert f"#{latents[3]['id']}" in seen["asked"] and seen["none"] == []
     assert len(seen["turned"]) == 5 and seen["open"] == 1 and seen["scripts"] == 3
 
 
@@ -174,35 +178,51 @@ def texts(tmp_path):
     (folder / "numbers").mkdir(parents=True)
     for i in range(70):
         (folder / "numbers" / f"{i}.txt").write_text(f"{i * 12345} + {i} = {i * i}\n" * 40)
-    lines = [json.dumps({"text": f"the word number {i} is a word of prose\n" * 14}) for i in range(70)]
+    lines = [
+        json.dumps({"text": f"the word number {i} is a word of prose\n" * 14}) for i in range(70)
+    ]
     (folder / "prose.jsonl").write_text("\n".join(lines))
-    (folder / "code.txt").write_text("".join(f"def f{i}(x): return [x] * {i}\n" for i in range(1500)))
+    (folder / "code.txt").write_text(
+        "".join(f"def f{i}(x): return [x] * {i}\n" for i in range(1500))
+    )
     return folder
 
 
-def test_labelled_text_has_two_sides_of_equal_classes(texts, capsys):
-    classes = saebench.read_classes(texts)
-    assert list(classes) == ["code", "numbers", "prose"]
-    for side in ("train", "test"):
-        assert len({len(sides[side]) for sides in classes.values()}) == 1
-    assert not {*classes["numbers"]["train"]} & {*classes["numbers"]["test"]}
-    rows = saebench.with_attribute(classes, "train")
-    counts = {(row["class"], row["attribute"]) for row in rows}
-    assert len(counts) == 6 and max(len(row["text"]) for row in rows) <= saebench.PIECE
+def test_labelled_text_has_two_sides_of_equal_classes(texts, tmp_path):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench_texts
+
+    data = saebench_texts.read_classes(texts)
+    assert list(data["train"]) == list(data["test"]) == ["code", "numbers", "prose"]
+    for classes in data.values():
+        assert len({len(some) for some in classes.values()}) == 1
+        rows = saebench_texts.with_attribute(classes)
+        assert len({(row["class"], row["attribute"]) for row in rows}) == 6
+        assert max(len(row["text"]) for row in rows) <= saebench_texts.PIECE
+    assert not {*data["train"]["numbers"]} & {*data["test"]["numbers"]}
+    saebench_texts.make(tmp_path / "made")
+    assert sorted(path.stem for path in (tmp_path / "made").iterdir()) == sorted(
+        saebench_texts.TOPICS
+    )
     (texts / "few.txt").write_text("few")
-    assert saebench.main([str(texts), "--data", str(texts)]) == 2
-    assert "few" in capsys.readouterr().err
+    with pytest.raises(saeft.UserError, match="'few': 1"):
+        saebench_texts.read_classes(texts)
 
 
-def test_saebench_says_what_to_install(run, texts, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sae_bench", None)
-    assert saebench.main([str(run), "--data", str(texts)]) == 2
-    assert "pip install sae-bench" in capsys.readouterr().err
-    assert saebench.main([]) == 2
+def test_saebench_says_what_to_install(tmp_path):
+    (tmp_path / "sae_bench.py").write_text("raise ImportError('none here')")
+    script = Path(saeft.__file__).parent / "experiments" / "saebench.py"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script, "x"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install sae-bench" in done.stderr
 
 
 def test_saebench_runs_offline_before_and_after(run, texts, tmp_path, capsys):
     pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    assert saebench.main([]) == saebench.main(["x", "--data", str(texts), "--evals", "ravel"]) == 2
     flags = ["--data", str(texts), "--batches", "1", "--out", str(tmp_path / "out")]
     assert saebench.main([str(run), *flags]) == 0
     printed = capsys.readouterr().out
@@ -210,7 +230,27 @@ def test_saebench_runs_offline_before_and_after(run, texts, tmp_path, capsys):
     cells = {line[:38].strip(): line[38:].split() for line in printed.splitlines()[1:]}
     assert len(cells) == 17 and all(len(row) >= 2 for row in cells.values())
     ce = [float(value) for value in cells["core            CE with the SAE"]]
-    assert 1 < ce[0] < ce[1] and ce[1] != ce[2]
+    assert 1 < ce[0] < min(ce[1:]) and ce[1] != ce[2]
     assert cells["core            L0"] == ["6.0000", "6.0000"]
-    accuracies = [float(v) for v in cells["sparse probing  accuracy, all latents"]]
-    assert min(accuracies) > 0.8
+    assert min(map(float, cells["sparse probing  accuracy, all latents"])) > 0.8
+
+
+def test_ravel_sees_blocks_of_transformers_as_it_expects(run):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    place = str(model_loaders.TINY)
+    model = saebench.transformers.AutoModelForCausalLM.from_pretrained(place).float()
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with saebench.models_from(place):
+        get = saebench.activation_collection.get_layer_activations
+        found = get(model, 2, inputs, torch.tensor([3, 1]))
+        handle = saebench.activation_collection.get_module(model, 2).register_forward_hook(
+            lambda block, inputs, output: (output[0] * 0,)
+        )
+        zeroed = model(tokens, output_hidden_states=True).hidden_states[3]
+        handle.remove()
+    expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (zeroed == 0).all()

@@ -8,15 +8,13 @@ that the fine-tune changed most: firing rate, contexts, direct effect on the log
 the decoder's directions before and after. Model, layer, data, context are the SAE's own, or flags.
 """
 
-import argparse
 import html
 import json
 import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
@@ -184,7 +182,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    told = {"bos": "auto", **saeft.sae_settings(args.run)}
+    told = {"bos": "auto", **model_loaders.sae_settings(args.run)}
     for name in ("model", "layer", "data", "context", "bos"):
         if getattr(args, name) is None:
             setattr(args, name, told.get(name))
@@ -195,10 +193,10 @@ def parse(argv: list[str] | None):
 
 def make_page(args) -> str:
     """Writes the page; returns a line about it."""
-    folder, device = Path(args.run), saeft.find_device(args.device)
+    folder, device = Path(args.run), saeft.join_processes(args.device)
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
-        before = SAE.load(str(folder / "before")).to(device)
+        before = SAE.load(folder / "before").to(device)
     tokenizer = model_loaders.load_tokenizer(args.model)
     if args.bos == "yes" and tokenizer.bos_id is None:
         tokenizer.bos_id = tokenizer.eos_id
