@@ -155,7 +155,7 @@ def test_search_and_order_work_in_a_browser(run, tmp_path):
     command = [CHROMIUM, *flags, f"file://{tmp_path / 'page.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr
-    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1]))
+    seen = json.loads(html.unescape(re.search(r'id="seen">(.*?)</pre>', done.stdout)[1]))
     latents = data["latents"]
     by = {"lowest cosine": "cosine", "lowest firing rate": "rate", "number": "id"}
     for name, key in by.items():
