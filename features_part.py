@@ -33,11 +33,11 @@ def run(tmp_path, request):
     metadata["dataset_path"] = str(data)
     folder = tmp_path / "a <b> & run"
     for seed, path in ((0, folder / "before"), (1, folder)):
-        sae = SAE(128, 48, 6, kind, seed=0)
+        sae = SAE(128, 512, 6, kind, seed=0)
         sae.W_dec.data = saeft.F.normalize(
-            sae.W_dec.data + 0.05 * seed * torch.randn(48, 128), dim=-1
+            sae.W_dec.data + 0.05 * seed * torch.randn(512, 128), dim=-1
         )
-        sae.b_enc.data = torch.randn(48) - (2 if kind in ("relu", "jumprelu") else 0)
+        sae.b_enc.data = torch.randn(512) - (2 if kind in ("relu", "jumprelu") else 0)
         sae.threshold += 1.0
         sae.median_norm += 12.0
         sae.save(path, metadata)

@@ -5,11 +5,10 @@
     python experiments/saebench.py --make-data texts         # offline: labelled text, here of the
     python experiments/saebench.py runs/my-run --data texts  # shipped Python sources
 
-RUN is a run's folder (its `before/` is evaluated too) or any SAE in SAELens's layout. --evals picks
-from core, sparse_probing, scr, tpp and ravel. With --data, a folder with a subfolder or a file of
-text for each class, the first four run without a network. The language model is the SAE's: a short
-name, a Hub name, or a folder like one. All that measures is SAEBench's code; replaced are its ways
-to a model (`models_from`) and to text (saebench_texts.py).
+RUN is a run's folder (its `before/` is evaluated too) or any SAE in SAELens's layout; its language
+model may be a local folder. --data is a folder with a subfolder or a file of text for each class;
+all evaluations but ravel then run without a network. All that measures is SAEBench's code; replaced
+are its ways to a model (`models_from`) and to text (saebench_texts.py).
 """
 
 import contextlib
@@ -20,10 +19,10 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ["JAXTYPING_DISABLE"] = "1"  # or sparse probing stops in a check of types
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
+    import jaxtyping
     import transformers
     from sae_bench.evals.core.main import multiple_evals
     from sae_bench.evals.ravel import main as ravel
@@ -42,6 +41,7 @@ import model_loaders
 import saeft
 from model_loaders import UserError
 
+jaxtyping.config.update("jaxtyping_disable", True)  # its checks would end sparse probing
 EVALS = {
     "core": None,
     "sparse_probing": (sparse_probing.run_eval, sparse_probing.SparseProbingEvalConfig),
@@ -152,8 +152,7 @@ def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
             contextlib.redirect_stderr(log),
         ):
             saes = [(label, SAE.load_from_disk(path)) for label, path in folders.items()]
-            ours = settings.get(name, {})
-            results = results_of(name, saes, Path(place).name, ours, args, folder)
+            results = results_of(name, saes, Path(place).name, settings.get(name, {}), args, folder)
         if results.keys() != folders.keys():  # core keeps its errors to itself
             raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
         for label, groups in results.items():
