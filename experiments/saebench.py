@@ -118,7 +118,7 @@ def results_of(name: str, saes: list, model: str, settings: dict, args, folder: 
             saes,
             n_eval_reconstruction_batches=args.batches,
             n_eval_sparsity_variance_batches=args.batches,
-            eval_batch_size_prompts=16,
+            eval_batch_size_prompts=4,  # logits of 256,000 tokens are large
             exclude_special_tokens_from_reconstruction=True,
             compute_featurewise_density_statistics=True,  # without these two it saves nothing
             compute_featurewise_weight_based_metrics=True,
@@ -182,7 +182,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--evals", nargs="+", choices=EVALS, help="default: all that can run")
     parser.add_argument("--data", type=Path, help="labelled text: a subfolder or file a class")
     parser.add_argument("--make-data", type=Path, help="write such text, from the shipped text")
-    parser.add_argument("--batches", type=int, default=50, help="of 2048 tokens, for core")
+    parser.add_argument("--batches", type=int, default=200, help="of 512 tokens, for core")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a forward pass")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto")
