@@ -1,0 +1,235 @@
+"""A page on which the latents of an SAE can be seen: one HTML file, no network, no server.
+
+    python experiments/features.py runs/my-run                        # features.html in that folder
+    python experiments/features.py SAE --model pythia-160m --data pile    # any SAE that saeft reads
+
+Shown are a random sample of the latents that fire and, where the folder has a `before/`, those
+that the fine-tune changed most: firing rate, contexts, direct effect on the logits, cosine between
+the decoder's directions before and after. Model, layer, data, context are the SAE's own, or flags.
+"""
+
+import html
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import model_loaders
+import saeft
+from model_loaders import UserError
+from saeft import SAE
+
+BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
+LEFT, RIGHT = 36, 28  # tokens around the strongest
+N_TOKENS = 8  # promoted, and as many suppressed
+LARGEST = 2_000_000  # bytes of a page
+
+
+# ---- What the page tells ------------------------------------------------------------------------
+@torch.no_grad()
+def encode(sae: SAE, x: Tensor, latents: Tensor | slice) -> Tensor:
+    """Activations [N, n] of n latents on x [N, D], some tokens at a time."""
+    return torch.cat([sae.encode(rows)[:, latents] for rows in x.split(2048)])
+
+
+@torch.no_grad()
+def firing_rates(sae: SAE, x: Tensor) -> Tensor:
+    """Share of the tokens x [N, D] on which each latent is active, [F]."""
+    return sum((sae.encode(rows) > 0).sum(0) for rows in x.split(2048)) / len(x)
+
+
+@torch.no_grad()
+def logit_effects(lm, directions: Tensor, n_vocab: int) -> Tensor:
+    """[n, V]: what directions [n, D] add to the logits, but for the division by the residual's
+    norm: through the final norm's scale and W_U, less the mean over the vocabulary."""
+    norm = lm.part(lm.norm)
+    if isinstance(norm, nn.LayerNorm):
+        directions = (directions - directions.mean(-1, keepdim=True)) * norm.weight
+    else:  # Gemma's RMSNorm
+        directions = directions * (1 + norm.weight)
+    effects = directions @ lm.W_U[:n_vocab].T
+    return effects - effects.mean(-1, keepdim=True)
+
+
+def choose(n: int, rate: Tensor, rate_before: Tensor, cosine: Tensor, seed: int) -> dict[int, str]:
+    """n latents of those that fire, and why: a quarter of least cosine ("turned"), a quarter whose
+    rate changed by the largest factor ("rate"), the rest at random ("sample"). [F] each."""
+    alive = (rate > 0).nonzero()[:, 0].cpu()
+    change = ((rate + 1e-4) / (rate_before + 1e-4)).log().abs().cpu()
+    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))
+    quarter = n // 4 if (cosine < 1).any() else 0
+    chosen = {}
+    for why, latents, total in (
+        ("turned", alive[cosine.cpu()[alive].argsort()], quarter),
+        ("rate", alive[change[alive].argsort(descending=True)], 2 * quarter),
+        ("sample", alive[order], n),
+    ):
+        for latent in latents.tolist():
+            if len(chosen) < total:
+                chosen.setdefault(latent, why)
+    return chosen
+
+
+def pieces(tokenizer, ids: list[int], values: list[float]) -> list[tuple[str, float]]:
+    """(text, value) of tokens; those that share a character are one piece, with the largest."""
+    out, held, largest = [], b"", 0.0
+    for i, (token, value) in enumerate(zip(ids, values)):
+        held += tokenizer._bytes.get(token, b"")
+        largest = max(largest, value)
+        try:
+            text = held.decode()
+        except UnicodeDecodeError as error:
+            if "end of data" in error.reason and i + 1 < len(ids):
+                continue
+            text = held.decode(errors="backslashreplace")
+        out.append((text, rounded(largest)))
+        held, largest = b"", 0.0
+    return out
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def contexts(f: Tensor, tokens: Tensor, n_skip: int, tokenizer) -> list[dict]:
+    """Where a latent's activations f [B, T] are strongest, in sequences of different text, and
+    where they are in the middle of all sequences that have any. `peak`: which piece of `text`."""
+    values, places = f.max(1)
+    order = values.argsort(descending=True)[: int((values > 0).sum())].tolist()
+    middle = [order[len(order) * i // (RANGE + 1)] for i in range(1, RANGE + 1)]
+    picked = {}  # text near the strongest token -> sequence
+    for rows, limit in ((order[: 20 * BEST], BEST), (middle, BEST + RANGE)):
+        for row in rows:
+            place = int(places[row])
+            near = tuple(tokens[row, max(place - 8, 0) : place + 2].tolist())
+            if len(picked) < limit:
+                picked.setdefault(near, row)
+    out = []
+    for row in picked.values():
+        place = int(places[row])
+        spans = (max(place - LEFT, n_skip), place), (place, place + 1 + RIGHT)
+        left, right = (
+            pieces(tokenizer, tokens[row, a:b].tolist(), f[row, a:b].tolist()) for a, b in spans
+        )
+        out.append({"value": rounded(values[row]), "peak": len(left), "text": left + right})
+    return out
+
+
+def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, args) -> dict:
+    """All that the page shows, of tokens [B, T]. args: layer, sink_norm, latents, seed."""
+    resid = saeft.collect(lm, tokens.to(lm.W_U.device), args.layer)  # [B, T, D]
+    if sae.median_norm == 0:  # an SAE from elsewhere
+        sae.median_norm.copy_(resid[:, lm.n_skip :].norm(dim=-1).median())
+    keep = saeft.content(resid, lm.n_skip, saeft.sink_limit(sae, args))  # [B, T]
+    rate = firing_rates(sae, resid[keep])
+    rate_before = firing_rates(before, resid[keep]) if before else rate
+    cosine = torch.cosine_similarity(sae.W_dec, before.W_dec) if before else torch.ones_like(rate)
+    chosen = choose(args.latents, rate, rate_before, cosine, args.seed)
+    latents = torch.tensor(list(chosen), dtype=torch.long, device=rate.device)
+    f = encode(sae, resid.flatten(0, 1), latents).view(*keep.shape, -1) * keep[..., None]
+    effects = logit_effects(lm, sae.W_dec[latents], tokenizer.n_vocab)
+    rows = []
+    for i, (latent, why) in enumerate(chosen.items()):
+        row = {"id": latent, "why": why, "rate": rounded(rate[latent])}
+        if before:
+            row["rate_before"] = rounded(rate_before[latent])
+            row["cosine"] = rounded(cosine[latent])
+        row["max"] = rounded(f[..., i].max())
+        for name, sign in (("promotes", 1), ("suppresses", -1)):
+            top = (sign * effects[i]).topk(N_TOKENS)
+            row[name] = [
+                (pieces(tokenizer, [token], [0])[0][0], rounded(sign * value))
+                for token, value in zip(top.indices.tolist(), top.values)
+            ]
+        row["contexts"] = contexts(f[..., i].cpu(), tokens, lm.n_skip, tokenizer)
+        rows.append(row)
+    facts = f"{sae.kind} SAE of {len(rate):,} latents after block {args.layer} of {args.model}; "
+    facts += f"{int((rate > 0).sum()):,} fire on {int(keep.sum()):,} tokens of {args.data}."
+    if before:
+        facts += f" Median cosine between directions before and after: {cosine.median():.3f}."
+    return {"facts": facts, "compared": bool(before), "latents": rows}
+
+
+# ---- The page -----------------------------------------------------------------------------------
+def write_page(data: dict, title: str, path: Path) -> int:
+    """features.html with the data in it; returns bytes. No `<` of the data can end the script."""
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = page.replace("<!--title-->", html.escape(title)).replace("<!--data-->", text)
+    size = len(page.encode())
+    if size > LARGEST:
+        raise UserError(f"the page would have {size / 1e6:.1f} MB: give fewer --latents")
+    model_loaders.write_text(path, page)
+    return size
+
+
+def parse(argv: list[str] | None):
+    """The flags; model, layer, data, context and bos from the SAE's metadata unless given."""
+    parser = saeft.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
+    parser.add_argument("--model", help="short name, Hub name or folder")
+    parser.add_argument("--layer", type=int, help="the block whose output the SAE reads")
+    parser.add_argument("--data", help="as of saeft.py")
+    parser.add_argument("--context", type=int, help="tokens in a sequence")
+    parser.add_argument("--bos", choices=["auto", "yes", "no"])
+    parser.add_argument("--tokens", type=saeft.count, default=100_000, help="held-out tokens")
+    parser.add_argument("--latents", type=saeft.count, default=120, help="how many are shown")
+    parser.add_argument("--sink-norm", type=float, default=4.0, help="as of saeft.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the random sample")
+    parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    told = {"bos": "auto", **model_loaders.sae_settings(args.run)}
+    for name in ("model", "layer", "data", "context", "bos"):
+        if getattr(args, name) is None:
+            setattr(args, name, told.get(name))
+        if getattr(args, name) is None:
+            raise UserError(f"{args.run} does not tell its {name}: give --{name}")
+    return args
+
+
+def make_page(args) -> str:
+    """Writes the page; returns a line about it."""
+    folder, device = Path(args.run), saeft.join_processes(args.device)
+    sae, before = SAE.load(args.run).to(device), None
+    if (folder / "before" / "cfg.json").exists():
+        before = SAE.load(folder / "before").to(device)
+    tokenizer = model_loaders.load_tokenizer(args.model)
+    if args.bos == "yes" and tokenizer.bos_id is None:
+        tokenizer.bos_id = tokenizer.eos_id
+    if args.bos == "no":
+        tokenizer.bos_id = None
+    lm = saeft.load_lm(args.model, device)
+    lm.n_skip = int(tokenizer.bos_id is not None)
+    source = args.data, tokenizer, args.context, args.context, args.tokens
+    stream = model_loaders.TokenStream(*source, allow_short=True)
+    try:
+        data = describe(lm, tokenizer, sae, before, stream.validation(), args)
+    finally:
+        stream.close()
+    if not data["latents"]:
+        raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
+    if (folder / "report.json").exists():
+        report = model_loaders.read_json(folder / "report.json")
+        for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
+            was, now = report.get(f"{name}_mse"), report.get(f"{name}_final")
+            data["facts"] += f" {words} {was:.4f} before the fine-tune, {now:.4f} after."
+    out = Path(args.out or folder / "features.html")
+    size = write_page(data, f"Latents of {folder.resolve().name}", out)
+    return f"{out}: {len(data['latents'])} latents, {size / 1e3:.0f} kB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        print(make_page(parse(argv)))
+    except UserError as error:
+        print(f"features: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""SAEBench's own evaluations of a run's SAE, before and after the fine-tune, in one table.
+
+    pip install sae-bench
+    python experiments/saebench.py runs/my-run               # on its own data sets, from the Hub
+    python experiments/saebench.py --make-data texts         # offline: labelled text, here of the
+    python experiments/saebench.py runs/my-run --data texts  # shipped Python sources
+
+RUN is a run's folder (its `before/` is evaluated too) or any SAE in SAELens's layout; its language
+model may be a local folder. --data is a folder with a subfolder or a file of text for each class;
+all evaluations but ravel then run without a network. All that measures is SAEBench's code; replaced
+are its ways to a model (`models_from`) and to text (saebench_texts.py).
+"""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+try:
+    import jaxtyping
+    import transformers
+    from sae_bench.evals.core.main import multiple_evals
+    from sae_bench.evals.ravel import main as ravel
+    from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
+    from sae_bench.evals.sparse_probing import main as sparse_probing
+    from sae_bench.sae_bench_utils import activation_collection
+    from sae_lens import SAE
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+
+    from experiments import saebench_texts
+except ImportError as error:
+    sys.exit(f"saebench: this needs SAEBench: pip install sae-bench ({error})")
+
+import model_loaders
+import saeft
+from model_loaders import UserError
+
+jaxtyping.config.update("jaxtyping_disable", True)  # its checks would end sparse probing
+EVALS = {
+    "core": None,
+    "sparse_probing": (sparse_probing.run_eval, sparse_probing.SparseProbingEvalConfig),
+    "scr": (scr_and_tpp.run_eval, scr_and_tpp.ScrAndTppEvalConfig),
+    "tpp": (scr_and_tpp.run_eval, scr_and_tpp.ScrAndTppEvalConfig),
+    "ravel": (ravel.run_eval, ravel.RAVELEvalConfig),
+}
+ROWS = [  # eval, key in its results, words
+    ("core", "ce_loss_with_sae", "CE with the SAE"),
+    ("core", "ce_loss_score", "loss recovered"),
+    ("core", "kl_div_score", "KL score"),
+    ("core", "explained_variance", "explained variance"),
+    ("core", "l0", "L0"),
+    ("sparse_probing", "sae_test_accuracy", "accuracy, all latents"),
+    *[("sparse_probing", f"sae_top_{n}_test_accuracy", f"accuracy, best {n}") for n in (1, 2, 5)],
+    *[("scr", f"scr_metric_threshold_{n}", f"score, {n} latents") for n in (5, 10, 20, 50)],
+    *[("tpp", f"tpp_threshold_{n}_total_metric", f"score, {n} latents") for n in (5, 10, 20, 50)],
+    *[("ravel", f"{n}_score", n) for n in ("disentanglement", "cause", "isolation")],
+]
+
+
+# ---- Models -------------------------------------------------------------------------------------
+class TupleOutput:
+    """A block whose hooks see its output in a tuple, as RAVEL expects and transformers 4 had it."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def register_forward_hook(self, hook):
+        def call(block, inputs, output):
+            changed = hook(block, inputs, (output,))
+            return changed[0] if isinstance(changed, tuple) else changed
+
+        return self.block.register_forward_hook(call)
+
+
+@contextlib.contextmanager
+def models_from(place: str):
+    """Wherever SAEBench loads a language model, it gets that of a folder, or of a Hub name."""
+    from_hub = HookedTransformer.from_pretrained_no_processing
+    official = loading.get_official_model_name
+
+    def load(_, dtype=None, **options):
+        if not os.path.isdir(place):
+            return from_hub(place, dtype=dtype, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        read = transformers.AutoTokenizer.from_pretrained
+        tokenizer = read(place, add_bos_token=True)
+        if len(tokenizer) > model.config.vocab_size:  # a token for padding that the model lacks
+            tokenizer = read(place, add_bos_token=True, pad_token=tokenizer.eos_token)
+        known = place if model.config.model_type == "gpt_neox" else f"google/{Path(place).name}"
+        return from_hub(known, hf_model=model, tokenizer=tokenizer, dtype=dtype, **options)
+
+    def get_module(model, layer):
+        body = model.gpt_neox if hasattr(model, "gpt_neox") else model.model
+        return TupleOutput(body.layers[layer])
+
+    with (
+        patch.object(HookedTransformer, "from_pretrained_no_processing", load),
+        patch.object(
+            loading, "get_official_model_name", lambda n: n if n == place else official(n)
+        ),
+        patch.object(activation_collection, "get_module", get_module),
+        patch.object(ravel, "LLM_NAME_MAP", {Path(place).name: place}),
+    ):
+        yield
+
+
+# ---- The evaluations ----------------------------------------------------------------------------
+def results_of(name: str, saes: list, model: str, settings: dict, args, folder: str) -> dict:
+    """label -> group -> key -> value, of one of EVALS."""
+    if name == "core":
+        rows = multiple_evals(
+            saes,
+            n_eval_reconstruction_batches=args.batches,
+            n_eval_sparsity_variance_batches=args.batches,
+            eval_batch_size_prompts=4,  # logits of 256,000 tokens are large
+            exclude_special_tokens_from_reconstruction=True,
+            compute_featurewise_density_statistics=True,  # without these two it saves nothing
+            compute_featurewise_weight_based_metrics=True,
+            output_folder=folder,
+            dtype=args.dtype,
+            device=args.device,
+            **settings,
+        )
+        return {row["sae_set"]: row["metrics"] for row in rows}
+    run_eval, config = EVALS[name]
+    config = config(**settings, model_name=model, llm_dtype=args.dtype, llm_batch_size=args.batch)
+    rows = run_eval(config, saes, args.device, folder, artifacts_path=f"{folder}/artifacts")
+    return {key.removesuffix("_custom_sae"): r["eval_result_metrics"] for key, r in rows.items()}
+
+
+def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
+    """(eval, label of an SAE) -> its figures, for one run."""
+    model = model_loaders.sae_settings(run).get("model", "")
+    place = os.path.expanduser(model_loaders.MODELS.get(model, model))
+    folders = {run.name: run}
+    if (run / "before" / "cfg.json").exists():
+        folders = {f"{run.name} before": run / "before", f"{run.name} after": run}
+    figures = {}
+    for name in args.evals:
+        print(f"{run}: {name}", file=sys.stderr, flush=True)
+        with (
+            models_from(place),
+            tempfile.TemporaryDirectory() as folder,
+            open(args.out / "log.txt", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            saes = [(label, SAE.load_from_disk(path)) for label, path in folders.items()]
+            results = results_of(name, saes, Path(place).name, settings.get(name, {}), args, folder)
+        if results.keys() != folders.keys():  # core keeps its errors to itself
+            raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
+        for label, groups in results.items():
+            figures[name, label] = {k: v for group in groups.values() for k, v in group.items()}
+    return figures
+
+
+def table(figures: dict[tuple[str, str], dict]) -> str:
+    """ROWS of what was measured, a column for each SAE, before them that of the model alone."""
+    labels = list(dict.fromkeys(label for _, label in figures))
+    width = max(map(len, labels)) + 2
+    lines = [f"{'':38}{'no SAE':>8}" + "".join(f"{label:>{width}}" for label in labels)]
+    for name, key, words in ROWS:
+        rows = [figures[name, label] for label in labels if (name, label) in figures]
+        if rows:
+            alone = re.sub("^sae_", "llm_", key).replace("with_sae", "without_sae")
+            model = f"{rows[0][alone]:.4f}" if alone != key else ""
+            line = f"{name.replace('_', ' '):16}{words:22}{model:>8}"
+            lines.append(line + "".join(f"{row[key]:>{width}.4f}" for row in rows))
+    return "\n".join(lines)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+def parse(argv: list[str] | None):
+    parser = saeft.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs or of SAEs")
+    parser.add_argument("--evals", nargs="+", choices=EVALS, help="default: all that can run")
+    parser.add_argument("--data", type=Path, help="labelled text: a subfolder or file a class")
+    parser.add_argument("--make-data", type=Path, help="write such text, from the shipped text")
+    parser.add_argument("--batches", type=int, default=200, help="of 512 tokens, for core")
+    parser.add_argument("--batch", type=int, default=32, help="sequences in a forward pass")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/saebench"), help="table and log")
+    args = parser.parse_args(argv)
+    args.evals = args.evals or [name for name in EVALS if name != "ravel" or not args.data]
+    saeft.refuse(not (args.runs or args.make_data), "give a run's folder, or --make-data FOLDER")
+    saeft.refuse(args.data and "ravel" in args.evals, "ravel has its own text: leave out --data")
+    args.device = str(saeft.join_processes(args.device))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        if args.make_data:
+            saebench_texts.make(args.make_data)
+        if args.runs:
+            args.out.mkdir(parents=True, exist_ok=True)
+            settings = saebench_texts.use(args.data, args.out) if args.data else {}
+            figures = {}
+            for run in args.runs:
+                figures |= evaluate(run, args, settings)
+            text = table(figures)
+            model_loaders.write_text(args.out / "table.txt", text + "\n")
+            print(text)
+    except UserError as error:
+        print(f"saebench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
