@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -51,12 +52,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub.utils import WeakFileLock
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import MODELS, TokenStream, UserError, load_tokenizer
+from model_loaders import MODELS, RunFolder, TokenStream, UserError, load_tokenizer
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -104,7 +104,6 @@ class Config:
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
     compile: bool = flag(False, "torch.compile the blocks and the KL")
     eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation", 1)
-    allow_short: bool = flag(False, "train on what there is when the data ends before the budget")
     out: str = flag("runs", "where run folders go")
     name: str | None = flag(None, "folder under --out (default: model, layer, kind, K, seed)")
     overwrite: bool = flag(False, "replace an earlier run of the same name")
@@ -113,27 +112,14 @@ class Config:
     log_every: int = flag(50, "steps between lines of metrics.jsonl", 1)
 
 
-GEMMA = {"dtype": "bfloat16", "kl_batch": 2}
-PRESETS = {name: GEMMA for name in MODELS if name.startswith("gemma")}
-PRESETS["gemma-2-2b"] = {**GEMMA, "layer": 12}
-PRESETS["pythia-160m"] = {"layer": 8}
-PRESETS["tiny"] = {
-    "layer": 2,
-    "data": "tiny",
-    "k": [16],
-    "d_sae": 1024,
-    "tokens": 1_600_000,
-    "kl_tokens": 400_000,
-    "context": 128,
-    "batch": 1024,
-    "buffer": 2000,
-    "method": ["kl", "mse"],
-    "lr": 1e-3,
-    "kl_lr": 1e-3,
-    "warmup": 50,
-    "dead_after": 200_000,
-    "eval_tokens": 100_000,
-    "log_every": 20,
+GEMMA = "--dtype bfloat16 --kl-batch 2"
+PRESETS = {  # flags that a model starts with
+    **{name: GEMMA for name in MODELS if name.startswith("gemma")},
+    "gemma-2-2b": f"{GEMMA} --layer 12",
+    "pythia-160m": "--layer 8",
+    "tiny": "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k --context 128"
+    " --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3 --warmup 50"
+    " --dead-after 200k --eval-tokens 100k --log-every 20",
 }
 
 
@@ -221,14 +207,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
-        """Sets scale, and b_dec to the geometric median, from first activations x [N, D]."""
+        """Sets scale, and b_dec to the mean, from first activations x [N, D] without sinks."""
         self.scale.copy_(x.pow(2).sum(-1).mean().sqrt())
-        x = x[:8192] / self.scale
-        median = x.mean(0)
-        for _ in range(30):  # Weiszfeld's iteration to the least summed distance to all rows
-            weights = 1 / (x - median).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            median = (weights * x).sum(0) / weights.sum()
-        self.b_dec.copy_(median)
+        self.b_dec.copy_(x.mean(0) / self.scale)
 
     @torch.no_grad()
     def rescale(self, scale: float | Tensor) -> None:
@@ -240,30 +221,23 @@ class SAE(nn.Module):
     @torch.no_grad()
     def project_gradient(self) -> None:
         """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
-        rows = 1024 if self.W_dec.is_cpu else len(self.W_dec)  # what fits the cache
-        for w, g in zip(self.W_dec.split(rows), self.W_dec.grad.split(rows)):
-            g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
+        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
+        self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict) -> None:
-        """Writes SAELens's cfg.json and sae_weights.safetensors, for raw activations: scale goes
-        into the biases. metadata: model_name, hook_name, ... UserError where it cannot."""
-        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
-        tensors["b_enc"] = self.b_enc * self.scale
-        tensors["b_dec"] = self.b_dec * self.scale
+        """Writes the SAE in SAELens's layout, for raw activations: scale goes into the biases.
+        metadata: model_name, hook_name, ... UserError where the folder cannot be written."""
         architectures = {"relu": "standard", "batchtopk": "jumprelu"}
-        own = {"kind": self.kind, "k": self.k}
-        own.update(scale=self.scale.item(), median_norm=self.median_norm.item())
-        cfg = {"architecture": architectures.get(self.kind, self.kind)}
-        cfg.update(d_in=len(self.b_dec), d_sae=len(self.b_enc), dtype="float32", device="cpu")
-        cfg.update(apply_b_dec_to_input=True, reshape_activations="none")
-        cfg.update(normalize_activations="none", metadata={**metadata, "saeft": own})
-        if self.kind == "topk":
-            cfg.update(k=self.k, rescale_acts_by_decoder_norm=False)
-        if cfg["architecture"] == "jumprelu":
+        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
+        tensors["b_enc"], tensors["b_dec"] = self.b_enc * self.scale, self.b_dec * self.scale
+        if self.kind in ("batchtopk", "jumprelu"):
             tensors["threshold"] = (self.threshold * self.scale).expand(len(self.b_enc))
-        path = Path(folder, "sae_weights.safetensors")
-        model_loaders.write_safetensors(path, tensors, {"format": "pt"}, cfg)
+        own = {"kind": self.kind, "k": self.k, "scale": self.scale.item()}
+        own["median_norm"] = self.median_norm.item()
+        metadata = {**metadata, "saeft": own}
+        architecture = architectures.get(self.kind, self.kind)
+        model_loaders.write_sae(folder, tensors, architecture, self.k, metadata)
 
     @classmethod
     @torch.no_grad()
@@ -271,17 +245,17 @@ class SAE(nn.Module):
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub, in
         raw units. UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        own = (cfg.get("metadata") or {}).get("saeft", {})
-        kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
-        if own.get("kind") == "batchtopk":
-            kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
+        own = cfg["metadata"].get("saeft", {})
+        kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
+        if kind == "batchtopk":
+            tensors["threshold"] = tensors["threshold"][0]
         sae = cls(cfg["d_in"], cfg["d_sae"], cfg.get("k", own.get("k", 0)), kind)
         sae.load_state_dict({**tensors, "W_enc": tensors["W_enc"].T}, strict=False)
         sae.median_norm.fill_(own.get("median_norm", 0))
-        if kind == "relu":  # lambda stands beside scaled activations
-            sae.rescale(own.get("scale", 1.0))
         norms = sae.W_dec.norm(dim=-1)
         sae.unit_norm = kind != "relu" and bool((norms - 1).abs().max() < 1e-3)
+        if kind == "relu":  # its lambda stands beside scaled activations
+            sae.rescale(own.get("scale", 1.0))
         return sae.eval()
 
 
@@ -307,16 +281,16 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def kl_and_gradient(log_p: Tensor, z_q: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """KL(p || q) [n] of log p [n, V] and q's logits before the soft cap, z_q [n, V]; and
-    d KL / d z_q [n, V] = (q - p) (1 - tanh(z_q / cap)^2)."""
+def kl_and_gradient(p, p_log_p, z_q: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """KL(p || q) [n] = sum p log p - sum p log q, of p [n, V], its sum p log p [n], and q's logits
+    before the soft cap, z_q [n, V]; and d KL / d z_q [n, V] = (q - p) (1 - tanh(z_q / cap)^2)."""
     logits = soft_cap(single(z_q), cap)
     log_q = logits.log_softmax(-1)
-    p = log_p.exp()
-    gradient = log_q.exp() - p
+    kl = p_log_p - torch.linalg.vecdot(p, log_q)
+    gradient = log_q.exp_().sub_(p)  # in place: [n, V] is large
     if cap is not None:
         gradient = gradient * (1 - (logits / cap) ** 2)
-    return (p * (log_p - log_q)).sum(-1), gradient.to(z_q.dtype)
+    return kl, gradient.to(z_q.dtype)
 
 
 def slices(n_tokens: int, W_U: Tensor) -> list[slice]:
@@ -339,12 +313,14 @@ class SlicedKL(torch.autograd.Function):
         grads = [torch.empty_like(last_q) for last_q in lasts_q]
         for rows in slices(len(weight), lm.W_U):
             log_p = single(lm.unembed(last_p[rows])).log_softmax(-1)  # [n, V]
+            p = log_p.exp()
+            p_log_p = torch.linalg.vecdot(p, log_p)
             for i, last_q in enumerate(lasts_q):
                 with torch.enable_grad():
                     last = last_q[rows].detach().requires_grad_()
                     normed = lm.final_norm(last)
                 z_q = linear(normed.detach(), lm.W_U)
-                kl_q, g = lm.kl_and_gradient(log_p, z_q, lm.logit_cap)
+                kl_q, g = lm.kl_and_gradient(p, p_log_p, z_q, lm.logit_cap)
                 kl[i] += (weight[rows] * kl_q).sum()
                 g = linear(g, lm.W_U.T) * weight[rows, None]  # [n, D]
                 (grads[i][rows],) = torch.autograd.grad(normed, last, g.to(normed.dtype))
@@ -441,7 +417,8 @@ class Trainee:
     trained: nn.Module | None = None  # default: what is inserted
     own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
     l1: float | Tensor = 0.0  # lambda of a ReLU SAE
-    l0_target: float = 0.0  # what lambda, or BatchTopK's K, holds in the fine-tune
+    l0_target: float = 0.0  # what lambda holds in the fine-tune
+    decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
 
     def __post_init__(self):
         self.insert = self.insert or self.sae
@@ -449,8 +426,7 @@ class Trainee:
         self.idle = torch.zeros_like(self.sae.b_enc, dtype=torch.long)  # tokens since it fired
         self.dead = self.idle[:0]  # latents idle for dead_after tokens
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
-        decay = 0.0 if self.loss == "mse" and self.sae.training else 0.01
-        self.optimizer = AdamW(self.parameters, weight_decay=decay, fused=True)
+        self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
     def splice(self, tokens: Tensor, resid: Tensor, keep: Tensor, layer: int):
         """x, x_hat [B T, D], Activity, and resid [B, T, D] with x_hat where keep [B, T] is True."""
@@ -635,19 +611,16 @@ METHODS = {  # name -> (lm, a copy of the MSE SAE, config) -> what to train
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
-def ce_and_kl(lm, lasts: list[Tensor], targets: Tensor, weight: Tensor) -> Tensor:
-    """[2, m], summed with weight [N]: CE on targets [N] of each of m outputs [N, D] of the last
-    block, and KL from the first one's distribution. A slice of tokens at a time."""
-    sums = torch.zeros(2, len(lasts), dtype=torch.double, device=targets.device)
+def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets: Tensor) -> Tensor:
+    """[m, 2], summed over N tokens: CE on targets [N] of each of m outputs [N, D] of the last
+    block, and KL from the first one's distribution to it. A slice of tokens at a time."""
+    sums = torch.zeros(len(lasts), 2, dtype=torch.double, device=targets.device)
     for rows in slices(len(targets), lm.W_U):
+        log_p = single(lm.unembed(lasts[0][rows])).log_softmax(-1)  # [n, V]
         for i, last in enumerate(lasts):
-            log_q = single(lm.unembed(last[rows])).log_softmax(-1)  # [n, V]
-            if i == 0:
-                log_p = log_q
-            sums[0, i] += weight[rows] @ F.nll_loss(log_q, targets[rows], reduction="none").double()
-            if i > 0:
-                kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-                sums[1, i] += weight[rows] @ kl.double()
+            log_q = single(lm.unembed(last[rows])).log_softmax(-1) if i else log_p
+            sums[i, 0] += F.nll_loss(log_q, targets[rows], reduction="sum")
+            sums[i, 1] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return sums
 
 
@@ -659,38 +632,38 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
     unexplained. l0: active latents per token. dead: latents that never fired. Positions without
     content (`content`) do not count; their share is `left_out`.
     """
-    layer, limit, device = config.layer, sink_limit(trainees[0].sae, config), lm.W_U.device
-    sums = torch.zeros(2, 2 + len(trainees), dtype=torch.double, device=device)
-    errors = torch.zeros(len(trainees), dtype=torch.double, device=device)
-    counts = torch.zeros(len(trainees), len(trainees[0].sae.b_enc), device=device)
-    x_sum = torch.zeros(len(trainees[0].sae.b_dec), dtype=torch.double, device=device)
-    totals = torch.zeros(3, dtype=torch.double, device=device)  # ||x||^2, kept, with a target
+    device, (d_sae, d_model) = lm.W_U.device, trainees[0].sae.W_enc.shape
+    zeros = functools.partial(torch.zeros, dtype=torch.double, device=device)
+    ce_kl, errors, counts = zeros(2 + len(trainees), 2), zeros(len(trainees)), zeros(3)
+    fired, x_sum = zeros(len(trainees), d_sae), zeros(d_model)
+    limit = sink_limit(trainees[0].sae, config)
     for batch in tokens[rank() :: world_size()].to(device).split(8):
-        resid = lm.prefix(batch, layer)  # [B, T, D]
+        resid = lm.prefix(batch, config.layer)  # [B, T, D]
         keep = content(resid, lm.n_skip, limit)  # [B, T]
-        zeroed = resid.masked_fill(keep[..., None], 0)
-        lasts = [lm.suffix(resid, layer), lm.suffix(zeroed, layer)]
+        spliced = [resid, torch.where(keep[..., None], 0, resid)]  # the model's own, and ablated
         for i, t in enumerate(trainees):
-            x, x_hat, active, spliced = t.splice(batch, resid, keep, layer)
-            lasts.append(t.lm.suffix(spliced, layer))
-            errors[i] += (x - x_hat).masked_fill(~keep.flatten()[:, None], 0).double().pow(2).sum()
-            counts[i] += active.counts
-        x = (resid - zeroed).flatten(0, 1).double()
-        weight = keep[:, :-1].flatten().double()  # a token's next one is its target
-        lasts = [last[:, :-1].flatten(0, 1) for last in lasts]
-        sums += ce_and_kl(lm, lasts, batch[:, 1:].flatten(), weight)
+            x, x_hat, active, with_x_hat = t.splice(batch, resid, keep, config.layer)
+            spliced.append(with_x_hat)
+            errors[i] += (x - x_hat)[keep.flatten()].double().pow(2).sum()
+            fired[i] += active.counts
+        models = [lm, lm, *(t.lm for t in trainees)]
+        scored = keep[:, :-1]  # a token's next one is its target
+        lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in zip(models, spliced)]
+        ce_kl += ce_and_kl(lm, lasts, batch[:, 1:][scored])
+        x = resid[keep].double()
         x_sum += x.sum(0)
-        totals += torch.stack([x.pow(2).sum(), keep.sum(), weight.sum()])
-    sums, errors, counts, x_sum, totals = map(sum_over_ranks, (sums, errors, counts, x_sum, totals))
+        counts += torch.stack([x.pow(2).sum(), keep.sum(), scored.sum()])
+    for sums in (ce_kl, errors, counts, fired, x_sum):
+        sums.copy_(sum_over_ranks(sums))
 
-    square, kept, scored = totals.tolist()
+    square, kept, scored = counts.tolist()
     variance = square - x_sum.pow(2).sum().item() / kept
-    (ce_original, ce_zero, *ces), (_, _, *kls) = (sums / scored).tolist()
+    (ce_original, _), (ce_zero, _), *rows = (ce_kl / scored).tolist()
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
     figures = []
-    for ce, kl, error, fired in zip(ces, kls, errors.tolist(), counts):
+    for (ce, kl), error, latents in zip(rows, errors.tolist(), fired):
         row = {"ce": ce, "gap": ce - ce_original, "kl": kl, "fvu": error / variance}
-        row.update(l0=fired.sum().item() / kept, dead=int((fired == 0).sum()))
+        row["l0"], row["dead"] = latents.sum().item() / kept, int((latents == 0).sum())
         row["loss_recovered"] = ratio(ce_zero - ce, ce_zero - ce_original)
         figures.append(row)
     return model, figures
@@ -1148,72 +1121,20 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
-def find_device(name: str) -> torch.device:
-    """The device that --device names, each process of torchrun its own. UserError without it."""
+def join_processes(name: str) -> torch.device:
+    """The device that --device names, each process of torchrun its own; joins those. UserError."""
+    local = os.environ.get("LOCAL_RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{local or 0}" if name == "cuda" else name
     try:
-        return torch.zeros((), device=name).device
+        device = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
-
-
-def join_processes(device: torch.device) -> None:
-    """Joins the processes that torchrun started, if it did. Tokenising may take hours."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-
-
-# ---- A run's folder, and what a person sees ----------------------------------------------------
-MARK = ".saeft"  # the file that says that a folder is a run's
-IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
-IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*"]
-
-
-def take_folder(path: Path, config: Config, locks: contextlib.ExitStack) -> None:
-    """Makes a run's folder and holds it for this process alone. UserError where it holds another
-    run, or anything else."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / MARK).exists() and any(path.iterdir()):
-            raise UserError(f"{path} is not empty and no run's folder: choose another --name")
-        (path / MARK).touch()
-        locks.enter_context(WeakFileLock(path / ".lock", timeout=0.1))
-    except TimeoutError:
-        raise UserError(f"{path} is in use by another run: choose another --name") from None
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): choose another --out or --name") from None
-    if any(path.glob("checkpoint*.pt")) and not (config.resume or config.overwrite):
-        raise UserError(f"{path} holds an unfinished run: add --resume to go on with it")
-    if (path / "report.json").exists() and not config.overwrite:
-        raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
-
-
-def clear_folder(path: Path, parts: list[str]) -> None:
-    """Removes what a run wrote there and in its `parts`, and nothing else."""
-    for folder, names in [*((path / part, IN_SAE) for part in parts), (path, IN_RUN)]:
-        for name in names:
-            for file in folder.glob(name):
-                file.unlink()
-        if folder != path and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def say(text: str, renew: bool = False) -> None:
-    """A line for the reader. On a terminal, one to `renew` is cut to its width and gives way to the
-    next. The first process speaks for all; a closed stdout ends nothing."""
-    live = sys.stdout.isatty()
-    if live and renew:
-        text = text[: shutil.get_terminal_size().columns - 1]
-    try:
-        if rank() == 0:
-            end = "" if live and renew else "\n"
-            print(f"\r\033[K{text}" if live else text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
+    return device
 
 
 # ---- A run, from its settings to its report ----------------------------------------------------
@@ -1221,8 +1142,19 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; args[0] is the signal's number."""
 
 
-LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
-LABELS["mse"] = "after MSE alone, same tokens"
+def say(text: str, renew: bool = False) -> None:
+    """A line for the reader. On a terminal, one to `renew` is cut to its width and gives way to the
+    next. The first process speaks for all; a closed stdout ends nothing."""
+    if rank() > 0:
+        return
+    try:
+        end = "\n"
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            text, end = ("\r\033[K" + text[:width], "") if renew else ("\r\033[K" + text, end)
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse(wrong: bool, message: str) -> None:
@@ -1236,12 +1168,8 @@ def check(config: Config, methods: dict) -> LanguageModel:
     for f in fields(Config):
         value, low = getattr(config, f.name), f.metadata["low"]
         for one in value if isinstance(value, list) else [value]:
-            flag = f"--{f.name.replace('_', '-')} {one}"
-            small = isinstance(one, (int, float)) and not low <= one < 2**62
-            refuse(small, f"{flag} is not from {low} to 2^62")
-            refuse(one == "", f"{flag}is empty")
-    for name in config.method:
-        refuse(name not in methods, f"--method {name}: there are {', '.join(methods)}")
+            fits = low <= one < 2**62 if isinstance(one, (int, float)) else one != ""
+            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to 2^62")
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     config.layer = (last + 1) // 2 if config.layer is None else config.layer
@@ -1249,108 +1177,119 @@ def check(config: Config, methods: dict) -> LanguageModel:
     if config.data is None:  # Pythia's own data, or c4
         deduped = "-deduped" if "-deduped" in config.model else ""
         config.data = f"pythia{deduped}" if "pythia" in config.model else "c4"
-    k, context, n_mse = config.k, config.context, config.tokens - config.kl_tokens
-    step = config.kl_batch * context * world_size()
-    refuse(config.layer > last, f"--layer {config.layer}: {config.model} has 0 to {last}")
+    config.k, config.method = [*dict.fromkeys(config.k)], [*dict.fromkeys(config.method)]
+    k, method, context = config.k, config.method, config.context
+    unknown = [name for name in method if name not in methods]
+    n_mse, step = config.tokens - config.kl_tokens, config.kl_batch * context * world_size()
+    mse_step = config.batch * world_size() * context / (context - 1)
+    refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
+    refuse(config.layer > last, f"--layer {config.layer}: {config.model} has layers 0 to {last}")
     refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
-    refuse(len({*k}) < len(k), f"--k {k} has the same K twice")
-    refuse(len({*config.method}) < len(config.method), f"--method {config.method}: one twice")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    few = 0 < n_mse < config.batch * world_size() * context / (context - 1)
-    refuse(few, f"{n_mse} tokens of phase one are less than a step of --batch {config.batch}")
-    few = 0 < config.kl_tokens < step
-    refuse(few, f"--kl-tokens {config.kl_tokens} is less than a step of {step} (--kl-batch)")
+    refuse(
+        0 < n_mse < mse_step and not config.start,
+        f"{n_mse} tokens by MSE are below a step (--batch {config.batch})",
+    )
+    short = f"--kl-tokens {config.kl_tokens} is below a step of {step} (--kl-batch x --context)"
+    refuse(0 < config.kl_tokens < step, short)
     several = config.sae == "batchtopk" and world_size() > 1
     refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
     return lm
 
 
 def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
-    """Multiplications of each part of a run, roughly: what a token takes, times the tokens."""
-    block = sum(p.numel() for p in lm.blocks[0].parameters())
-    head, before = lm.W_U.numel(), (config.layer + 1) * block
-    after = len(lm.blocks) * block - before
-    n, sae = len(config.k), 3 * config.d_sae * lm.W_U.shape[1]
-    parts = {"MSE": (config.tokens - config.kl_tokens) * (before + n * sae)}
+    """Multiplications of each part of a run, roughly."""
+    whole, n = sum(p.numel() for p in lm.parameters()), len(config.k)
+    prefix = (config.layer + 1) * sum(p.numel() for p in lm.blocks[0].parameters())
+    prefix += 3 * n * config.d_sae * lm.W_U.shape[1]  # and the SAEs
+    parts = {"MSE": 0 if config.start else (config.tokens - config.kl_tokens) * prefix}
     for method in config.method:
-        passes = 0 if method == "mse" else after + head + n * (2 * after + 2 * head)
-        parts[method] = config.kl_tokens * (before + n * sae + passes)
-    evaluation = before + (n + 2) * (after + head) + n * sae
-    return {**parts, "evaluation": config.eval_tokens * evaluation * (1 + len(config.method))}
+        parts[method] = config.kl_tokens * (prefix + (method != "mse") * whole * (1 + 3 * n))
+    evaluations = config.eval_tokens * (1 + len(config.method))
+    return {**parts, "evaluation": evaluations * whole * (2 + n)}
+
+
+LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
+LABELS["mse"] = "after MSE alone, same tokens"
 
 
 class Run:
-    """What a command line asks for, and what has been done of it: settings, model, tokens, a folder
-    for each K. UserError for what cannot be, or is not there."""
+    """What a command line asks for, and what has been done of it. UserError for what cannot be.
+
+    The folder: config.json, metrics.jsonl, report.json, and the SAE after the first method; that of
+    phase one in `before`, those of other methods in folders of their own. Of several K each has a
+    folder with all of that but config.json and metrics.jsonl: k8, k16, ...
+    """
 
     def __init__(self, config: Config, methods: dict = METHODS):
         self.config, self.methods = config, methods
-        self.device = find_device(config.device)
-        join_processes(self.device)
+        self.device = join_processes(config.device)
         self.operations = operations(config, check(config, methods))
-        self.parts = ["before", "unfinished", *methods]  # folders in a run's
-        self.locks, self.taken = contextlib.ExitStack(), []
-        self.signal, self.in_loop = None, False
-        self.began = self.saved = time.monotonic()
-        self.state = {"results": {}, "seconds": {}, "saes": [], "phase": {}}
-        self.losses, self.lines, self.writes = [], [[] for _ in config.k], False
-        name = config.name or f"{Path(config.model).name}-layer{config.layer}-{config.sae}"
-        name = name if config.name else f"{name}-k{{k}}-seed{config.seed}"
-        name += "-k{k}" if len(config.k) > 1 and "{k}" not in name else ""
-        plain = Path(name).name == name and name not in (".", "..")
-        refuse(not plain, f"--name {name} is no plain name of a folder")
-        out = Path(config.out).expanduser()
-        self.folders = [out / name.replace("{k}", str(k)) for k in config.k]
+        self.began = self.saved = self.phase_began = time.monotonic()
+        self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
+        # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
+        self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}}
+        self.losses, self.saved_phase = [], {}
+        name = config.name
+        if name is None:
+            kinds = f"{config.sae}-k{'-'.join(map(str, config.k))}-seed{config.seed}"
+            name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
+        refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
+        self.folder = RunFolder(Path(config.out).expanduser() / name, ["before", *methods])
+        several = len(config.k) > 1
+        self.sae_folders = [self.folder.path / (f"k{k}" if several else "") for k in config.k]
+
+    # ---- The course of a run
+    def run(self) -> list[dict]:
+        """The whole run; a report for each K, as in its report.json."""
+        settings = {} if self.config.overwrite else asdict(self.config)
+        with self.closing:
+            if rank() == 0:
+                self.folder.take(self.config.resume, self.config.overwrite)
+                self.closing.callback(self.folder.leave)
+            self.prepare()
+            if not self.restore() and settings:
+                self.folder.begin(settings)
+            reports = self.train()
+            self.folder.remove(f"checkpoint{rank() or ''}*.pt")
+            return reports
 
     def prepare(self) -> None:
-        """Takes the folders, then loads the model and starts the stream of tokens."""
+        """Loads the model, and starts the stream of tokens."""
         config = self.config
-        for folder in self.folders if rank() == 0 else []:
-            take_folder(folder, config, self.locks)
-            self.taken.append(folder)
-        if not config.overwrite:  # an earlier run stays until there is something new
-            self.start_writing()
-        say(self.headline())
-        say("loading the model", renew=True)
+        what = f"{config.sae} SAE of {config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for "
+        budget += ", ".join(config.method)
+        say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
+        say(f"{budget}; roughly {self.guess():.0f} minutes")
         tokenizer = load_tokenizer(config.model)
         if config.bos == "yes" and tokenizer.bos_id is None:
-            tokenizer.bos_id = tokenizer.eos_id  # as published for Pythia
+            tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
         if config.bos == "no":
             tokenizer.bos_id = None
+        say("loading the model", renew=True)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         lm = self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         lm.n_skip = int(tokenizer.bos_id is not None)
-        many = f"the tokenizer has {tokenizer.n_vocab} ids, the embedding {len(lm.W_U)} rows"
-        refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model}: {many}")
+        rows = f"{tokenizer.n_vocab} ids in the tokenizer, {len(lm.W_U)} rows in the embedding"
+        refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model} has {rows}")
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        report = lambda text: say(text, renew=True)  # noqa: E731
-        self.stream = TokenStream(*source, allow_short=config.allow_short, report=report)
+        report = functools.partial(say, renew=True)
+        self.stream = TokenStream(*source, report=report)
+        self.closing.callback(self.stream.close)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
-        if self.n * config.context < config.tokens // config.context * config.context:
-            config.kl_tokens = config.kl_tokens * self.n * config.context // config.tokens
-            config.tokens = self.n * config.context
-        self.n_mse = self.n - self.n * config.kl_tokens // config.tokens
-        logits = lm(self.stream.train(0, 1).to(self.device))
-        refuse(not logits.isfinite().all(), f"{config.model}: logits not finite in {config.dtype}")
+        self.n_mse = self.n - config.kl_tokens // config.context
         if config.compile:
             lm.compile_parts()
 
-    def headline(self) -> str:
-        """What is trained on what, where, and for how long roughly."""
-        config = self.config
-        sizes = f"{config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
-        tokens = f"{(config.tokens - config.kl_tokens) / 1e6:.2f}M tokens of MSE"
-        tokens += f", {config.kl_tokens / 1e6:.2f}M of {', '.join(config.method)}"
-        x = torch.rand(1024, 1024, device=self.device)
+    def guess(self) -> float:
+        """Minutes that the run may take: twice what its products alone would, as fast as one is."""
+        x = torch.rand(1024, 1024, device=self.device, dtype=getattr(torch, self.config.dtype))
+        (x @ x).sum().item()
         start = time.perf_counter()
-        for _ in range(4):
-            x = x @ x / 512
-        x.sum().item()  # waits for the device
-        rate = 2**32 / (time.perf_counter() - start) / 2  # half a bare product's
-        minutes = sum(self.operations.values()) / rate / 60
-        where = f"{self.device}, {config.dtype}, roughly {minutes:.0f} minutes"
-        return f"saeft: {config.sae} ({sizes}) on {config.model}, layer {config.layer}: {tokens}; {where}"
+        (x @ x @ x @ x).sum().item()
+        return 2 * sum(self.operations.values()) * (time.perf_counter() - start) / (3 * 2**30) / 60
 
     def train(self) -> list[dict]:
         """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
@@ -1367,30 +1306,33 @@ class Run:
                 sae.load_state_dict(saved)
         else:
             self.measure(saes)
-        trainees = [Trainee(sae.train(), lm, "mse") for sae in saes]
+        limit = sink_limit(saes[0], config)
         if "MSE" not in state["results"]:
-            if not config.start:
-                steps = self.n_mse * (config.context - lm.n_skip) // (config.batch * world_size())
-                phase = Phase("MSE", trainees, steps, sink_limit(saes[0], config))
-                phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, phase.limit, config)
-                self.run_phase(phase, train_mse, config)
-            self.finish("MSE", trainees)
-        for method in config.method if self.n_mse < self.n else []:
+            trainees = [Trainee(sae, lm, "mse", decay=0.0) for sae in saes]
+            steps = self.n_mse * (config.context - lm.n_skip) // (config.batch * world_size())
+            phase = Phase("MSE", trainees, 0 if config.start else steps, limit)
+            phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, limit, config)
+            self.run_phase(phase, train_mse, config)
+            self.finish(phase)
+        steps = (self.n - self.n_mse) // (config.kl_batch * world_size())
+        for method in config.method if steps else []:
             if method not in state["results"]:
-                self.fine_tune(method, saes)
-        return [self.report(i) for i in range(len(self.folders))]
+                trainees = [self.trainee(method, i, sae) for i, sae in enumerate(saes)]
+                phase = Phase(method, trainees, steps, limit, first=self.n_mse)
+                self.run_phase(phase, finetune, lm, self.stream, config)
+                self.finish(phase)
+        return [self.report(i) for i in range(len(saes))]
 
     @torch.no_grad()
     def measure(self, saes: list[SAE]) -> None:
-        """From the first activations: the median norm where an SAE has none, and scale and b_dec
-        of new SAEs. The first process's hold for all."""
+        """From the first activations: the median norm where an SAE has none yet, scale and b_dec of
+        new SAEs. The first process's hold for all."""
         tokens = self.stream.train(0, min(self.n, 32_768 // self.config.context + 1))
         resid = collect(self.lm, tokens.to(self.device), self.config.layer)  # [B, T, D]
         median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
         for sae in saes:
             sae.median_norm.copy_(torch.where(sae.median_norm > 0, sae.median_norm, median))
-            keep = content(resid, self.lm.n_skip, sink_limit(sae, self.config))
-            x = single(resid[keep])
+            x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
             if not self.config.start:
                 sae.start_from(x)
             elif sae.kind == "relu" and sae.scale == 1:
@@ -1398,80 +1340,88 @@ class Run:
             for values in sae.state_dict().values() if world_size() > 1 else []:
                 dist.broadcast(values, 0)
 
-    def fine_tune(self, method: str, saes: list[SAE]) -> None:
-        trainees = []
-        for sae, before in zip(saes, self.state["results"]["MSE"]):
-            sae = copy.deepcopy(sae)
-            if sae.kind != "relu":
-                sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled ones
-            if sae.kind == "batchtopk":
-                sae.k = before["l0"]
-            trainee = self.methods[method](self.lm, sae, self.config)
-            trainee.l1, trainee.l0_target = self.config.l1, before["l0"]
-            trainees.append(trainee)
-            trainee.trained.train()
-        steps = (self.n - self.n_mse) // (self.config.kl_batch * world_size())
-        limit = sink_limit(saes[0], self.config)
-        phase = Phase(method, trainees, steps, limit, first=self.n_mse)
-        self.run_phase(phase, finetune, self.lm, self.stream, self.config)
-        self.finish(method, trainees)
+    def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
+        """What a method trains, from a copy of SAE i of phase one."""
+        sae, l0 = copy.deepcopy(sae), self.state["results"]["MSE"][i]["l0"]
+        if sae.kind == "batchtopk":
+            sae.k = l0
+        if sae.kind != "relu":
+            sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
+        trainee = self.methods[method](self.lm, sae, self.config)
+        trainee.l1, trainee.l0_target = self.config.l1, l0
+        return trainee
 
     def run_phase(self, phase: Phase, loop, *args) -> None:
         """A phase's loop, from where a checkpoint left it."""
-        if self.state["phase"].get("name") == phase.name:
-            phase.load_state_dict(self.state["phase"])
+        for t in phase.trainees:
+            t.trained.train()
+        if self.saved_phase.get("name") == phase.name:
+            phase.load_state_dict(self.saved_phase)
         self.phase_began = time.monotonic() - self.state["seconds"].get(phase.name, 0.0)
         self.in_loop = True
         loop(phase, *args, self.after_step)
         self.in_loop = False
         self.checkpoint(phase)
 
-    def finish(self, name: str, trainees: list[Trainee]) -> None:
+    def finish(self, phase: Phase) -> None:
         """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
-        config, results = self.config, self.state["results"]
-        for t, folder in zip(trainees, self.folders):
-            t.trained.eval()
-            first = name == config.method[0] or (name == "MSE" and self.n_mse == self.n)
-            part = "before" if name == "MSE" else name
-            self.save(t, folder if first else folder / part)
+        name, results = phase.name, self.state["results"]
+        last = name == self.config.method[0] or self.n_mse == self.n
+        self.save(phase, "." if last else "before" if name == "MSE" else name)
         say(f"evaluating {LABELS.get(name, name)}", renew=True)
         held_out = self.stream.validation()
-        self.state["model"], figures = evaluate(self.lm, held_out, trainees, config)
-        for row, before in zip(figures, results.get("MSE", [])):
+        self.state["model"], rows = evaluate(self.lm, held_out, phase.trainees, self.config)
+        for row, before in zip(rows, results.get("MSE", [])):
             row["gap_closed"] = ratio(before["gap"] - row["gap"], before["gap"])
-        results[name] = figures
+        results[name] = rows
         if name == "MSE":
-            self.state["saes"] = [t.sae.state_dict() for t in trainees]
+            self.state["saes"] = [t.sae.state_dict() for t in phase.trainees]
         self.checkpoint()
 
-    def save(self, trainee: Trainee, folder: Path) -> None:
+    def save(self, phase: Phase, part: str) -> None:
+        """Writes what a phase trains into a part of each SAE's folder."""
         config = self.config
         metadata = {
-            "sae_lens_version": "6.54.0",  # of the layout: without it SAELens drops the rest
-            "model_name": MODELS.get(config.model, config.model)
-            if config.model != "tiny"
-            else "tiny",
+            "model_name": "tiny"
+            if config.model == "tiny"
+            else MODELS.get(config.model, config.model),
             "hook_name": f"blocks.{config.layer}.hook_resid_post",
             "context_size": config.context,
             "prepend_bos": self.lm.n_skip > 0,
             "dataset_path": config.data,
-            "model_from_pretrained_kwargs": {"center_writing_weights": False},
-            "sequences": self.n_mse,
+            "first_sequence": self.n_mse,  # where a fine-tune goes on
         }
         if rank() == 0:
-            self.start_writing()
-            trainee.save(folder, metadata)
+            self.folder.begin(asdict(config))
+            for t, folder in zip(phase.trainees, self.sae_folders):
+                t.trained.eval()
+                t.save(folder / part, metadata)
 
-    def start_writing(self) -> None:
-        """There is something new: an earlier run's files give way to it."""
-        if self.writes or rank() > 0:
-            return
-        for folder, k in zip(self.folders, self.config.k):
-            clear_folder(folder, self.parts)
-            settings = {**asdict(self.config), "k": k}
-            model_loaders.write_text(folder / "config.json", json.dumps(settings, indent=2))
-        self.writes = True
+    def report(self, i: int) -> dict:
+        """Writes report.json and prints the closing table of SAE i; returns the report."""
+        config, folder = self.config, self.sae_folders[i]
+        results = {name: rows[i] for name, rows in self.state["results"].items()}
+        before = results["MSE"]
+        final = results.get(config.method[0], {**before, "gap_closed": 0.0})
+        out = {**asdict(config), "k": config.k[i], **self.state["model"], **final}
+        for name in ("ce", "gap", "fvu", "kl"):
+            out[f"{name}_mse"], out[f"{name}_final"] = before[name], final[name]
+        out["seconds"], out["results"] = self.state["seconds"], results
+        if rank() == 0:
+            model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
+        say(f"\n{str(folder):29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
+        say(f"{'original model':29}{out['ce_original']:8.4f}")
+        say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
+        for name, row in results.items():
+            label = LABELS.get(name, f"after {name}")
+            label = "as loaded" if config.start and name == "MSE" else label
+            closed = row.get("gap_closed")
+            closed = "" if closed is None else f"{closed:.1%}"
+            figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
+            say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
+        return out
 
+    # ---- After each step
     def after_step(self, phase: Phase, figures: list[dict]) -> None:
         """Figures to metrics.jsonl and the progress line, every log_every steps; a checkpoint when
         it is time for one, or when a signal asks for the end."""
@@ -1484,7 +1434,7 @@ class Run:
         if world_size() > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)  # all processes stop at the same step
         stop, due = wishes.tolist()
-        if due or stop:
+        if stop or due:
             self.checkpoint(phase)
         if stop:
             raise Interrupted(stop)
@@ -1493,176 +1443,68 @@ class Run:
         """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
         config = self.config
         losses = mean_over_ranks(torch.stack(self.losses))  # [steps since the last line, SAEs]
+        if not losses.isfinite().all():
+            when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
+            raise UserError(f"a loss of {phase.name} {when} is not finite: lower its rate")
         self.losses = []
-        for at, i in (~losses.isfinite()).nonzero()[:1].tolist():
-            folder = self.folders[i] / "unfinished"
-            self.save(phase.trainees[i], folder)
-            step = phase.step - len(losses) + at
-            text = (
-                f"the loss of {phase.name} is {losses[at, i]} at step {step + 1} of {phase.steps}"
-            )
-            raise UserError(f"{text}: lower its rate. The SAE as it was then is in {folder}")
-        seconds = time.monotonic() - self.phase_began
-        self.state["seconds"][phase.name] = seconds
+        seconds = self.state["seconds"][phase.name] = time.monotonic() - self.phase_began
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
-        tokens = phase.step * per_step * world_size()
+        tokens, share = phase.step * per_step * world_size(), phase.step / phase.steps
         line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
-        for lines, row, loss in zip(self.lines, figures, losses.mean(0)):
-            row = {name: float(value) for name, value in {**row, "loss": loss}.items()}
-            lines.append(json.dumps({**line, **row}) + "\n")
-        self.write_lines()
-        share = phase.step / phase.steps
-        if sys.stdout.isatty() or int(10 * share) > int(
-            10 * (share - config.log_every / phase.steps)
-        ):
-            text = (
-                f"{phase.name} {share:4.0%}, {tokens / seconds:,.0f} tokens/s, {self.left(phase)}"
-            )
-            say(text + "".join(f", {name} {row[name]:.3g}" for name in ("loss", "fvu", "l0")), True)
+        lines = []
+        for k, row, loss in zip(config.k, figures, losses.mean(0)):
+            row = {**line, "k": k, **{name: float(value) for name, value in row.items()}}
+            lines.append(json.dumps({**row, "loss": float(loss)}))
+        if rank() == 0:
+            self.folder.log(lines)
+        whole, done = sum(self.operations.values()), self.operations[phase.name] * share
+        done += sum(self.operations[name] for name in self.state["results"])
+        minutes = (time.monotonic() - self.began) * (whole / done - 1) / 60
+        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
+        if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
+            say(f"{text}/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
-    def left(self, phase: Phase) -> str:
-        """The time left of the whole run, at the speed so far."""
-        names = [*self.state["results"], phase.name]
-        done = sum(self.operations.get(name, 0) for name in names[:-1])
-        done += self.operations[phase.name] * phase.step / phase.steps
-        rate = done / (time.monotonic() - self.began)
-        minutes = (sum(self.operations.values()) - done) / rate / 60
-        return f"{minutes:.1f} minutes left"
-
-    def write_lines(self) -> None:
-        """Lines that wait go to metrics.jsonl, as soon as this run may write."""
-        if not self.writes or rank() > 0:
-            return
-        for folder, lines in zip(self.folders, self.lines):
-            try:
-                with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.writelines(lines)
-            except OSError as error:
-                raise UserError(f"cannot write {folder / 'metrics.jsonl'} ({error})") from None
-            lines.clear()
-
+    # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
-        """Saves all that `restore` needs; each process its own part, under names that only the
-        first one's file, the last to come into place, makes valid."""
-        self.start_writing()
-        self.write_lines()
-        state = {**self.state, "phase": phase.state_dict() if phase else {}, "losses": self.losses}
-        state["config"], state["world"] = asdict(self.config), world_size()
-        state["tag"] = f"{len(self.state['results'])}-{phase.step if phase else 0}"
+        """Saves all that `restore` needs; of several processes each its own, and the first one's,
+        which says which of the others' are valid, last."""
+        tag = f"-{len(self.state['results'])}-{phase.step if phase else 0}"
+        state = {"state": self.state, "phase": phase.state_dict() if phase else {}, "tag": tag}
+        state.update(losses=self.losses, config=asdict(self.config), world=world_size())
         if rank() > 0:
-            save_state(state, self.folders[0] / f"checkpoint-{rank()}-{state['tag']}.pt")
+            self.folder.save_state(f"checkpoint{rank()}{tag}.pt", state)
         if world_size() > 1:
             dist.barrier()
         if rank() == 0:
-            metrics = [folder / "metrics.jsonl" for folder in self.folders]
-            state["metrics"] = [os.path.getsize(f) if f.exists() else 0 for f in metrics]
-            save_state(state, self.folders[0] / "checkpoint.pt")
-        for old in self.folders[0].glob(f"checkpoint-{rank()}-*.pt"):
-            if state["tag"] not in old.name:
-                old.unlink()
+            self.folder.begin(asdict(self.config))
+            self.folder.save_state("checkpoint.pt", {**state, "logged": self.folder.logged()})
+        else:
+            self.folder.remove(f"checkpoint{rank()}-*.pt", but=tag)
         self.saved = time.monotonic()
 
-    def restore(self) -> None:
-        """Goes back to the last checkpoint. UserError where it is another run's."""
-        path = self.folders[0] / "checkpoint.pt"
-        if not self.config.resume or not path.exists():
-            return
-        state = load_state(path, self.device)
+    def restore(self) -> bool:
+        """Goes back to the last checkpoint, if there is one. UserError if its settings differ."""
+        if not self.config.resume or not (self.folder.path / "checkpoint.pt").exists():
+            return False
+        saved = self.folder.load_state("checkpoint.pt", self.device)
         if rank() > 0:
-            path = path.with_name(f"checkpoint-{rank()}-{state['tag']}.pt")
-            state = load_state(path, self.device)
-        may_differ = {"resume", "overwrite", "out", "log_every", "checkpoint_minutes"}
+            saved = self.folder.load_state(f"checkpoint{rank()}{saved['tag']}.pt", self.device)
+        may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in asdict(self.config).items():
-            was = state["config"][name]
-            refuse(value != was and name not in may_differ, f"{path}: --{name} was {was}")
-        refuse(state["world"] != world_size(), f"{path}: it had {state['world']} processes")
-        for folder, size in zip(self.folders, state.get("metrics", [])):
-            if size:
-                os.truncate(folder / "metrics.jsonl", size)
-        self.state = {name: state[name] for name in self.state | {"model": {}}}
-        self.losses, self.writes = state["losses"], True
-
-    def report(self, i: int) -> dict:
-        """Writes report.json and prints the closing table of one SAE; returns the report."""
-        config, state, folder = self.config, self.state, self.folders[i]
-        results = {name: rows[i] for name, rows in state["results"].items()}
-        before = results["MSE"]
-        final = results.get(config.method[0], {**before, "gap_closed": 0.0})
-        out = {**asdict(config), "k": config.k[i], **state["model"]}
-        for name in ("ce", "gap", "fvu", "kl", "l0"):
-            out.update({f"{name}_mse": before[name], f"{name}_final": final[name]})
-        out.update({name: final[name] for name in ("gap_closed", "loss_recovered", "l0", "dead")})
-        out.update(seconds=state["seconds"], results=results)
+            was = saved["config"][name]
+            differs = was != value and name not in may_differ
+            refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
+        refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
         if rank() == 0:
-            model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
-        say(f"\n{folder}")
-        say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}{'dead':>5}")
-        say(f"{'original model':29}{out['ce_original']:8.4f}")
-        say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
-        for name, row in results.items():
-            closed = "" if row.get("gap_closed") is None else f"{row['gap_closed']:.1%}"
-            cells = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            label = (
-                "as loaded" if config.start and name == "MSE" else LABELS.get(name, f"after {name}")
-            )
-            say(f"{label:29}{cells}{row['fvu']:7.4f}{row['l0']:7.2f}{row['dead']:5}")
-        return out
-
-    def run(self) -> list[dict]:
-        """The whole run; a report for each K, as in its report.json. UserError where it fails."""
-        try:
-            self.prepare()
-            self.restore()
-            reports = self.train()
-            if rank() == 0:
-                for file in self.folders[0].glob("checkpoint*.pt"):
-                    file.unlink()
-            return reports
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Stops the stream, gives the folders back, and removes those in which nothing stands."""
-        if hasattr(self, "stream"):
-            self.stream.close()
-        kept = [*IN_SAE, "report.json", "checkpoint.pt", "before", "unfinished"]
-        for folder in self.taken:
-            if not any((folder / name).exists() for name in kept):
-                clear_folder(folder, [])
-                for name in (MARK, ".lock"):
-                    (folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-        self.locks.close()
+            self.folder.go_on(saved["logged"])
+        self.state, self.losses, self.saved_phase = saved["state"], saved["losses"], saved["phase"]
+        return True
 
     def on_signal(self, number: int, frame) -> None:
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
-        if self.in_loop and self.signal is None:
-            self.signal = number
-        else:
+        if not self.in_loop or self.signal is not None:
             raise Interrupted(number)
-
-
-def save_state(state: dict, path: Path) -> None:
-    """To a temporary name, flushed, renamed. UserError where it cannot."""
-    new = path.with_suffix(".tmp")
-    try:
-        with open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the second
-        raise UserError(f"cannot write {path} ({error})") from None
-
-
-def load_state(path: Path, device) -> dict:
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read ({error!r:.200}): --overwrite starts anew"
-        ) from None
+        self.signal = number
 
 
 # ---- The command line --------------------------------------------------------------------------
@@ -1680,65 +1522,52 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def sae_settings(source: str) -> dict:
+    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
+    _, cfg = model_loaders.read_sae(source)
+    metadata = cfg["metadata"]
+    own = metadata.get("saeft", {})
+    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
+    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
+    told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
+    told["layer"] = int(hook[1]) if hook else None
+    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
+    names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
+    told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
-    --start says, then the flags. UserError where the last two contradict each other."""
+    --start tells, then the flags. UserError also where the last two contradict each other."""
     first_line = __doc__.splitlines()[0]
     parser = Parser(description=first_line, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(Config):
         default = f.default_factory()
         shown = "" if default is None else f" (default: {default})"
         options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        if f.type == "bool":
-            options["action"] = "store_true"
-        else:
-            kinds = {"int": count, "float": float}
-            options["type"] = next((kinds[kind] for kind in kinds if kind in f.type), str)
+        kinds = {"int": count, "float": float, "bool": None, "str": str}
+        kind = next(kinds[name] for name in kinds if name in f.type)
+        options.update({"type": kind} if kind else {"action": "store_true"})
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     told = sae_settings(given["start"]) if "start" in given else {}
-    for name in ("layer", "k", "sae", "d_sae"):
-        same = name not in given or name not in told or given[name] == told[name]
-        refuse(not same, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
-    model = given.get("model", told.get("model", Config().model))
-    preset = PRESETS.get(Path(model).name.split("@")[0].removesuffix("-deduped"), {})
-    config = Config(**{**preset, **told, **given})
+    for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
+        refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
+    model = Path(given.get("model", told.get("model", Config().model)))
+    preset = PRESETS.get(model.name.split("@")[0].removesuffix("-deduped"), "")
+    config = Config(**{**vars(parser.parse_args(preset.split())), **told, **given})
     if config.start:
-        config.tokens = config.kl_tokens + told["sequences"] * config.context
+        config.tokens = told["tokens"] + config.kl_tokens
     return config
-
-
-def sae_settings(source: str) -> dict:
-    """Settings that an SAE's metadata tells."""
-    tensors, cfg = model_loaders.read_sae(source)
-    metadata = cfg.get("metadata") or {}
-    own = metadata.get("saeft", {})
-    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
-    told = {
-        "sae": own.get("kind", kind),
-        "d_sae": cfg["d_sae"],
-        "k": [cfg.get("k", own.get("k", 1))],
-    }
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
-    if hook:
-        told["layer"] = int(hook[1])
-    for theirs, ours in [
-        ("model_name", "model"),
-        ("context_size", "context"),
-        ("dataset_path", "data"),
-    ]:
-        if metadata.get(theirs):
-            told[ours] = metadata[theirs]
-    if "prepend_bos" in metadata:
-        told["bos"] = "yes" if metadata["prepend_bos"] else "no"
-    return {**told, "sequences": own.get("sequences", 0)}
 
 
 def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
     """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # a locale without a name's characters
+            stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
     try:
         run = Run(parse(argv), methods)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1748,11 +1577,10 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
-        number = interrupted.args[0]
-        saved = (run.folders[0] / "checkpoint.pt").exists()
-        advice = "the same command with --resume goes on" if saved else "nothing was kept"
-        print(f"saeft: stopped by {signal.Signals(number).name}: {advice}", file=sys.stderr)
-        return 128 + number
+        saved = (run.folder.path / "checkpoint.pt").exists()
+        advice = "the same command with --resume goes on" if saved else "nothing was done yet"
+        print(f"saeft: {signal.Signals(interrupted.args[0]).name}: {advice}", file=sys.stderr)
+        return 128 + interrupted.args[0]
     return 0
 
 
