@@ -1,7 +1,6 @@
-# make demo      train an SAE on the embedded model and fine-tune it: two minutes, no network
+# make demo      train an SAE on the embedded model and fine-tune it: three minutes, no network
 # make test      the tests
 # make compare   every method of the paper on the embedded model: about 15 minutes
-# make picture   the demo with CE measured along the way: runs/picture/loss.png
 # make bench     time and memory of each stage beside its floor
 # TORCH=torch    installs PyTorch's newest build (with CUDA on Linux) instead of this one
 TORCH ?= torch==2.13.0
@@ -19,17 +18,13 @@ compare: .venv/plot
 	$(RUN) experiments/compare.py --tokens 300k --kl-tokens 80k --eval-tokens 25k --buffer 500
 	$(RUN) experiments/plot.py runs/compare
 
-picture: .venv/plot
-	$(RUN) saeft.py --overwrite --log-ce --name picture
-	$(RUN) experiments/plot.py runs/picture
-
 bench: .venv/main
 	$(RUN) experiments/bench.py
 
 .venv/main: Makefile pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet numpy "tiktoken>=0.9" "huggingface_hub>=0.30"
+	$(BIN)/pip install --quiet numpy "tiktoken>=0.13" "huggingface_hub>=0.30"
 	touch $@
 
 .venv/plot: .venv/main
@@ -40,4 +35,4 @@ bench: .venv/main
 	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers
 	touch $@
 
-.PHONY: demo test compare picture bench
+.PHONY: demo test compare bench

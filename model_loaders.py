@@ -121,6 +121,40 @@ def load_config(name: str) -> dict:
     return read_json(fetch(name, "config.json"))
 
 
+def number(config: dict, key: str, default: float | None = None) -> float:
+    """A positive number from a config.json. UserError, with key and value, where it is none."""
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 2**31:
+        raise UserError(f"config.json has {key} = {value!r:.80}: not a positive number")
+    return value
+
+
+def require(config: dict, key: str, *supported) -> None:
+    """UserError where a config.json asks for what is not supported; the first is the default."""
+    value = config.get(key, supported[0])
+    if value not in supported:
+        raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
+
+
+def rope_settings(config: dict, layer_type: str, base: float, share: float) -> dict:
+    """base, share of a head's dimensions, and factor of rotary positions, in either spelling:
+    `rope_parameters`, for each layer type or for all, or older keys (`base`, `share`), of which
+    rope_scaling is about full attention alone. UserError for other kinds of scaling."""
+    rope, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if rope and old and rope != old:
+        raise UserError("config.json has rope_parameters and another rope_scaling")
+    if rope is None:
+        rope = (old or {}) if layer_type == "full_attention" else {}
+    rope = rope.get(layer_type, rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require({"rope_type": kind}, "rope_type", "default", "linear")
+    return {
+        "base": number(rope, "rope_theta", base),
+        "share": number(rope, "partial_rotary_factor", share),
+        "factor": number(rope, "factor") if kind == "linear" else 1.0,
+    }
+
+
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Tensors by name, of the shards an index lists or of model.safetensors. Raises UserError."""
     try:
@@ -327,6 +361,22 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
             raise UserError(f"{path}: {name} is not of finite numbers")
     metadata = cfg.get("metadata")
     return tensors, cfg | {"metadata": metadata if isinstance(metadata, dict) else {}}
+
+
+def sae_settings(source: str) -> dict:
+    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
+    _, cfg = read_sae(source)
+    metadata = cfg["metadata"]
+    own = metadata.get("saeft", {})
+    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
+    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
+    told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
+    told["layer"] = int(hook[1]) if hook else None
+    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
+    names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
+    told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
+    return {name: value for name, value in told.items() if value is not None}
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
@@ -867,8 +917,8 @@ IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.p
 
 
 class RunFolder:
-    """A folder that one process at a time writes a run into: config.json, metrics.jsonl, checkpoints;
-    and for each SAE, here or in k8, k16, ..., its files, report.json, and more SAEs in `parts`.
+    """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
+    checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, more SAEs in `parts`.
     An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it."""
 
     def __init__(self, path: Path, parts: list[str]):

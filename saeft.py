@@ -56,7 +56,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import MODELS, RunFolder, TokenStream, UserError, load_tokenizer
+from model_loaders import (
+    MODELS,
+    RunFolder,
+    TokenStream,
+    UserError,
+    load_tokenizer,
+    number,
+    require,
+    rope_settings,
+)
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -590,8 +599,8 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
                 loss = loss * x.shape[1] / t.sae.scale**2 + t.l1 * penalty
                 t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
             losses.append(loss)
-            row = {"loss": loss, "mse": mse, "kl": kl, "beta": beta, "l0": l0}
-            figures.append({**row, "fvu": mse * x.shape[1] / variance})
+            row = {"loss": loss, "mse": mse, "fvu": mse * x.shape[1] / variance, "l0": l0}
+            figures.append(row if kind == "mse" else {**row, "kl": kl, "beta": beta})
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         lr = peak * lr_factor(step, phase.steps, warmup, decay)
@@ -664,14 +673,10 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
     for (ce, kl), error, latents in zip(rows, errors.tolist(), fired):
         row = {"ce": ce, "gap": ce - ce_original, "kl": kl, "fvu": error / variance}
         row["l0"], row["dead"] = latents.sum().item() / kept, int((latents == 0).sum())
-        row["loss_recovered"] = ratio(ce_zero - ce, ce_zero - ce_original)
+        lost = ce_zero - ce_original
+        row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
         figures.append(row)
     return model, figures
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """part / whole; None where there is nothing to have a share of."""
-    return part / whole if whole else None
 
 
 # ---- Fast paths: on the CPU, the same values in less time --------------------------------------
@@ -783,43 +788,12 @@ def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tens
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def number(config: dict, key: str, default: float | None = None) -> float:
-    """A positive number from a config.json. UserError, with key and value, where it is none."""
-    value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise UserError(f"config.json has {key} = {value!r:.80}: not a positive number")
-    return value
-
-
-def require(config: dict, key: str, *supported) -> None:
-    """UserError where a config.json asks for what is not supported; the first is the default."""
-    value = config.get(key, supported[0])
-    if value not in supported:
-        raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
-
-
 class Rope(NamedTuple):
     """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
 
     dim: int
     base: float
     factor: float = 1.0  # positions are divided by it
-
-    @classmethod
-    def read(cls, config: dict, layer_type: str, head_dim: int, share: float, base: float) -> Rope:
-        """From either spelling: `rope_parameters`, for each layer type or for all, or older keys,
-        of which rope_scaling is about full attention alone."""
-        rope, old = config.get("rope_parameters"), config.get("rope_scaling")
-        if rope and old and rope != old:
-            raise UserError("config.json has rope_parameters and another rope_scaling")
-        if rope is None:
-            rope = (old or {}) if layer_type == "full_attention" else {}
-        rope = rope.get(layer_type, rope)
-        kind = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-        require(kind, "rope_type", "default", "linear")
-        factor = number(rope, "factor") if kind["rope_type"] == "linear" else 1.0
-        dim = int(head_dim * number(rope, "partial_rotary_factor", share))
-        return cls(dim, number(rope, "rope_theta", base), factor)
 
     def tables(self, length: int, device) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, dim]."""
@@ -919,7 +893,8 @@ class PythiaBlock(nn.Module):
         self.n_heads = number(config, "num_attention_heads")
         share = number(config, "rotary_pct", 0.25)
         base = number(config, "rotary_emb_base", 10_000)
-        self.rope = Rope.read(config, "full_attention", d_model // self.n_heads, share, base)
+        rope = rope_settings(config, "full_attention", base, share)
+        self.rope = Rope(int(d_model // self.n_heads * rope["share"]), rope["base"])
         self.input_layernorm = nn.LayerNorm(d_model, eps)
         self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
         self.attention = nn.ModuleDict()
@@ -983,7 +958,8 @@ class GemmaBlock(nn.Module):
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
-        self.rope = Rope.read(config, layer_type, self.head_dim, 1.0, base)
+        rope = rope_settings(config, layer_type, base, share=1.0)
+        self.rope = Rope(self.head_dim, rope["base"], rope["factor"])
         d_q = number(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
         self.self_attn = nn.ModuleDict()
@@ -1226,7 +1202,7 @@ class Run:
         self.config, self.methods = config, methods
         self.device = join_processes(config.device)
         self.operations = operations(config, check(config, methods))
-        self.began = self.saved = self.phase_began = time.monotonic()
+        self.saved = self.phase_began = time.monotonic()
         self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
         # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
         self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}}
@@ -1366,13 +1342,17 @@ class Run:
     def finish(self, phase: Phase) -> None:
         """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
         name, results = phase.name, self.state["results"]
-        last = name == self.config.method[0] or self.n_mse == self.n
-        self.save(phase, "." if last else "before" if name == "MSE" else name)
+        part = "before" if name == "MSE" else name
+        if name == self.config.method[0] or self.n_mse == self.n:
+            part = "."
+        if self.n_mse or self.config.start or name != "MSE":
+            self.save(phase, part)
         say(f"evaluating {LABELS.get(name, name)}", renew=True)
         held_out = self.stream.validation()
         self.state["model"], rows = evaluate(self.lm, held_out, phase.trainees, self.config)
         for row, before in zip(rows, results.get("MSE", [])):
-            row["gap_closed"] = ratio(before["gap"] - row["gap"], before["gap"])
+            known = before["gap"] and (self.n_mse or self.config.start)
+            row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         results[name] = rows
         if name == "MSE":
             self.state["saes"] = [t.sae.state_dict() for t in phase.trainees]
@@ -1381,15 +1361,14 @@ class Run:
     def save(self, phase: Phase, part: str) -> None:
         """Writes what a phase trains into a part of each SAE's folder."""
         config = self.config
+        short = config.model == "tiny" or config.model not in MODELS
         metadata = {
-            "model_name": "tiny"
-            if config.model == "tiny"
-            else MODELS.get(config.model, config.model),
+            "model_name": config.model if short else MODELS[config.model],
             "hook_name": f"blocks.{config.layer}.hook_resid_post",
             "context_size": config.context,
             "prepend_bos": self.lm.n_skip > 0,
             "dataset_path": config.data,
-            "first_sequence": self.n_mse,  # where a fine-tune goes on
+            "first_sequence": self.n_mse if part == "before" else self.n,  # where --start goes on
         }
         if rank() == 0:
             self.folder.begin(asdict(config))
@@ -1414,7 +1393,8 @@ class Run:
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
         for name, row in results.items():
             label = LABELS.get(name, f"after {name}")
-            label = "as loaded" if config.start and name == "MSE" else label
+            if name == "MSE" and (config.start or not self.n_mse):
+                label = "as loaded" if config.start else "at the random start"
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
@@ -1459,10 +1439,10 @@ class Run:
             self.folder.log(lines)
         whole, done = sum(self.operations.values()), self.operations[phase.name] * share
         done += sum(self.operations[name] for name in self.state["results"])
-        minutes = (time.monotonic() - self.began) * (whole / done - 1) / 60
-        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f} tokens"
+        minutes = sum(self.state["seconds"].values()) * (whole / done - 1) / 60
+        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f}"
         if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
-            say(f"{text}/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
+            say(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
     # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
@@ -1491,7 +1471,7 @@ class Run:
             saved = self.folder.load_state(f"checkpoint{rank()}{saved['tag']}.pt", self.device)
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in asdict(self.config).items():
-            was = saved["config"][name]
+            was = saved["config"].get(name)
             differs = was != value and name not in may_differ
             refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
         refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
@@ -1522,22 +1502,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def sae_settings(source: str) -> dict:
-    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
-    _, cfg = model_loaders.read_sae(source)
-    metadata = cfg["metadata"]
-    own = metadata.get("saeft", {})
-    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
-    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
-    told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
-    told["layer"] = int(hook[1]) if hook else None
-    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
-    names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
-    told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
-    return {name: value for name, value in told.items() if value is not None}
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
@@ -1552,7 +1516,7 @@ def parse(argv: list[str] | None = None) -> Config:
         options.update({"type": kind} if kind else {"action": "store_true"})
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    told = sae_settings(given["start"]) if "start" in given else {}
+    told = model_loaders.sae_settings(given["start"]) if "start" in given else {}
     for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
         refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
     model = Path(given.get("model", told.get("model", Config().model)))
@@ -1576,6 +1540,11 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if world_size() == 1:
+            raise
+        print(f"saeft: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except Interrupted as interrupted:
         saved = (run.folder.path / "checkpoint.pt").exists()
         advice = "the same command with --resume goes on" if saved else "nothing was done yet"

@@ -5,10 +5,12 @@
 
 Data: the running Python's standard library and the .py files of its installed packages, half of
 each batch from either. Files of the held-out split (`model_loaders.held_out`) are never trained on;
-`saeft.py` evaluates on the same ones. Needs torch 2.9 (Muon) and the `tokenizers` package.
+`saeft.py` evaluates on some of the same ones, which are shipped as text.jsonl.gz. Needs torch 2.9
+(Muon) and the `tokenizers` package.
 """
 
 import argparse
+import gzip
 import json
 import random
 import sys
@@ -21,17 +23,29 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model_loaders import held_out, write_safetensors
+from model_loaders import held_out, load_tokenizer, write_safetensors
 from saeft import build_lm
 
 STDLIB = sysconfig.get_paths()["stdlib"]
-CONFIG = dict(architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", torch_dtype="float16")
-CONFIG |= dict(vocab_size=2048, hidden_size=128, num_hidden_layers=6, num_attention_heads=4)
-CONFIG |= dict(intermediate_size=512, max_position_embeddings=512, hidden_act="gelu")
-CONFIG |= dict(layer_norm_eps=1e-5, rotary_pct=0.25, rotary_emb_base=10000)
-CONFIG |= dict(
-    use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0
-)
+CONFIG = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "torch_dtype": "float16",
+}
 
 
 def source_files(folder: str) -> list[str]:
@@ -45,6 +59,20 @@ def source_files(folder: str) -> list[str]:
         if 200 < len(text) < 200_000 and size < 40_000_000:
             texts[text], size = None, size + len(text)
     return list(texts)
+
+
+def write_text(path: Path, train: int = 1_700_000, held: int = 115_000) -> None:
+    """The text that is shipped beside the model: modules of the standard library, as many as give
+    so many tokens of either side (assets/tiny has those of Python 3.11.7)."""
+    tokenizer, documents = load_tokenizer("tiny"), []
+    left = {False: train, True: held}
+    for text in source_files(STDLIB):
+        side = held_out(text)
+        if left[side] > 0:
+            left[side] -= len(tokenizer.encode(text))
+            documents.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    with open(path, "wb") as raw, gzip.GzipFile("text.jsonl", "wb", 9, raw, mtime=0) as file:
+        file.write("".join(documents).encode())
 
 
 def train_tokenizer(texts: list[str], vocab: int):
@@ -95,6 +123,8 @@ def initialise(lm, lr: float) -> list[torch.optim.Optimizer]:
             nn.init.normal_(p, std=0.02 / (2 * len(lm.blocks)) ** 0.5 if last else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
+        else:
+            nn.init.ones_(p)
         (matrices if p.dim() == 2 and ".layers." in name else others).append(p)
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
@@ -117,7 +147,7 @@ def main():
     per_token = sum(len(t.encode()) for t in val_texts) / len(val)
     print(f"{sum(map(len, train)):,} training tokens, {per_token:.2f} bytes per token", flush=True)
 
-    lm = build_lm(CONFIG)
+    lm = build_lm(CONFIG).to_empty(device="cpu")
     optimizers = initialise(lm, args.lr)
     for step in range(args.steps):
         # Warm up over 100 steps, hold, then fall linearly to 0 over the last half.
@@ -144,6 +174,7 @@ def main():
     (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     weights = {name: p.detach().half() for name, p in lm.named_parameters()}
     write_safetensors(args.out / "model.safetensors", weights, {"format": "pt"})
+    write_text(args.out / "text.jsonl.gz")
 
 
 if __name__ == "__main__":

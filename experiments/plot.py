@@ -1,10 +1,7 @@
-"""Pictures of finished runs.
+"""Pictures of a comparison.
 
-    python saeft.py --log-ce && python experiments/plot.py runs/tiny-topk-k8-seed0    # loss.png
     python experiments/compare.py && python experiments/plot.py runs/compare
-                                                                # compare.png and cost.png
 
-loss.png: CE on held-out text over the tokens of both phases, the original model's CE as the floor.
 compare.png: the CE gap at each K, after MSE, after the fine-tune, and end to end; all seeds.
 cost.png: the CE gap over training seconds. Needs matplotlib.
 """
@@ -33,29 +30,6 @@ def finish(axes, path: Path, xlabel: str, ylabel: str) -> None:
     axes.figure.savefig(path, dpi=150)
     plt.close(axes.figure)
     print(path)
-
-
-def plot_loss(folder: Path) -> None:
-    """CE of metrics.jsonl over tokens: phase one, then each method from where it ended."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    phases = {}
-    for line in lines:
-        if "ce" in line:
-            phases.setdefault(line["phase"], []).append((line["tokens"], line["ce"]))
-    if not phases:
-        sys.exit(f"plot: {folder} has no CE in metrics.jsonl: run it with --log-ce")
-    _, axes = plt.subplots(figsize=(6.4, 3.6))
-    start = phases.get("MSE", [(0, 0)])[-1][0]
-    for phase, points in phases.items():
-        shift = 0 if phase == "MSE" else start
-        label = {"MSE": "phase one: MSE", "kl": "phase two: KL+MSE", "mse": "control: MSE"}
-        tokens, ce = zip(*[((t + shift) / 1e6, ce) for t, ce in points])
-        axes.plot(tokens, ce, label=label.get(phase, phase), color=COLOURS.get(phase))
-    floor = next(line["ce_original"] for line in lines if "ce_original" in line)
-    axes.axhline(floor, color="black", linestyle=":", label="original model")
-    low = min(ce for points in phases.values() for _, ce in points)
-    axes.set_ylim(floor - 0.05 * (low - floor), floor + 3 * (low - floor))
-    finish(axes, folder / "loss.png", "million tokens", "cross entropy, nats per token")
 
 
 def mean(rows: list[dict], key: str) -> float:
@@ -99,17 +73,12 @@ def plot_cost(folder: Path, rows: list[dict]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "compare.json").exists():
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    if (folder / "compare.json").exists():
-        rows = json.loads((folder / "compare.json").read_text())["rows"]
-        plot_compare(folder, rows)
-        plot_cost(folder, rows)
-    elif (folder / "metrics.jsonl").exists():
-        plot_loss(folder)
-    else:
-        sys.exit(f"plot: {folder} holds neither a run nor a comparison")
+    rows = json.loads((folder / "compare.json").read_text())["rows"]
+    plot_compare(folder, rows)
+    plot_cost(folder, rows)
 
 
 if __name__ == "__main__":
