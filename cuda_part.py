@@ -308,7 +308,11 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
     monkeypatch.setattr(saeft, "FAST", False)  # the device's path
     lm = saeft.build_lm(shape)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
-        lm = lm.to_empty(device="cpu").bfloat16().requires_grad_(False)
+        weights = {
+            name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in lm.named_parameters()
+        }
+        lm.load_state_dict(weights, assign=True)
+        lm.requires_grad_(False)
         sae = SAE(2304, 2**14, 80)
         sae.bfloat16 = True
         t = Trainee(sae.train(), lm)
