@@ -3,23 +3,19 @@
     python experiments/bench.py                                 # Pythia-160M: `make bench`
     python experiments/bench.py --model gemma-2-2b              # on a GPU where there is one
     python experiments/bench.py --only sae --batch 8192 --k 20 80 320
-    python experiments/bench.py --only sae kl --fast            # without each fast path in turn
+    python experiments/bench.py --only sae kl --plain           # without each fast path in turn
     python experiments/bench.py --only sae kl --peers           # beside the public libraries
     python experiments/bench.py --only memory                   # peaks of the KL step, any V
 
-Other flags are saeft.py's; on a CPU, sequences are 2 x 512. A floor is the time of a stage's
-unavoidable products alone: the prefix; the encoder product; for kl the prefix, two suffixes, one's
-backward, three products with W_U; for evaluate the prefix, three suffixes and products with W_U.
-All rows of a stage take turns. Columns: median seconds; tokens/s; times the floor; times the first
-row; peak memory above what is held before a step (models, Adam's moments, buffer).
+Other flags are saeft.py's; on a CPU, sequences are 2 x 512. All rows of a stage take turns. Columns:
+median seconds; tokens/s; times the floor, which is the stage's unavoidable products alone; times
+the first row; peak memory above what is held before a step (models, Adam's moments, buffer).
 
-Peers, each optional: pip install sae-lens transformers einops nnsight simple-parsing natsort
+Peers, each optional: pip install sae-lens "transformers>=5" einops nnsight simple-parsing natsort
 schedulefree wandb; pip install --no-deps dictionary-learning eai-sparsify
 """
 
 import argparse
-import ctypes
-import itertools
 import os
 import resource
 import statistics
@@ -46,10 +42,11 @@ GEMMA.update(num_key_value_heads=4, attn_logit_softcapping=50.0, final_logit_sof
 SHAPES = {"pythia-160m": PYTHIA, "gemma-2-2b": GEMMA}  # of others: config.json
 
 
-# ---- The public libraries, and steps without fast paths ----------------------------------------
+# ---- What others do, and steps without fast paths ----------------------------------------------
 def library_step(name: str, x, d_sae: int, k: int):
-    """A training step of a TopK SAE as users of that library take it. ImportError without it."""
+    """A training step of a TopK SAE as users of that library take it."""
     d_model, device = x.shape[1], str(x.device)
+    before = after = lambda: None
     if name == "dictionary_learning":
         from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -61,10 +58,8 @@ def library_step(name: str, x, d_sae: int, k: int):
 
         sae = SparseCoder(d_model, SparseCoderConfig(num_latents=d_sae, k=k), device=device)
         loss = lambda: sae(x).fvu
-        project, normalise = (
-            sae.remove_gradient_parallel_to_decoder_directions,
-            sae.set_decoder_norm_to_unit_norm,
-        )
+        before = sae.remove_gradient_parallel_to_decoder_directions
+        after = sae.set_decoder_norm_to_unit_norm
     else:
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.saes.sae import TrainStepInput
@@ -73,16 +68,15 @@ def library_step(name: str, x, d_sae: int, k: int):
         dead = torch.zeros(d_sae, dtype=torch.bool, device=device)
         batch = TrainStepInput(x, {}, dead, n_training_steps=1, is_logging_step=False)
         loss = lambda: sae.training_forward_pass(batch).loss
-        project = normalise = lambda: None
     adam = torch.optim.Adam(sae.parameters(), lr=0.0)
 
     def step():
         loss().backward()
-        project()
+        before()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
-        normalise()
+        after()
 
     return step
 
@@ -95,17 +89,15 @@ def direct_step(name: str, tokens, t: saeft.Trainee, layer: int, shape: dict):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(**shape, attn_implementation="eager")
-        lm = AutoModelForCausalLM.from_config(config).to(tokens.device, t.lm.W_U.dtype).eval()
-        lm.requires_grad_(False)
+        lm = AutoModelForCausalLM.from_config(config).to(tokens.device, t.lm.W_U.dtype)
+        lm.eval().requires_grad_(False)
         logits, block = lambda ids: lm(ids).logits, lm.base_model.layers[layer]
 
-    def insert(module, inputs, output):
-        resid = output[0] if isinstance(output, tuple) else output
+    def insert(module, inputs, resid):
         x = resid.float().flatten(0, 1)
         x_hat, _ = t.sae(x)
         seen["mse"] = F.mse_loss(x_hat, x)
-        x_hat = x_hat.view_as(resid).to(resid.dtype)
-        return (x_hat, *output[1:]) if isinstance(output, tuple) else x_hat
+        return x_hat.view_as(resid).to(resid.dtype)
 
     def step():
         with torch.no_grad():
@@ -126,15 +118,15 @@ def peer_steps(make, names: list[str], dtype: str, *case) -> dict:
     for name in names:
         cast = torch.autocast(case[0].device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         try:
-            steps[f"peer {name}"] = cast(make(name, *case))
-            steps[f"peer {name}"]()
+            step = cast(make(name, *case))
+            step()
+            steps[f"peer {name}"] = step
         except (ImportError, RuntimeError) as error:
-            del steps[f"peer {name}"]
             print(f"{name} {dtype}: {error!r:.100}", file=sys.stderr)
     return steps
 
 
-def without_fast_paths(t: saeft.Trainee, step) -> dict:
+def plain_steps(t: saeft.Trainee, step) -> dict:
     """{what is left out: the step without it}; prints what that does to the gradients."""
 
     def gradients(step):
@@ -143,10 +135,12 @@ def without_fast_paths(t: saeft.Trainee, step) -> dict:
         return torch.cat([state["exp_avg"].flatten() for state in t.optimizer.state.values()])
 
     plain, ours, steps = patch.object(saeft, "FAST", False), gradients(step), {}
-    paths = {"all plain": {"FAST": False}, "no oneDNN": {"ONEDNN": False}}
-    paths["no sparse autograd"] = {"sparse_autoencode": plain(saeft.autoencode)}
-    paths["no clipping in Adam"] = {"update": plain(saeft.update)}
-    for name, changes in paths.items():
+    for name, changes in {
+        "all plain": {"FAST": False},
+        "no oneDNN": {"ONEDNN": False},
+        "no sparse autograd": {"sparse_autoencode": plain(saeft.autoencode)},
+        "no clipping in Adam": {"update": plain(saeft.update)},
+    }.items():
         steps[name] = patch.multiple(saeft, **changes)(lambda: step())
         difference = (gradients(steps[name]) - ours).norm() / ours.norm()
         print(f"{name}: gradients differ by {difference:.1e} of their norm", flush=True)
@@ -165,10 +159,8 @@ class Stages:
     def build(self, shape: dict) -> saeft.LanguageModel:
         """A frozen language model with random weights."""
         lm = saeft.build_lm(shape).to_empty(device=self.args.device)
-        for name, p in lm.named_parameters():
-            torch.nn.init.constant_(p, "layernorm" in name) if p.ndim < 2 else p.data.normal_(
-                std=0.02
-            )
+        for p in lm.parameters():
+            p.data.normal_(std=0.02)
         return lm.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
 
     def trainee(self, x, k: int, d_sae: int, lm=None) -> saeft.Trainee:
@@ -186,11 +178,10 @@ class Stages:
         yield self.buffer_case("collect", self.lm, 8 if self.lm.W_U.is_cpu else self.config.buffer)
 
     def buffer(self):  # behind a prefix that costs nothing
-        resid = self.lm.W_U.new_ones(
-            8192 // self.config.context, self.config.context, self.lm.W_U.shape[1]
-        )
-        free = SimpleNamespace(W_U=self.lm.W_U, n_skip=0, prefix=lambda ids, _: resid[: len(ids)])
-        yield self.buffer_case("buffer", free, self.config.buffer)
+        W_U, t = self.lm.W_U, self.config.context
+        prefix = lambda ids, layer: W_U[:1, None].expand(*ids.shape, -1)
+        free = SimpleNamespace(W_U=W_U, n_skip=0, prefix=prefix)
+        yield self.buffer_case("buffer", free, 256_000 // t)
 
     def buffer_case(self, name: str, lm, n_sequences: int):
         """Serves half of a buffer and refills it; floor: `collect` alone."""
@@ -222,78 +213,76 @@ class Stages:
             t = self.trainee(x, k, d_sae)
             step = lambda t=t: saeft.train_mse(self.phase(t, buffer), self.config, lambda *_: None)
             steps = {"sae": step, "floor": self.encoder_product(t.sae, n)}
-            if self.args.fast:
-                steps.update(without_fast_paths(t, step))
+            if self.args.plain:
+                steps.update(plain_steps(t, step))
             if self.args.peers:
                 names = ["dictionary_learning", "sparsify", "SAELens"]
                 steps.update(peer_steps(library_step, names, self.dtype, x, d_sae, k))
             yield f"N {n} K {k}", n, steps
 
-    def spliced(self, lm, b: int, t: int, config: saeft.Config):
-        """Tokens [b, t], an SAE after block `layer`, and a fine-tune step."""
-        tokens = torch.randint(len(lm.W_U), (b, t), device=self.args.device)
+    def spliced(self, lm, shape: tuple[int, int], config: saeft.Config):
+        """Tokens [B, T], an SAE after block `layer`, and a fine-tune step."""
+        tokens = torch.randint(len(lm.W_U), shape, device=self.args.device)
         x = lm.prefix(tokens[:, :512], config.layer)[:, lm.n_skip :].flatten(0, 1)
-        t, stream = (
-            self.trainee(x, config.k[0], config.d_sae, lm),
-            SimpleNamespace(train=lambda *_: tokens),
-        )
+        t = self.trainee(x, config.k[0], config.d_sae, lm)
+        stream = SimpleNamespace(train=lambda start, n: tokens)
         return tokens, t, lambda: saeft.finetune(self.phase(t), lm, stream, config, lambda *_: None)
 
-    def floor(self, tokens, t: saeft.Trainee, n_suffixes: int, backward: bool):
-        """Prefix, suffixes, unembeddings, encoder; and one suffix's and unembedding's gradient."""
-        lm, layer, encode = self.lm, self.config.layer, self.encoder_product(t.sae, tokens.numel())
+    def kl(self):
+        """Floor: prefix, two suffixes, one's backward, three products with W_U, the encoder's."""
+        config, lm = self.config, self.lm
+        tokens, t, step = self.spliced(lm, (config.kl_batch, config.context), config)
+        encode = self.encoder_product(t.sae, tokens.numel())
 
-        def step():
-            resid = lm.prefix(tokens, layer)
-            lasts = [lm.suffix(resid, layer).flatten(0, 1) for _ in range(n_suffixes)]
-            if backward:
-                with torch.enable_grad():
-                    last = lm.suffix(resid.requires_grad_(), layer).flatten(0, 1)
-                last.backward(lasts[0])  # any gradient of that shape
-                lasts.append(last.detach())
-            for rows in saeft.slices(tokens.numel(), lm.W_U):
-                for last in lasts:
-                    logits = saeft.linear(last[rows], lm.W_U)
-                if backward:
-                    saeft.linear(logits, lm.W_U.T)
+        @torch.no_grad()
+        def floor():
+            resid = lm.prefix(tokens, config.layer)
+            last_p = lm.suffix(resid, config.layer).flatten(0, 1)
+            with torch.enable_grad():
+                last_q = lm.suffix(resid.requires_grad_(), config.layer).flatten(0, 1)
+            last_q.backward(last_p)  # any gradient of that shape
+            for rows in saeft.slices(len(last_p), lm.W_U):
+                saeft.linear(last_p[rows], lm.W_U)
+                saeft.linear(saeft.linear(last_q.detach()[rows], lm.W_U), lm.W_U.T)
             encode()
 
-        return torch.no_grad()(step)
-
-    def kl(self):
-        config, case = self.config, (self.config.layer, self.args.shape)
-        tokens, t, step = self.spliced(self.lm, config.kl_batch, config.context, config)
-        steps = {"kl": step, "floor": self.floor(tokens, t, 1, backward=True)}
-        if self.args.fast:
-            steps.update(without_fast_paths(t, step))
+        steps = {"kl": step, "floor": floor}
+        if self.args.plain:
+            steps.update(plain_steps(t, step))
         if self.args.peers:
-            names = ["transformers", "none: our model, plainly"]
+            names, case = ["our model, plainly", "transformers"], (config.layer, self.args.shape)
             steps.update(peer_steps(direct_step, names, self.dtype, tokens, t, *case))
         yield f"{config.kl_batch} x {config.context}", tokens.numel(), steps
 
     def memory(self):
         """The KL step on two layers of D 256, at two vocabularies and batches."""
         config = replace(self.config, layer=0, k=[32], d_sae=2048)
-        for vocab, (b, t) in itertools.product([50304, 256000], [(2, 512), (8, 1024)]):
+        for b, t, vocab in [(b, t, v) for v in (50304, 256000) for b, t in ((2, 512), (8, 1024))]:
             small = {**PYTHIA, **dict(zip(SIZES, [256, 2, 4, 1024])), "vocab_size": vocab}
-            _, _, step = self.spliced(self.build(small), b, t, config)
-            label = f"V {vocab}, N x V {b * t * vocab / 2**18:,.0f} MiB"
-            yield label, b * t, {"memory": step}
+            _, _, step = self.spliced(self.build(small), (b, t), config)
+            yield f"V {vocab}, N x V {b * t * vocab / 2**18:,.0f} MiB", b * t, {"memory": step}
 
     def evaluate(self):
-        config = self.config
-        tokens, t, _ = self.spliced(self.lm, config.kl_batch, config.context, config)
-        step = lambda: saeft.evaluate(self.lm, tokens, [t], config)
-        floor = self.floor(tokens, t, 3, backward=False)  # original, zero ablation, SAE
-        yield (
-            f"{config.kl_batch} x {config.context}",
-            tokens.numel(),
-            {"evaluate": step, "floor": floor},
-        )
+        """Floor: the original model, the model with 0, and the model with the SAE."""
+        config, lm = self.config, self.lm
+        tokens, t, _ = self.spliced(lm, (config.kl_batch, config.context), config)
+        encode = self.encoder_product(t.sae, tokens.numel())
+
+        @torch.no_grad()
+        def floor():
+            resid = lm.prefix(tokens, config.layer)
+            for _ in range(3):
+                last = lm.suffix(resid, config.layer).flatten(0, 1)
+                for rows in saeft.slices(len(last), lm.W_U):
+                    saeft.linear(last[rows], lm.W_U)
+            encode()
+
+        steps = {"evaluate": lambda: saeft.evaluate(lm, tokens, [t], config), "floor": floor}
+        yield f"{config.kl_batch} x {config.context}", tokens.numel(), steps
 
     def tokenise(self):
-        texts = list(itertools.islice(model_loaders.documents("tiny"), 500))
-        tokenizer = model_loaders.load_tokenizer("tiny")
+        texts, tokenizer = model_loaders.documents("tiny"), model_loaders.load_tokenizer("tiny")
+        texts = [text for text, _ in zip(texts, range(500))]
         n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts, 1))
         yield "one core", n_tokens, {"tokenise": lambda: tokenizer.encode_batch(texts, 1)}
 
@@ -302,9 +291,9 @@ class Stages:
         t = self.trainee(rows[:512], self.config.k[0], self.config.d_sae)
         buffer = SimpleNamespace(next_batch=lambda n: rows[:n].float(), state_dict=lambda: rows)
         saeft.train_mse(self.phase(t, buffer), self.config, lambda *_: None)  # for Adam's moments
-        state = self.phase(t, buffer).state_dict()
+        state, name = self.phase(t, buffer).state_dict(), "checkpoint.pt"
         with tempfile.TemporaryDirectory() as path:
-            folder, name = model_loaders.RunFolder(Path(path), []), "checkpoint.pt"
+            folder = model_loaders.RunFolder(Path(path), [])
             folder.save_state(name, state)
             steps = {"checkpoint": lambda: folder.save_state(name, state)}
             steps["restore"] = lambda: folder.load_state(name, self.args.device)
@@ -313,16 +302,14 @@ class Stages:
 
 # ---- Measuring ---------------------------------------------------------------------------------
 def peak_memory(step, device: torch.device) -> float:
-    """MiB that a step takes at its peak above those held before it; 0 where that is unknown."""
+    """MiB that a step takes at its peak above those held before it, on CUDA and Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if sys.platform != "linux":
-        return 0.0
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
@@ -345,13 +332,10 @@ def measure(stage: str, label: str, n_tokens: int, steps: dict, args) -> dict[st
         floor = s / seconds.get(f"floor {name.split()[-1]}", torch.nan)
         row = f"{name}, {label}".ljust(44) + f"{s:9.4f} s {n_tokens / s:12,.0f} /s{floor:7.2f} x"
         print(f"{row}{s / next(iter(seconds.values())):7.2f} x{peaks[name]:7,.0f} MiB", flush=True)
-    peers = {
-        name: s for name, s in seconds.items() if name.startswith("peer") and "none" not in name
-    }
+    peers = {s: name for name, s in seconds.items() if name[:4] == "peer" and "our" not in name}
     if peers:
-        best = min(s for name, s in seconds.items() if name.startswith(f"{stage} "))
-        name = min(peers, key=peers.get)
-        print(f"best: {name}, {peers[name] / best:.2f} times ours in our best precision")
+        ratio = min(peers) / min(seconds[f"{stage} {dtype}"] for dtype in args.dtypes)
+        print(f"the best, {peers[min(peers)]}: {ratio:.2f} times ours in our best precision")
     return {name: s / n_tokens for name, s in seconds.items()}
 
 
@@ -369,7 +353,7 @@ def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*STAGES, "memory"], default=STAGES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--fast", action="store_true", help="also without each fast path")
+    parser.add_argument("--plain", action="store_true", help="also without each fast path")
     parser.add_argument("--peers", action="store_true", help="beside sae and kl, other libraries")
     parser.add_argument("--repeats", type=int, default=5)
     args, flags = parser.parse_known_args()
@@ -378,7 +362,6 @@ def settings() -> argparse.Namespace:
     args.config = config = saeft.parse(f"--model pythia-160m {rates} {sizes}".split() + flags)
     args.shape = SHAPES.get(config.model) or model_loaders.load_config(config.model)
     config.layer = args.shape["num_hidden_layers"] // 2 if config.layer is None else config.layer
-    config.buffer = 256_000 // config.context
     args.device = saeft.join_processes(config.device)
     return args
 
@@ -390,9 +373,7 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     card = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    print(
-        f"{args.config.model}, {card}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    print(f"{args.config.model} on {card}, {torch.get_num_threads()} threads, {torch.__version__}")
     print(f"{'step':44}{'median':>11}{'tokens':>15}{'/ floor':>9}{'/ first':>9}{'peak':>11}")
     torch.set_float32_matmul_precision("high")  # as in a run
     stages, costs = [Stages(args, dtype) for dtype in args.dtypes], {}
