@@ -1,6 +1,5 @@
 """The CUDA branch on any machine: tensors that say they are on cuda:0 and compute on the CPU."""
 
-import contextlib
 import functools
 import json
 import shutil
@@ -38,7 +37,8 @@ class OnCuda(torch.Tensor):
         self.values_on_cpu = values
         return self
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} after the end of the pretence")
 
     def to(self, *args, non_blocking=False, **kwargs):
@@ -63,6 +63,9 @@ class OnCuda(torch.Tensor):
         return self.detach().clone().requires_grad_(self.requires_grad)
 
 
+NO_KERNELS = "detach", "empty", "new_empty", "_unsafe_view", "_record_function"
+
+
 class Operators(TorchDispatchMode):
     """Counts operators that would be kernels, and the waits of the host for the device."""
 
@@ -76,14 +79,7 @@ class Operators(TorchDispatchMode):
 
     def count(self, func, args, kwargs):
         name = func.overloadpacket.__name__
-        is_view = func.is_view or name in (
-            "detach",
-            "empty",
-            "empty_like",
-            "empty_strided",
-            "_unsafe_view",
-        )
-        if not is_view:
+        if not func.is_view and not name.startswith(NO_KERNELS):
             self.kernels[name] += 1
         moved = name in ("_to_copy", "copy_") and not kwargs.get("non_blocking")
         devices = [t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -106,7 +102,7 @@ class PretendedCuda(Operators):
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             here, kwargs["device"] = True, torch.device("cpu")
         out = func(*tree_map(values_of, args), **tree_map(values_of, kwargs))
-        if copies and "copy_" == func.overloadpacket.__name__:
+        if func.overloadpacket.__name__ == "copy_":
             return args[0]
         if not here:
             return out
@@ -125,15 +121,14 @@ def current_mode():
 @pytest.fixture
 def cuda(monkeypatch):
     """The mode that counts, with a real GPU or without."""
-    with contextlib.ExitStack() as stack:
-        if torch.cuda.is_available():
-            yield stack.enter_context(Operators())
-            return
+    mode = Operators() if torch.cuda.is_available() else PretendedCuda()
+    if not torch.cuda.is_available():
         autocast, future = torch.autocast, torch.__future__
         monkeypatch.setattr(torch, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(future, "_overwrite_module_params_on_conversion", True)
-        yield stack.enter_context(PretendedCuda())
+    with mode:
+        yield mode
 
 
 # ---- Whole runs --------------------------------------------------------------------------------
