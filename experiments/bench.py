@@ -16,6 +16,7 @@ schedulefree wandb; pip install --no-deps dictionary-learning eai-sparsify
 """
 
 import argparse
+import ctypes
 import os
 import resource
 import statistics
@@ -160,7 +161,7 @@ class Stages:
         """A frozen language model with random weights."""
         lm = saeft.build_lm(shape).to_empty(device=self.args.device)
         for p in lm.parameters():
-            p.data.normal_(std=0.02)
+            p.data.normal_(mean=1.0 if p.ndim == 1 else 0.0, std=0.02)
         return lm.to(getattr(torch, self.dtype)).eval().requires_grad_(False)
 
     def trainee(self, x, k: int, d_sae: int, lm=None) -> saeft.Trainee:
@@ -309,6 +310,7 @@ def peak_memory(step, device: torch.device) -> float:
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
