@@ -296,9 +296,10 @@ class Stages:
         with tempfile.TemporaryDirectory() as path:
             folder = model_loaders.RunFolder(Path(path), [])
             folder.save_state(name, state)
-            steps = {"checkpoint": lambda: folder.save_state(name, state)}
+            size = f"{Path(path, name).stat().st_size / 2**20:,.0f} MiB"
+            steps = {f"checkpoint of {size}": lambda: folder.save_state(name, state)}
             steps["restore"] = lambda: folder.load_state(name, self.args.device)
-            yield f"{Path(path, name).stat().st_size / 2**20:,.0f} MiB", len(rows), steps
+            yield "", len(rows), steps
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def measure(stage: str, label: str, n_tokens: int, steps: dict, args) -> dict[st
 
 def project(cost: dict[str, float], dtype: str) -> None:
     """Prints what 500M tokens would take at `cost` seconds per token, one stage after another."""
-    collect, buffer, sae, kl, evaluate, tokenise, _ = (cost[f"{name} {dtype}"] for name in STAGES)
+    collect, buffer, sae, kl, evaluate, tokenise = (cost[f"{name} {dtype}"] for name in STAGES[:6])
     mse, kl, evaluate = 475e6 * (collect + sae), 25e6 * kl, 2e6 * evaluate
     print(f"\nThe whole recipe would take {(mse + kl + evaluate) / 3600:.2f} hours in {dtype}:")
     print(f"  {mse / 3600:.2f} for 475M tokens MSE, the buffer {buffer / (collect + sae):.1%};")
