@@ -212,19 +212,18 @@ def test_older_spellings_of_rotary_settings_and_layer_types(name, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
 def test_gemma_3_with_vision(prefix, tmp_path):
-    """The text part under text_config; what sees is left alone. `text_config` has few keys in
-    published files, defaults are left out."""
+    """The text part stands under text_config and a prefix; what sees is left alone."""
     model = reference("gemma3")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
 
+    seen = "model." if prefix.startswith("model") else ""
+
     def nested(tensors):
-        new = prefix.replace("model.language_model.", "model.language_model.").removesuffix("model.") if prefix == "" else prefix
-        tensors = {new + (k.removeprefix("model.") if prefix.startswith("model") else k): v for k, v in tensors.items()}
-        tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(3, 3)
-        tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(5)
-        if prefix.startswith("model"):
-            tensors = {k if k.startswith("model.") else f"model.{k}": v for k, v in tensors.items()}
+        names = {name: prefix + name.removeprefix(seen) for name in tensors}
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        tensors[f"{seen}vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(3, 3)
+        tensors[f"{seen}multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(5)
         return tensors
 
     drop = [key for key in config if key not in ("architectures", "dtype", "transformers_version")]
@@ -307,35 +306,50 @@ def test_gemma_3_270m_itself():
     compare(model, Path(GEMMA_3_FOLDER), tokens)
 
 
-BAD_CONFIGS = [  # (family, key, value): UserError, which names the key and shows the value
-    *(("pythia", "model_type", value) for value in ("llama", "gpt2", None, 5, ["gpt_neox"])),
-    *(("pythia", "hidden_size", value) for value in (None, "32", -32, 0, 32.5, 2**40, [32], True)),
-    *(("pythia", "num_hidden_layers", value) for value in (0, -1, 2.5, "3", 10**9, 2**70, None)),
-    *(("pythia", "num_attention_heads", value) for value in (0, 3, -4, 64, "4")),
-    *(("pythia", "vocab_size", value) for value in (0, -5, "96", 1.5)),
-    *(("pythia", "intermediate_size", value) for value in (0, {}, -1)),
-    *(("pythia", "rotary_pct", value) for value in (7, -0.25, "0.25", float("inf"))),
-    *(("pythia", "rotary_emb_base", value) for value in ("16", -1, 0)),
-    *(("pythia", "layer_norm_eps", value) for value in ("1e-5", -1, True)),
-    *(("pythia", "hidden_act", value) for value in ("relu", None, 3)),
-    *(("pythia", "use_parallel_residual", value) for value in ("yes", 2, [])),
-    *(("pythia", "tie_word_embeddings", value) for value in ("no", 7)),
-    *(("pythia", "rope_parameters", value) for value in ("x", 5, [1], {"rope_type": "yarn"}, {"rope_theta": "x"})),
-    *(("pythia", "rope_scaling", value) for value in ("x", {"type": "dynamic", "factor": 2}, {"type": "linear"})),
-    *(("pythia", "max_position_embeddings", value) for value in (0, "2048", -1)),
-    *(("gemma2", "head_dim", value) for value in (0, 7, "16")),
-    *(("gemma2", "num_key_value_heads", value) for value in (0, 3, 8, None)),
-    *(("gemma2", "attn_logit_softcapping", value) for value in ("50", 0, -5, [50])),
-    *(("gemma2", "final_logit_softcapping", value) for value in ("30", 0, -5, {})),
-    *(("gemma2", "query_pre_attn_scalar", value) for value in (0, -24, "24")),
-    *(("gemma2", "sliding_window", value) for value in (0, -8, "8", 2.5)),
-    *(("gemma2", "layer_types", value) for value in (["x"] * 4, ["full_attention"], "full_attention", 5)),
-    *(("gemma2", "hidden_activation", value) for value in ("gelu", "silu", None)),
-    *(("gemma2", "rms_norm_eps", value) for value in ("x", -1)),
-    *(("gemma3", "use_bidirectional_attention", value) for value in (True, "x")),
-    *(("gemma3", "sliding_window_pattern", value) for value in (0, -6, "6")),
-    *(("gemma3", "rope_local_base_freq", value) for value in (0, "x")),
-    *(("gemma3", "rope_parameters", value) for value in ({"full_attention": "x"}, {"full_attention": {"rope_type": "yarn"}})),
+BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and shows the value
+    ("pythia", "model_type", ["llama", "gpt2", None, 5, ["gpt_neox"]]),
+    ("pythia", "hidden_size", [None, "32", -32, 0, 32.5, 2**40, [32], True]),
+    ("pythia", "num_hidden_layers", [0, -1, 2.5, "3", 10**9, 2**70, None]),
+    ("pythia", "num_attention_heads", [0, -4, "4"]),
+    ("pythia", "vocab_size", [0, -5, "96", 1.5]),
+    ("pythia", "intermediate_size", [0, -1, {"x": 1}]),
+    ("pythia", "rotary_pct", [-0.25, "0.25", float("inf")]),
+    ("pythia", "rotary_emb_base", ["16", -1, 0]),
+    ("pythia", "layer_norm_eps", ["1e-5", -1, True]),
+    ("pythia", "hidden_act", ["relu", None, 3]),
+    ("pythia", "use_parallel_residual", ["yes", 2, ["x"]]),
+    ("pythia", "tie_word_embeddings", ["no", 7]),
+    ("pythia", "rope_parameters", ["x", 5, [1]]),
+    ("pythia", "rope_scaling", ["x", 5]),
+    ("pythia", "max_position_embeddings", [0, "2048", -1]),
+    ("gemma2", "head_dim", [0, "16"]),
+    ("gemma2", "num_key_value_heads", [0, None, "2"]),
+    ("gemma2", "attn_logit_softcapping", ["50", 0, -5, [50]]),
+    ("gemma2", "final_logit_softcapping", ["30", 0, -5, {"x": 1}]),
+    ("gemma2", "query_pre_attn_scalar", [0, -24, "24"]),
+    ("gemma2", "sliding_window", [0, -8, "8", 2.5]),
+    ("gemma2", "layer_types", [["x"] * 4, "full_attention", 5]),
+    ("gemma2", "hidden_activation", ["gelu", "silu", None]),
+    ("gemma2", "rms_norm_eps", ["x", -1]),
+    ("gemma3", "use_bidirectional_attention", [True, "x"]),
+    ("gemma3", "sliding_window_pattern", [0, -6, "6"]),
+    ("gemma3", "rope_local_base_freq", [0, "x"]),
+]
+BAD_TOGETHER = [  # each value could be right, not beside the others: UserError, one line
+    ("pythia", {"num_attention_heads": 3}),
+    ("pythia", {"num_attention_heads": 64}),
+    ("pythia", {"rotary_pct": 7}),
+    ("pythia", {"rope_parameters": {"rope_type": "yarn"}}),
+    ("pythia", {"rope_parameters": {"rope_theta": "x"}}),
+    ("pythia", {"rope_scaling": {"type": "dynamic", "factor": 2}}),
+    ("pythia", {"rope_scaling": {"type": "linear"}}),
+    ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": rope(1e4)}),
+    ("gemma2", {"head_dim": 7}),
+    ("gemma2", {"num_key_value_heads": 3}),
+    ("gemma2", {"num_key_value_heads": 8}),
+    ("gemma2", {"layer_types": ["full_attention"]}),
+    ("gemma3", {"rope_parameters": {"full_attention": "x"}}),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}),
 ]
 AS_OLD_FILES_SAY = {
     "pythia": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
@@ -358,15 +372,27 @@ def configs():
     return found
 
 
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("family, key, value", BAD_CONFIGS, ids=lambda value: json.dumps(value)[:30])
-def test_a_bad_setting_is_named(configs, family, key, value):
+def refusal(config):
+    """The one line with which a config.json is refused."""
     with pytest.raises(UserError) as error:
-        saeft.build_lm({**configs[family], key: value})
+        saeft.build_lm(config)
     message = str(error.value)
     assert "\n" not in message and len(message) < 400
-    named = value if not isinstance(value, dict) else list(value)[0]
-    assert key in message and (isinstance(value, (dict, list)) or str(named) in message), message
+    return message
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("family, key, values", BAD_CONFIGS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_bad_setting_is_named(configs, family, key, values):
+    for value in values:
+        message = refusal({**configs[family], key: value})
+        shown = str(value[0] if isinstance(value, list) else value)
+        assert key in message and (shown in message or isinstance(value, dict)), message
+
+
+@pytest.mark.parametrize("family, changes", BAD_TOGETHER, ids=lambda x: x if isinstance(x, str) else str(x)[:60])
+def test_settings_that_do_not_fit_each_other_are_refused(configs, family, changes):
+    assert "config.json" in refusal({**configs[family], **changes})
 
 
 def test_missing_settings_are_named(configs):
@@ -403,7 +429,8 @@ def dense_f(pre, kind, k=5, threshold=0.0):
         return largest(pre, k)
     if kind == "batchtopk":
         flat = pre.relu().flatten()
-        return torch.zeros_like(flat).scatter(0, (top := flat.topk(round(k * len(pre)))).indices, top.values).view_as(pre)
+        top = flat.topk(round(k * len(pre)))
+        return torch.zeros_like(flat).scatter(0, top.indices, top.values).view_as(pre)
     return pre.relu() * (pre >= threshold)
 
 
@@ -446,7 +473,8 @@ def test_autoencode_and_its_gradients_equal_dense_autograd(kind, with_keep, fast
 
     x_hat, active = saeft.autoencode(*inputs, SELECT[kind], keep if with_keep else None)
     assert_close(x_hat, expected, 1e-12)
-    assert torch.equal(active.counts, (f > 0).sum(0)) and active.smallest == f[f > 0].min()
+    assert torch.equal(active.counts, (f > 0).sum(0))
+    assert_close(active.smallest, f[f > 0].min(), 1e-12)
     assert_close(active.sums, f.sum(0), 1e-12)
     weight, norms = torch.randn_like(x_hat), W_dec.detach().norm(dim=-1)
     ours = torch.autograd.grad((x_hat * weight).sum() + active.sums @ norms, inputs)
@@ -684,7 +712,7 @@ def test_sliced_kl_of_several_q_equals_whole_logits(lm, dtype, slices_of_7):
     logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
     expected = [whole_kl(logs[0], log_q, weight.double()) for log_q in logs[1:]]
     theirs = torch.autograd.grad(3 * expected[0] + expected[1], qs)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-12
     for a, b in zip([*kls, *grads], [*expected, *theirs]):
         assert_close(a, b, tolerance)
 
@@ -692,7 +720,8 @@ def test_sliced_kl_of_several_q_equals_whole_logits(lm, dtype, slices_of_7):
 def test_sliced_kl_passes_gradcheck(lm, slices_of_7):
     p, qs = resids(9, 32)
     weight = torch.rand(9, dtype=torch.double)
-    assert torch.autograd.gradcheck(lambda *qs: SlicedKL.apply(lm.double(), weight, p, *qs), qs)
+    lm.double()
+    assert torch.autograd.gradcheck(lambda *qs: SlicedKL.apply(lm, weight, p, *qs), qs, fast_mode=True)
 
 
 class Largest(TorchDispatchMode):
@@ -786,7 +815,7 @@ def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, loss, slices_of
     weights = [leaves(sae) for sae in saes]
     trainees = [Trainee(sae, lm, loss, l1=0.3, l0_target=1.0) for sae in saes]
     ours, seen = [], []
-    monkeypatch.setattr(saeft, "update", lambda t, lr: ours.append([p.grad for p in t.parameters]))
+    monkeypatch.setattr(saeft, "update", lambda t, lr: ours.append([p.grad for p in parameters(t.sae)]))
     phase = Phase("x", trainees, 1, limit)
     saeft.finetune(phase, lm, Stream(TOKENS), LOOP, lambda phase, figures: seen.extend(figures))
     for sae, w, t, gradients, row in zip(saes, weights, trainees, ours, seen):
@@ -1034,14 +1063,14 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     lm = saeft.load_lm(folder)
     generator = torch.Generator().manual_seed(5)
-    sae, batch = small_sae(kind).train(), 96 // world
+    sae, batch = small_sae(kind, k=2).train(), 96 // world
     if method == "MSE":
         rows = iter(torch.randn(30, 96, 32, generator=generator) @ torch.randn(32, 32, generator=generator))
         buffer = SimpleNamespace(next_batch=lambda n: next(rows)[rank::world], state_dict=dict)
-        config = replace(LOOP, batch=batch, dead_after=500, sae=kind)
+        config = replace(LOOP, batch=batch, dead_after=200, sae=kind)
         phase = Phase("MSE", [Trainee(sae, lm, "mse", decay=0.0)], 30, torch.tensor(torch.inf), buffer=buffer)
         saeft.train_mse(phase, config, nothing)
-        assert kind != "topk" or len(phase.trainees[0].dead) > 3
+        assert kind != "topk" or len(phase.trainees[0].dead) > 3, phase.trainees[0].dead
     else:
         tokens = torch.randint(96, (40, 20), generator=generator)
         limit, _ = sinks(lm, tokens, n_skip=1)
@@ -1054,7 +1083,7 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method, tolerance", [("MSE", 1e-5), ("kl", 1e-3)])
+@pytest.mark.parametrize("method, tolerance", [("MSE", 1e-5), ("kl", 1e-5)])
 @pytest.mark.parametrize("kind", ["topk", "relu"])
 def test_two_processes_equal_one_with_twice_the_batch(kind, method, tolerance, tmp_path):
     reference("pythia").save_pretrained(tmp_path / "lm")
@@ -1068,7 +1097,7 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, method, tolerance, t
             processes[-1].start()
     for process in processes:
         process.join(120)
-        assert process.exitcode == 0
+        assert process.exitcode == 0, (process.kill(), process.exitcode)
     one, two = (safetensors.load_file(tmp_path / f"world{world}.safetensors") for world in (1, 2))
     start = small_sae(kind).state_dict()
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
