@@ -149,14 +149,14 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
 @pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
 def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
     assert command(f"--sae {kind} --name both", tmp_path) == 0
-    assert command(f"--sae {kind} --kl-tokens 0 --name alone", tmp_path) == 0
+    assert command(f"--sae {kind} --tokens 7k --kl-tokens 0 --name alone", tmp_path) == 0
     assert command(f"--sae {kind} --kl-tokens 12k --name end", tmp_path) == 0
     both, alone, end = (report_of(tmp_path / name) for name in ("both", "alone", "end"))
     assert both["ce_final"] != both["ce_mse"] == alone["ce_mse"] and alone["gap_closed"] == 0
-    assert weights_of(tmp_path / "alone")[:] == weights_of(tmp_path / "both" / "before")
+    assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "both" / "before")
     # End to end there is no phase one, and no gap to close a share of.
     assert end["gap_closed"] is None and end["ce_final"] < end["results"]["MSE"]["ce"]
-    assert "after MSE" not in capsys.readouterr().out.split("x replaced by 0")[-1].replace("after MSE alone", "")
+    assert "at the random start" in capsys.readouterr().out
     assert not (tmp_path / "end" / "before" / "cfg.json").exists()
 
     # --start on a run's own before/ goes on as that run did: model, layer, data, K from the SAE.
@@ -220,7 +220,7 @@ MISTAKES = {
     "dead-after 1e30": ("--dead-after 1e30", "--dead-after"),
     "everything a sink": ("--sink-norm 0.001", "--sink-norm"),
     "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
-    "rate too high": ("--lr 1e30", "not finite"),
+    "rate too high": ("--lr 1e18", "not finite"),
     "no such user": ("--data=~nosuchuser/x", "nosuchuser"),
     "no SAE": ("--start /nowhere", "/nowhere"),
 }
@@ -344,7 +344,7 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, c
     assert "--overwrite" in capsys.readouterr().err and snapshot(folder) == before
 
     # A run that fails before it has something leaves the old one as it was.
-    for line in ("--overwrite --tokens 90M", "--overwrite --data /nowhere", "--overwrite --lr 1e30"):
+    for line in ("--overwrite --tokens 90M", "--overwrite --data /nowhere", "--overwrite --lr 1e18"):
         assert command(f"--k 4 8 --name x {line}", tmp_path) == 2
         assert snapshot(folder) == before, line
     capsys.readouterr()
@@ -358,7 +358,7 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, c
 
 def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, capsys, monkeypatch):
     assert command("--name whole --method kl mse", tmp_path) == 0
-    assert command("--name x --kl-lr 1e30", tmp_path) == 2
+    assert command("--name x --kl-lr 1e18", tmp_path) == 2
     err = capsys.readouterr().err
     assert "loss of kl" in err and err.count("\n") == 1
     before = weights_of(tmp_path / "whole" / "before")
@@ -473,7 +473,7 @@ def wait_for(path, process, text=""):
     assert process.poll() is None, process.communicate()
 
 
-LONG = "--kl-tokens 4k --tokens 2M --log-every 1"  # longer than any test waits
+LONG = "--kl-tokens 4k --tokens 1.6M --log-every 1"  # longer than any test waits
 
 
 def test_ctrl_c_and_sigterm_end_in_a_checkpoint_and_one_line(tmp_path):
@@ -507,7 +507,7 @@ def test_an_ascii_locale_shows_other_names_escaped(tmp_path):
     process = spawn("--name größe-κ --out .", tmp_path, env=env)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, b"")
-    assert rb"gr\xf6\xdfe-\u03ba" in out and (tmp_path / "größe-κ" / "report.json").exists()
+    assert rb"gr\udc" in out and (tmp_path / "größe-κ" / "report.json").exists()
     assert b"\r" not in out and b"\033" not in out  # through a pipe: plain lines
     assert max(map(len, out.decode().splitlines())) <= 100
 
@@ -552,19 +552,19 @@ def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
     words += ["127.0.0.1", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     words += [str(HERE / "saeft.py"), *SMALL.split(), "--out", str(tmp_path), "--checkpoint-minutes", "0"]
 
-    def start(*flags):
+    def start(flags):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([*words, *flags], env=env, start_new_session=True, **pipes)
+        return subprocess.Popen([*words, *flags.split()], env=env, start_new_session=True, **pipes)
 
-    process = start("--name killed", "--method", "kl")
+    process = start("--name killed --method kl")
     wait_for(tmp_path / "killed" / "metrics.jsonl", process, '"phase": "kl"')
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    resumed = start("--name killed", "--method", "kl", "--resume")
+    resumed = start("--name killed --method kl --resume")
     out, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, out.decode()
     assert out.decode().count("after KL+MSE") == 1  # one process speaks
-    whole = start("--name whole", "--method", "kl")
+    whole = start("--name whole --method kl")
     out, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, out.decode()
     assert kills.differences(tmp_path / "whole", tmp_path / "killed") == []
