@@ -15,7 +15,7 @@ import stat
 import threading
 import unicodedata
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, groupby, islice, takewhile
@@ -77,30 +77,23 @@ def hub_errors(repo: str, filename: str = "such file"):
         raise UserError(message) from error
 
 
-class Background(threading.Thread):
-    """A call in a thread that does not keep the process alive: its `result`, or its `error`."""
+def in_background(call, *args) -> Future:
+    """A call in a thread that does not keep the process alive."""
+    future = Future()
 
-    def __init__(self, call):
-        super().__init__(daemon=True)
-        self.call, self.result, self.error = call, None, None
-        self.start()
-
-    def run(self):
+    def run():
         try:
-            self.result = self.call()
+            future.set_result(call(*args))
         except BaseException as error:  # tiktoken's panics are no Exception
-            self.error = error
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
-def in_time(seconds: float, call, *args):
-    """What a call to the Hub returns. TimeoutError where the server sends next to nothing."""
-    thread = Background(partial(call, *args))
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"not done after {seconds:.0f} seconds")
-    if thread.error:
-        raise thread.error
-    return thread.result
+def in_time(call, *args):
+    """What a call to the Hub returns, or an error where next to nothing comes."""
+    return in_background(call, *args).result(PATIENCE)
 
 
 def fetch(name: str, filename: str) -> Path:
@@ -115,13 +108,12 @@ def fetch(name: str, filename: str) -> Path:
         if "/" not in repo:
             raise hub.HFValidationError  # a bare name, none of ours
         file = {"repo_id": repo, "filename": filename, "revision": revision or None}
-        cached = hf.try_to_load_from_cache(**file)
-        if isinstance(cached, str):
-            size = os.path.getsize(cached)
-        else:  # with no network this fails at once, where the download would try for minutes
-            size = in_time(PATIENCE, hf.get_hf_file_metadata, hf.hf_hub_url(**file)).size
-        seconds = PATIENCE * (1 + (size or 0) / BLOCK)
-        return Path(in_time(seconds, partial(hf.hf_hub_download, **file)))
+        path = hf.try_to_load_from_cache(**file)
+        if not isinstance(path, str):  # without a network the first call fails at once
+            about = in_time(hf.get_hf_file_metadata, hf.hf_hub_url(**file))
+            seconds = PATIENCE * (1 + (about.size or 0) / BLOCK)
+            path = in_background(partial(hf.hf_hub_download, **file)).result(seconds)
+        return Path(path)
 
 
 def load_config(name: str) -> dict:
@@ -150,18 +142,9 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
 # What cfg.json may say for an SAE that our equations express; it says the first where it is silent.
 SAE_SETTINGS = {
     "architecture": ["standard", "topk", "jumprelu"],
@@ -320,22 +303,18 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
 
-# The two kinds of tokenizer.json that are read. Left out: what is null, false or "", and NEUTRAL.
+# What the two kinds of tokenizer.json say, beside what is null, false or "", and NEUTRAL.
 NEUTRAL = {"vocab", "merges", "unk_token", "fuse_unk", "trim_offsets"}  # they change no id
-WORDS = {"type": "ByteLevel"}
 NEOX = {
     "model": [{"type": "BPE"}],
     "normalizer": [None, {"type": "NFC"}],
-    "pre_tokenizer": [WORDS, WORDS | {"use_regex": True}],
+    "pre_tokenizer": [{"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}],
 }
-SPACE = {"String": " "}
-GEMMA = {  # transformers' form of a SentencePiece model
+SPACE = {"pattern": {"String": " "}}
+GEMMA = {  # transformers' form of a SentencePiece model; its split finds no space left to split at
     "model": [{"type": "BPE", "byte_fallback": True}],
-    "normalizer": [{"type": "Replace", "pattern": SPACE, "content": "▁"}],
-    "pre_tokenizer": [
-        None,  # or at spaces, of which none is left
-        {"type": "Split", "pattern": SPACE, "behavior": "MergedWithPrevious"},
-    ],
+    "normalizer": [SPACE | {"type": "Replace", "content": "▁"}],
+    "pre_tokenizer": [None, SPACE | {"type": "Split", "behavior": "MergedWithPrevious"}],
 }
 
 # GPT-2 writes a byte as a character: the same where printable, else the next one from U+0100 on.
@@ -356,6 +335,15 @@ OLDER_TEXT = (
 
 def _nfc(text: str) -> str:
     return re.sub(OLDER_TEXT, lambda older: unicodedata.normalize("NFC", older[0]), text)
+
+
+def _gpt2_bytes(token: str) -> bytes:
+    known = GPT2_BYTES.keys() >= {*token}  # else it is an added token
+    return b"".join(map(GPT2_BYTES.get, token)) if known else token.encode()
+
+
+def _gemma_bytes(token: str) -> bytes:
+    return SPM_BYTES.get(token) or token.replace("▁", " ").encode()
 
 
 def _check_settings(spec: dict, kind: dict):
@@ -467,21 +455,25 @@ class Tokenizer:
         self.eos_id = eos if eos in ids.values() else ids[eos or usual[0]]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
+        letters = {*"".join(made)}
+        if gemma and (" " in letters or SPM_BYTES.keys() & {*made, *chain(*merges)}):
+            raise ValueError("merges of a space or of <0x..>")
+        if not gemma and not GPT2_BYTES.keys() >= letters:
+            raise ValueError("merges of a character that stands for no byte")
         if gemma:
             units, split = _gemma_units(vocab), _gemma_split(made)
-            self._normalize = partial(re.sub, "▁", " ")
-            odd = SPM_BYTES.keys() & {*chain(*merges), *made} or " " in "".join(made)
+            to_bytes, self._normalize = _gemma_bytes, partial(re.sub, "▁", " ")
         else:
             units = {byte: [vocab[char]] for char, byte in GPT2_BYTES.items() if char in vocab}
-            split, self._normalize = GPT2_SPLIT, _nfc if spec.get("normalizer") else str
-            odd = {*"".join(made)} - GPT2_BYTES.keys()
-        if odd or not units.keys() >= UTF8_BYTES:
-            raise ValueError(f"no token for some byte, or merges of {odd}")
-        units.update((_token_bytes(token, gemma), [vocab[token]]) for token in made)
+            split, to_bytes = GPT2_SPLIT, _gpt2_bytes
+            self._normalize = _nfc if spec.get("normalizer") else str
+        if not units.keys() >= UTF8_BYTES:
+            raise ValueError("the vocabulary has no token for some byte")
+        units |= {to_bytes(token): [vocab[token]] for token in made}
         ranks = {unit: rank for rank, unit in enumerate(units)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
         self._ids_of_rank = list(units.values())
-        self._bytes = {i: _token_bytes(token, gemma) for token, i in ids.items()}
+        self._bytes = {i: to_bytes(token) for token, i in ids.items()}
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
@@ -508,13 +500,6 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of ids, added tokens included; numbers that are no token's are left out."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode(errors="replace")
-
-
-def _token_bytes(token: str, gemma: bool) -> bytes:
-    if gemma:
-        return SPM_BYTES.get(token) or token.replace("▁", " ").encode()
-    known = GPT2_BYTES.keys() >= {*token}  # else it is an added token
-    return b"".join(map(GPT2_BYTES.get, token)) if known else token.encode()
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -565,7 +550,7 @@ def source_files(data: str) -> list[tuple[str, int]]:
         repo = place.removeprefix("hf://")
         with hub_errors(repo):
             find = partial(hf.HfFileSystem().find, repo + HUB_FOLDERS.get(data, ""), detail=True)
-            listing = in_time(PATIENCE, find).items()
+            listing = in_time(find).items()
             found = sorted((f"hf://{path}", entry["size"]) for path, entry in listing)
         found = [f for f in found if wanted.search(f[0]) and not f[0].endswith(".py")]  # a loader
         found = [f for f in found if "train" in f[0].removeprefix(place)] or found
@@ -600,8 +585,8 @@ def opened(path: str):
         return
     with hub_errors("/".join(path.split("/")[2:5])):
         with hf.HfFileSystem().open(path, cache_type="none") as file:
-            file.read = partial(in_time, PATIENCE, file.read)  # by ranges: no cut is taken for
-            yield file  # the end
+            file.read = partial(in_time, file.read)  # by ranges, so that no cut passes for the end
+            yield file
 
 
 def documents(data: str):
@@ -609,9 +594,10 @@ def documents(data: str):
     always in the same order, cut after LONGEST characters. Raises UserError."""
     for path, _ in source_files(data):
         with opened(path) as file:
-            blocks = _decoded(_unpacked(io.BufferedReader(file, BLOCK), path.lower()))
+            blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
+            texts = codecs.iterdecode(blocks, "utf-8-sig")
             plain = TEXT.search(path)[1].lower() in ("txt", "py")
-            for text in _plain_texts(blocks) if plain else _json_texts(blocks, path):
+            for text in _plain_texts(texts) if plain else _json_texts(texts, path):
                 for start in range(0, len(text), LONGEST):
                     if text[start : start + LONGEST].strip():
                         yield text[start : start + LONGEST]
@@ -636,19 +622,6 @@ def _unpacked(file, path: str):
         raise EOFError("the file ends in the middle of a frame")
 
 
-def _decoded(blocks):
-    """Yields the text of bytes in UTF-8, or UTF-16 with its mark, whose lines end in "\\n"."""
-    first = next(blocks, b"")
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    encoding = "utf-16" if first.startswith(marks) else "utf-8-sig"
-    for text in codecs.iterdecode(chain([first], blocks), encoding):
-        if "\0" in text:
-            raise ValueError("NUL characters, as in UTF-16 without a mark: convert it to UTF-8")
-        yield newlines.decode(text)
-    yield newlines.decode("", final=True)
-
-
 def _json_texts(blocks, path: str):
     """Yields the "text" of each line's JSON object."""
     number, rest = 0, ""
@@ -663,21 +636,19 @@ def _json_texts(blocks, path: str):
 
 
 def _plain_texts(blocks):
-    """Yields what stands between lines `<|endoftext|>`; of a text without them pieces that end,
-    where they can, at a blank line, a line or a word."""
-    rest, longest = "", PIECE
+    """Yields what stands between lines `<|endoftext|>`; of a text without them pieces that end
+    with a line, if they can. Lines may end as on any system."""
+    newlines, rest, longest = io.IncrementalNewlineDecoder(None, translate=True), "", PIECE
     for block in blocks:
-        *whole, rest = (rest + block).split("<|endoftext|>\n")
+        if "\0" in block:
+            raise ValueError("NUL characters, as in UTF-16: convert it to UTF-8")
+        *whole, rest = (rest + newlines.decode(block)).split("<|endoftext|>\n")
         yield from whole
         longest = LONGEST if whole else longest
         while len(rest) > longest:
-            piece = rest[:longest]
-            for mark in ("\n\n", "\n", " "):
-                if mark in piece[1:]:
-                    piece = piece[: piece.rindex(mark) + len(mark)]
-                    break
-            yield piece
-            rest = rest[len(piece) :]
+            end = rest.rfind("\n", 0, longest) + 1 or longest
+            yield rest[:end]
+            rest = rest[end:]
     yield rest
 
 
@@ -701,7 +672,7 @@ class TokenStream:
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = self.locked_out = False
         self._load_meta()
-        self.thread = Background(self._run)
+        self.thread = in_background(self._run)
         if allow_short:
             self._wait(TRAIN, math.inf)
         self.n_train = self.need[TRAIN] // self.stride
@@ -709,7 +680,7 @@ class TokenStream:
     def close(self):
         """Stop the thread; what it has written is there for the next run."""
         self.stopped = True
-        self.thread.join(timeout=5)
+        wait([self.thread], 5)
 
     def validation(self) -> torch.Tensor:
         """All validation sequences, int64 [n, context], of documents never trained on; waits."""
@@ -728,48 +699,45 @@ class TokenStream:
     def _wait(self, side: int, enough: float):
         """Until a side has `enough` tokens, or the thread has ended; raises what ended it."""
         waits = 0
-        while self.tokens[side] < enough and self.thread.is_alive():
-            self.thread.join(0.1)
+        while self.tokens[side] < enough and not self.thread.done():
+            wait([self.thread], 0.1)  # in short steps: Ctrl-C gets through
             waits += 1
-            have, need = (sum(n) / 1e6 for n in (map(min, self.tokens, self.need), self.need))
-            doing = f"tokenising: {have:.1f}M of {need:.1f}M tokens"
-            if self.locked_out:
-                doing = f"waiting for another process that tokenises into {self.folder}"
             if waits % 10 == 0:
-                self.report(doing)
-        if self.thread.error:
-            raise self.thread.error
+                have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
+                counts = f"tokenising: {have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
+                other = f"waiting for another process that tokenises into {self.folder}"
+                self.report(other if self.locked_out else counts)
+        if self.thread.done():
+            self.thread.result()
 
     def _lacks(self, *sides: int) -> bool:
         return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
 
     def _cache_folder(self, cache) -> Path:
         """A folder of this source, and in it one named after all that the ids depend on."""
-        files = [_place(self.data)]
-        if not files[0].startswith("hf://"):
-            stats = [(path, os.stat(path)) for path, _ in source_files(self.data)]
-            files = [(path, found.st_size, found.st_mtime_ns) for path, found in stats]
-        own = self.tokenizer.fingerprint, self.tokenizer.eos_id, self.tokenizer.bos_id
-        keys = [json.dumps(key).encode() for key in (_place(self.data), [files, own, BATCH])]
-        source, ids = (hashlib.sha256(key).hexdigest()[:16] for key in keys)
-        root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        folder = Path(cache or os.path.join(root, "saeft"), source)
-        older = [path for path in folder.glob("*/*") if path.parent.name != ids]
-        if older and not (folder / ids).exists():
+        place, files = _place(self.data), []
+        if not place.startswith("hf://"):
+            files = [(path, os.stat(path)) for path, _ in source_files(self.data)]
+            files = [(path, seen.st_size, seen.st_mtime_ns) for path, seen in files]
+        own = self.tokenizer.fingerprint, self.tokenizer.eos_id, self.tokenizer.n_vocab
+        key = hashlib.sha256(json.dumps([place, files, own, BATCH]).encode()).hexdigest()[:16]
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(cache or f"{root}/saeft", re.sub(r"\W+", "-", place)[-60:])
+        older = [path for path in folder.glob("*/*") if path.parent.name != key]
+        if older and not (folder / key).exists():
             size = sum(path.stat().st_size for path in older) / 1e6
-            self.report(f"older tokens of {self.data} take {size:,.1f} MB: rm -r {folder}")
-        return folder / ids
+            self.report(f"older tokens of {self.data}, {size:,.1f} MB: rm -r {folder}")
+        return folder / key
 
     def _load_meta(self):
-        """Each side's tokens on disk, and how much of the source they took: none if damaged."""
+        """Each side's tokens on disk, and how much of the source they took; else start again."""
         self.tokens, self.passed = [0, 0], [0, 0]
-        with suppress(UserError, OSError, ValueError, LookupError, TypeError):
-            meta = read_json(self.folder / "meta.json")
-            (train, val), (first, last) = meta["tokens"], meta["passed"]
-            natural = all(type(n) is int and n >= 0 for n in (train, val, first, last))
+        with suppress(Exception):  # there is none, or it is damaged
+            counts = json.loads((self.folder / "meta.json").read_bytes())
             held = [path.stat().st_size // self.dtype.itemsize for path in self.files]
-            if natural and train <= held[TRAIN] and val <= held[VAL]:
-                self.tokens, self.passed = [train, val], [first, last]
+            natural = [type(n) for n in counts] == [int] * 4 and min(counts) >= 0
+            if natural and counts[TRAIN] <= held[TRAIN] and counts[VAL] <= held[VAL]:
+                self.tokens, self.passed = counts[:2], counts[2:]
 
     def _run(self):
         """The thread."""
@@ -849,8 +817,7 @@ class TokenStream:
             file.write(ids.astype(self.dtype).tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)
-        meta = {"tokens": self.tokens, "passed": self.passed}
-        write_text(self.folder / "meta.json", json.dumps(meta))
+        write_text(self.folder / "meta.json", json.dumps(self.tokens + self.passed))
 
 
 def _ids_at(path: str, start: int, n_bytes: int, stored: np.dtype) -> np.ndarray:
