@@ -189,7 +189,13 @@ def read_json(path) -> dict:
 
 
 def _json_object(text: bytes) -> dict:
-    return {**json.loads(text.decode(), parse_constant=int)}  # int("NaN"): ValueError
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a JSON object with one key twice")
+        return dict(pairs)
+
+    # int("NaN"), which is no JSON, is a ValueError.
+    return {**json.loads(text.decode(), object_pairs_hook=unique, parse_constant=int)}
 
 
 def read_safetensors(path, device="cpu", dtype: torch.dtype | None = None) -> dict:
@@ -310,6 +316,7 @@ NEOX = {
     "normalizer": [None, {"type": "NFC"}],
     "pre_tokenizer": [{"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}],
 }
+WHOLE = {"Sequence": {"id": "A", "type_id": 0}}  # the text, where special tokens are set beside it
 SPACE = {"pattern": {"String": " "}}
 GEMMA = {  # transformers' form of a SentencePiece model; its split finds no space left to split at
     "model": [{"type": "BPE", "byte_fallback": True}],
@@ -354,6 +361,10 @@ def _check_settings(spec: dict, kind: dict):
             said = {k: v for k, v in said.items() if k not in NEUTRAL and (v or k == "use_regex")}
         if said not in accepted:
             raise ValueError(f"{part} {said!r:.200}: only BPE like GPT-NeoX's or Gemma's")
+    post = spec.get("post_processor") or {"type": "ByteLevel"}
+    texts = [part for part in post.get("single", [WHOLE]) if "Sequence" in part]
+    if post["type"] not in ("ByteLevel", "TemplateProcessing") or texts != [WHOLE]:
+        raise ValueError(f"post_processor {post!r:.200}")
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or not token["content"]:
             raise ValueError(f"added token {token!r:.200}")
@@ -422,11 +433,11 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
 
 
 def _gemma_split(tokens: list[str]) -> str:
-    """Pieces for speed: words with the spaces before them. None ends after a character that some
-    token has before a space."""
+    """Pieces for speed: words with the spaces before them, together with the next word where they
+    end in a character that some token has before a space."""
     before = {*re.findall("([^ ▁])▁", " ".join(tokens))}
     chars = "".join(f"\\x{{{ord(char):x}}}" for char in before)
-    return f" *[^ ]+(?:(?<=[{chars}]) +[^ ]*)*| +" if before else " *[^ ]+| +"
+    return (f" *(?:[^ ]*[{chars}] +)+[^ ]*|" if before else "") + " *[^ ]+| +"
 
 
 def _any_of(texts: list[str]) -> re.Pattern:
@@ -451,8 +462,11 @@ class Tokenizer:
         text = json.dumps(spec, ensure_ascii=False)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.n_vocab, self.bos_id = len(ids), ids.get("<bos>")
-        usual = [token for token in ("<|endoftext|>", "<eos>", "</s>") if token in ids]
-        self.eos_id = eos if eos in ids.values() else ids[eos or usual[0]]
+        names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
+        known = [ids.get(name, name) for name in names if ids.get(name, name) in range(len(ids))]
+        if not known:
+            raise ValueError(f"it has no end of text, {' or '.join(map(str, names))}")
+        self.eos_id = known[0]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
         letters = {*"".join(made)}
