@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -638,7 +639,7 @@ def test_bos_opens_each_sequence_and_none_stands_in_the_middle(tmp_path, lines_f
     (tmp_path / "b.jsonl").write_bytes(jsonl([text + "\7 \7" for text in texts()]))
     rows = stream(tmp_path / "b.jsonl", Bytes(bos_id=7)).train(0, 100)
     assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
-    np.array([7, 1, 2, 3] * 500, np.uint16).tofile(tmp_path / "c.bin")
+    np.array([7, 1, 2, 3] * 2000, np.uint16).tofile(tmp_path / "c.bin")
     rows = stream(tmp_path / "c.bin", Bytes(bos_id=7), train=900).train(0, 50)
     assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
 
@@ -865,8 +866,8 @@ def test_a_cache_that_goes_away_is_one_line(lines_file, stream, damage):
     s.train(0, 250)
     s.validation()
     if damage == "folder":
-        [path.unlink() for path in s.folder.iterdir()]
-        s.folder.rmdir()
+        s.close()
+        shutil.rmtree(s.folder)
     elif damage == "file":
         s.files[0].unlink()
     else:
@@ -1131,8 +1132,8 @@ def ask(call, name, what, token):
     with L.opened(f"hf://datasets/{name}/{what}") as file:
         return [file.seek(50_000), len(file.read(1000))]
 answers = []
-L.PATIENCE = float(sys.argv[3])
 for case in json.load(open(sys.argv[1])):
+    L.PATIENCE = 2 if "drip" in f"{case}" else 60
     try: answers.append(ask(*case))
     except L.UserError as error: answers.append(str(error))
 print(json.dumps(answers))
@@ -1158,7 +1159,7 @@ def test_hub_through_the_real_client(tmp_path):
     def check(cases, nap, **env):
         """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
         (tmp_path / "ask").write_text(json.dumps([case[:-1] for case in cases]))
-        answers = child(ASK, tmp_path / "ask", nap, 5, **env)
+        answers = child(ASK, tmp_path / "ask", nap, **env)
         for case, answer in zip(cases, answers, strict=True):
             words = case[-1].split("|") if isinstance(case[-1], str) else []
             assert all(word in answer for word in words) and "\n" not in answer, (case, answer)

@@ -443,10 +443,10 @@ def _gemma_split(tokens: list[str]) -> str:
 def _any_of(texts: list[str]) -> re.Pattern:
     """The longest of the texts. In groups, or each "<" were tried against 6,000 of Gemma's."""
     groups = groupby(sorted(texts, reverse=True), lambda text: re.escape(text[:8]))
-    options = [(start, "|".join(re.escape(text[8:]) for text in rest)) for start, rest in groups]
-    return re.compile(
-        "(" + ("|".join(f"{start}(?:{rest})" for start, rest in options) or "(?!)") + ")"
-    )
+    options = [
+        start + "(?:" + "|".join(re.escape(t[8:]) for t in rest) + ")" for start, rest in groups
+    ]
+    return re.compile(f"({'|'.join(options) or '(?!)'})")
 
 
 class Tokenizer:
@@ -583,7 +583,8 @@ def _walk(root: str) -> list[str]:
     paths, seen = [root], set()
     for folder, subfolders, names in os.walk(root, followlinks=True) if os.path.isdir(root) else ():
         if os.path.realpath(folder) in seen:
-            names = subfolders[:] = []
+            subfolders.clear()
+            continue
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         paths += [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
@@ -683,7 +684,7 @@ class TokenStream:
         self.asked, self.allow_short = (train, val), allow_short  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-        self.report = report or str
+        self.report = report or (lambda line: None)
         self.folder = self._cache_folder(cache)
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = self.locked_out = False
@@ -738,6 +739,8 @@ class TokenStream:
         own = self.tokenizer.fingerprint, self.tokenizer.eos_id, self.tokenizer.n_vocab
         key = hashlib.sha256(json.dumps([place, files, own, BATCH]).encode()).hexdigest()[:16]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if root.startswith("~"):
+            raise UserError("no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
         folder = Path(cache or f"{root}/saeft", re.sub(r"\W+", "-", place)[-60:])
         older = [path for path in folder.glob("*/*") if path.parent.name != key]
         if older and not (folder / key).exists():
@@ -764,7 +767,10 @@ class TokenStream:
                 with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
                     self.locked_out = False
                     self._load_meta()
-                    self._copy_ids() if IDS.search(_place(self.data)) else self._tokenise()
+                    if IDS.search(_place(self.data)):
+                        self._copy_ids()
+                    else:
+                        self._tokenise()
         except OSError as error:
             raise UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME") from error
         self._settle(TRAIN, "training", "--tokens")

@@ -204,10 +204,13 @@ def fuzz_tokenizers(n_files: int, seed: int = 0, paths: list = ()) -> Counter:
 
 def smaller(spec: dict, n_tokens: int = 1000, n_added: int = 60) -> dict:
     """The same tokenizer with its first merged tokens only, and ids without a gap."""
-    model, merges = spec["model"], [
-        tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        for merge in spec["model"]["merges"]
-    ]
+    model, merges = (
+        spec["model"],
+        [
+            tuple(merge.split(" ") if isinstance(merge, str) else merge)
+            for merge in spec["model"]["merges"]
+        ],
+    )
     made = list(dict.fromkeys(left + right for left, right in merges))
     added = spec["added_tokens"][:n_added]
     short = [token for token in model["vocab"] if len(token) == 1][:600]
