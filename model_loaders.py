@@ -598,7 +598,8 @@ def opened(path: str):
         with open_file(path) as file:
             yield file
         return
-    with hub_errors("/".join(path.split("/")[2:5])):
+    parts = path.split("/")
+    with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
         with hf.HfFileSystem().open(path, cache_type="none") as file:
             file.read = partial(in_time, file.read)  # by ranges, so that no cut passes for the end
             yield file
