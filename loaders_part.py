@@ -881,7 +881,7 @@ def test_a_cache_that_goes_away_meanwhile_is_one_line(tmp_path, stream, monkeypa
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts(20_000, 300)))
     s = stream(tmp_path / "a.jsonl", train=5_000_000)
     s.train(0, 5)
-    for path in s.files if damage == "cut" else s.folder.iterdir():
+    for path in s.files[:1] if damage == "cut" else s.folder.glob("[!.]*"):
         os.truncate(path, 0) if damage == "cut" else path.unlink()
     with pytest.raises(UserError, match="cannot (write|read) ") as error:
         s.train(s.n_train - 1, 1)
