@@ -1147,7 +1147,8 @@ def test_hub_through_the_real_client(tmp_path):
     models["o/two"]["model.safetensors.index.json"] = index
     models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
     models["o/sick"] = {
-        f"{fault}.json": fault[0].encode() * 999 for fault in ("fail", "slow", "cut", "mend", "drip")
+        f"{fault}.json": fault[0].encode() * 999
+        for fault in ("fail", "slow", "cut", "mend", "drip")
     }
     models["o/sae"] = {"a/cfg.json": json.dumps(SAE_CFG).encode(), "x/a/cfg.json": b"3"}
     tensors = {name: torch.ones(shape) for name, shape in SAE_SHAPES.items()}
