@@ -515,10 +515,10 @@ def _gemma_split(tokens: list[str]) -> str:
 def _any_of(texts: list[str]) -> re.Pattern:
     """The longest of the texts. In groups, or each "<" were tried against 6,000 of Gemma's."""
     groups = groupby(sorted(texts, reverse=True), lambda text: re.escape(text[:8]))
-    options = [(start, "|".join(re.escape(text[8:]) for text in rest)) for start, rest in groups]
-    return re.compile(
-        "(" + ("|".join(f"{start}(?:{rest})" for start, rest in options) or "(?!)") + ")"
-    )
+    options = [
+        start + "(?:" + "|".join(re.escape(t[8:]) for t in rest) + ")" for start, rest in groups
+    ]
+    return re.compile(f"({'|'.join(options) or '(?!)'})")
 
 
 class Tokenizer:
@@ -650,9 +650,10 @@ def _walk(root: str) -> list[str]:
     """The regular files in a folder, or the one file; links are followed, each folder read once,
     what is hidden left out."""
     paths, seen = [root], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True) if os.path.isdir(root) else ():
         if os.path.realpath(folder) in seen:
-            names = subfolders[:] = []
+            subfolders.clear()
+            continue
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         paths += [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
@@ -666,7 +667,8 @@ def opened(path: str):
         with open_file(path) as file:
             yield file
         return
-    with hub_errors("/".join(path.split("/")[2:5])):
+    parts = path.split("/")
+    with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
         with hf.HfFileSystem().open(path, cache_type="none") as file:
             file.read = partial(in_time, file.read)  # by ranges, so that no cut passes for the end
             yield file
@@ -728,11 +730,13 @@ def _plain_texts(blocks):
         *whole, rest = (rest + newlines.decode(block)).split("<|endoftext|>\n")
         yield from whole
         longest = LONGEST if whole else longest
-        while len(rest) > longest:
-            end = rest.rfind("\n", 0, longest) + 1 or longest
-            yield rest[:end]
-            rest = rest[end:]
-    yield rest
+        start = 0
+        while start + longest < len(rest):
+            end = rest.rfind("\n", start, start + longest) + 1 or start + longest
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest + newlines.decode("", final=True)
 
 
 class TokenStream:
@@ -750,7 +754,7 @@ class TokenStream:
         self.asked, self.allow_short = (train, val), allow_short  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-        self.report = report or str
+        self.report = report or (lambda line: None)
         self.folder = self._cache_folder(cache)
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = self.locked_out = False
@@ -805,6 +809,8 @@ class TokenStream:
         own = self.tokenizer.fingerprint, self.tokenizer.eos_id, self.tokenizer.n_vocab
         key = hashlib.sha256(json.dumps([place, files, own, BATCH]).encode()).hexdigest()[:16]
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if root.startswith("~"):
+            raise UserError("no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
         folder = Path(cache or f"{root}/saeft", re.sub(r"\W+", "-", place)[-60:])
         older = [path for path in folder.glob("*/*") if path.parent.name != key]
         if older and not (folder / key).exists():
@@ -831,7 +837,10 @@ class TokenStream:
                 with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
                     self.locked_out = False
                     self._load_meta()
-                    self._copy_ids() if IDS.search(_place(self.data)) else self._tokenise()
+                    if IDS.search(_place(self.data)):
+                        self._copy_ids()
+                    else:
+                        self._tokenise()
         except OSError as error:
             raise UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME") from error
         self._settle(TRAIN, "training", "--tokens")
@@ -856,8 +865,9 @@ class TokenStream:
                 ids = {False: [[]], True: [[]]}  # by held_out
                 for text, own in zip(texts, self.tokenizer.encode_batch(texts, threads)):
                     ids[held_out(text)] += [own, [self.tokenizer.eos_id]]
-                self._append(TRAIN, np.concatenate(ids[False]), number)
-                self._append(VAL, np.concatenate(ids[True]), number)
+                for side, own in ((TRAIN, ids[False]), (VAL, ids[True])):
+                    if number > self.passed[side]:
+                        self._append(side, np.concatenate(own), number)
             if not self._lacks(TRAIN, VAL):
                 break
 
@@ -866,25 +876,27 @@ class TokenStream:
         document that is cut there. `passed` counts bytes."""
         files = source_files(self.data)
         (first, size), (last, end) = files[0], files[-1]
-        stored = self._stored_as(first, size)
-        cut = size * 19 // 20 // 8 * 8 if len(files) == 1 else 0
-        for side, path, begin, stop in ((VAL, last, cut, end), (TRAIN, first, 0, cut or size)):
-            while begin + self.passed[side] < stop and self._lacks(side):
+        stored, begin = self._stored_as(first, size), 0
+        if len(files) == 1:
+            begin = size = size * 19 // 20 // 8 * 8
+            ends = _ids_at(last, begin, min(BLOCK, end - begin), stored) == self.tokenizer.eos_id
+            begin += (ends.tolist().index(True) + 1 if ends.any() else 0) * stored.itemsize
+        for side, path, at, stop in ((VAL, last, begin, end), (TRAIN, first, 0, size)):
+            at += self.passed[side]
+            while at < stop and self._lacks(side):
                 missing = (self.need[side] - self.tokens[side]) * stored.itemsize
-                at = begin + self.passed[side]
                 ids = _ids_at(path, at, min(missing, BLOCK, stop - at), stored)
-                passed = self.passed[side] + ids.nbytes
-                if at == cut > 0 and self.tokenizer.eos_id in ids:
-                    ids = ids[list(ids).index(self.tokenizer.eos_id) + 1 :]
-                self._append(side, ids, passed)
+                at += ids.nbytes
+                self._append(side, ids, self.passed[side] + ids.nbytes)
 
     def _stored_as(self, path: str, size: int) -> np.dtype:
         """The widest integers as which the first ids of a file are the tokenizer's."""
+        first = _ids_at(path, 0, min(size, 4096) // 8 * 8, np.dtype("u1"))
         for stored in map(np.dtype, ("<i8", "<u4", "<u2")):
-            if size % stored.itemsize == 0:
-                ids = _ids_at(path, 0, min(size, 4096), stored)
-                if ids.min(initial=0) >= 0 and ids.max(initial=0) < self.tokenizer.n_vocab:
-                    return stored
+            ids = first.view(stored)
+            low, high = ids.min(initial=0), ids.max(initial=0)
+            if size % stored.itemsize == 0 and low >= 0 and high < self.tokenizer.n_vocab:
+                return stored
         raise UserError(f"{path} is not of ids under {self.tokenizer.n_vocab:,}: {OTHER_IDS}")
 
     def _append(self, side: int, ids: np.ndarray, passed: int):
