@@ -129,6 +129,18 @@ def number(config: dict, key: str, default: float | None = None) -> float:
     return value
 
 
+def size(config: dict, key: str, default: int | None = None, high: int = 2**31 - 1) -> int:
+    """A whole number from 1 to `high`; as `number` otherwise."""
+    value = number(config, key, default)
+    if type(value) is not int or value > high:
+        raise UserError(f"config.json has {key} = {value!r:.80}: not a whole number to {high}")
+    return value
+
+
+def soft_cap_of(config: dict, key: str) -> float | None:
+    return None if config.get(key) is None else number(config, key)
+
+
 def require(config: dict, key: str, *supported) -> None:
     """UserError where a config.json asks for what is not supported; the first is the default."""
     value = config.get(key, supported[0])
@@ -145,7 +157,9 @@ def rope_settings(config: dict, layer_type: str, base: float, share: float) -> d
         raise UserError("config.json has rope_parameters and another rope_scaling")
     if rope is None:
         rope = (old or {}) if layer_type == "full_attention" else {}
-    rope = rope.get(layer_type, rope)
+    rope = rope.get(layer_type, rope) if isinstance(rope, dict) else rope
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json has rope_parameters or rope_scaling {rope!r:.80}: no object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require({"rope_type": kind}, "rope_type", "default", "linear")
     return {
@@ -852,7 +866,7 @@ class TokenStream:
         if self.allow_short and have:
             self.need[side] = min(self.need[side], have)
         if self._lacks(side):
-            advice = f"lower {flag}, or pass --allow-short to train on what there is"
+            advice = f"lower {flag}"
             short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
             raise UserError(f"{self.data} has {short}: {advice if have else 'give more text'}")
 
@@ -930,7 +944,7 @@ IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.p
 
 class RunFolder:
     """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
-    checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, more SAEs in `parts`.
+    checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, SAEs in `parts`.
     An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it."""
 
     def __init__(self, path: Path, parts: list[str]):
@@ -948,10 +962,11 @@ class RunFolder:
                 self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
             except TimeoutError:
                 raise UserError(f"{path} is in use by a run that is going on") from None
-        if not overwrite and not resume and (path / "checkpoint.pt").exists():
+        unfinished = (path / "checkpoint.pt").exists()
+        if unfinished and not (overwrite or resume):
             self.lock.close()
             raise UserError(f"{path} holds an unfinished run: pass --resume, or --overwrite")
-        if not overwrite and any(path.glob("**/report.json")):
+        if not overwrite and any(path.glob("**/report.json")) and not (resume and unfinished):
             self.lock.close()
             raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
 
@@ -1009,10 +1024,10 @@ class RunFolder:
 
     def leave(self):
         """Give it back; remove it where there is nothing to keep, and nothing else in it."""
-        if not any(self.path.glob("**/sae_weights.safetensors")):
-            if not any(self.path.glob("checkpoint*.pt")):
-                self.clear()
-                (self.path / MARK).unlink(missing_ok=True)
-                if not any(self.path.iterdir()):
-                    self.path.rmdir()
+        kept = [*self.path.glob("**/sae_weights.safetensors"), *self.path.glob("checkpoint*.pt")]
+        if self.path.is_dir() and not kept:
+            self.clear()
+            (self.path / MARK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
         self.lock.close()

@@ -65,6 +65,8 @@ from model_loaders import (
     number,
     require,
     rope_settings,
+    size,
+    soft_cap_of,
 )
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
@@ -228,6 +230,14 @@ class SAE(nn.Module):
         self.scale.copy_(torch.as_tensor(scale))
 
     @torch.no_grad()
+    def stationary_l1(self, x: Tensor) -> float:
+        """The lambda at which the loss of a ReLU SAE on x [N, D] does not change if all its f are
+        scaled together: 2 mean <x - x_hat, x_hat - b_dec> / mean sum_i f_i ||W_dec[i]||."""
+        x_hat, active = self(x)
+        pull = ((x - x_hat) * (x_hat / self.scale - self.b_dec)).sum(-1).mean() / self.scale
+        return (2 * len(x) * pull / (active.sums * self.W_dec.norm(dim=-1)).sum()).item()
+
+    @torch.no_grad()
     def project_gradient(self) -> None:
         """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
         along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
@@ -304,8 +314,8 @@ def kl_and_gradient(p, p_log_p, z_q: Tensor, cap: float | None) -> tuple[Tensor,
 
 def slices(n_tokens: int, W_U: Tensor) -> list[slice]:
     """Slices of about 8M logits each, but not so small that reading W_U costs the most."""
-    size = max(2**23 // len(W_U), 128 if W_U.is_cpu else 512)
-    return [slice(i, i + size) for i in range(0, n_tokens, size)]
+    rows = max(2**23 // len(W_U), 128 if W_U.is_cpu else 512)
+    return [slice(i, i + rows) for i in range(0, n_tokens, rows)]
 
 
 class SlicedKL(torch.autograd.Function):
@@ -399,8 +409,10 @@ class ActivationBuffer:
         if 2 * self.used >= len(self.rows) and has_more:
             self.refill()
         while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
-            self.next_sequence = 0
+            left, self.next_sequence = len(self.rows) - self.used, 0
             self.refill()
+            if len(self.rows) == left:
+                raise UserError("--sink-norm leaves no token to train on: give a larger one")
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
@@ -503,10 +515,7 @@ def update(t: Trainee, lr: float) -> None:
         t.sae.project_gradient()
     norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
     t.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel then does nothing
-    if FAST:
-        t.optimizer.grad_scale = norm.clamp_min(1.0)  # it divides by that, in no pass of its own
-    else:
-        torch.nn.utils.clip_grads_with_norm_(t.parameters, 1.0, norm)
+    torch.nn.utils.clip_grads_with_norm_(t.parameters, 1.0, norm)
     t.optimizer.param_groups[0]["lr"] = lr
     t.optimizer.step()
     t.optimizer.zero_grad()
@@ -516,8 +525,8 @@ def update(t: Trainee, lr: float) -> None:
 
 def follow_threshold(sae: SAE, active: Activity, step: int, steps: int) -> None:
     """BatchTopK's threshold: the mean of the smallest activation kept over a twentieth of the
-    phase, at most 1000 steps: it has then followed the SAE to its last state."""
-    recent = min(step + 1, max(1, steps // 20), 1000)
+    phase, 20 to 1000 steps: it has then followed the SAE to its last state."""
+    recent = min(step + 1, max(20, steps // 20), 1000)
     sae.threshold.lerp_(active.smallest.detach().float(), 1 / recent)
 
 
@@ -694,41 +703,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Entries(NamedTuple):
-    """f [N, F] as a flat list of P entries, token by token."""
+    """The P entries of a sparse f [N, F] token by token, or of f' [F, N] latent by latent."""
 
     values: Tensor  # [P], above 0; or 0 where a token has fewer than K positive latents
-    latents: Tensor  # [P], the column of each entry
-    offsets: Tensor  # [N], where each token's entries begin
+    rows: Tensor  # [P], ascending
+    columns: Tensor  # [P]
 
 
 def top_k(pre: Tensor, k: int) -> Entries:
-    """ReLU of the K largest of each row of pre [N, F]. They lie in the K groups (g, g + G,
-    g + 2G, ...) with the largest maxima: it is enough to search those."""
-    n, d_sae = pre.shape
-    size = 1 << (d_sae // max(1024, 4 * k)).bit_length() >> 1  # of a group
-    if size < 4 or d_sae % size:
-        values, latents = pre.topk(k, sorted=False)
-    else:
-        grouped = pre.view(n, size, -1)
-        best = grouped.amax(1).topk(k, sorted=False).indices  # [N, K]
-        inside = grouped.gather(2, best[:, None].expand(n, size, k)).flatten(1)  # [N, size K]
-        values, place = inside.topk(k, sorted=False)
-        latents = place // k * (d_sae // size) + best.gather(1, place % k)
-    return Entries(values.relu().flatten(), latents.flatten(), torch.arange(0, n * k, k))
+    """ReLU of the K largest of each row of pre [N, F]."""
+    values, latents = pre.topk(k, sorted=False)
+    tokens = torch.arange(len(pre)).repeat_interleave(k)
+    return Entries(values.relu().flatten(), tokens, latents.flatten())
 
 
 def at_least(pre: Tensor, floor: Tensor | float) -> Entries:
     """Every entry of pre [N, F] that is above 0 and at least `floor`."""
-    active = (pre > 0) & (pre >= floor)
-    tokens, latents = active.nonzero(as_tuple=True)
-    per_token = active.sum(-1)
-    return Entries(pre[tokens, latents], latents, per_token.cumsum(0) - per_token)
+    tokens, latents = ((pre > 0) & (pre >= floor)).nonzero(as_tuple=True)
+    return Entries(pre[tokens, latents], tokens, latents)
 
 
-def times(f: Entries, table: Tensor) -> Tensor:
-    """The product f @ table [N, D] of a sparse f [N, F] and a table [F, D]."""
-    values = f.values.to(table.dtype)
-    return F.embedding_bag(f.latents, table, f.offsets, mode="sum", per_sample_weights=values)
+def times(f: Entries, table: Tensor, n: int) -> Tensor:
+    """The product f @ table [n, D] of a sparse f of n rows."""
+    offsets = torch.searchsorted(f.rows, torch.arange(n))
+    return F.embedding_bag(f.columns, table, offsets, mode="sum", per_sample_weights=f.values)
 
 
 class SparseAutoencode(torch.autograd.Function):
@@ -743,44 +741,43 @@ class SparseAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select, keep):
         centred = x - b_dec
-        pre = single(linear(centred, W_enc, b_enc))  # [N, F]
+        pre = linear(centred, W_enc, b_enc)  # [N, F], in bfloat16 under autocast
         n = torch.tensor(len(x))
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
             n = keep.sum()
         k, floor = select(pre, n)
         entries = at_least(pre, floor) if k is None else top_k(pre, k)
+        entries = entries._replace(values=single(entries.values))
         ctx.save_for_backward(centred, W_enc, W_dec, *entries)
-        ctx.mark_non_differentiable(entries.latents, entries.offsets)
-        return times(entries, W_dec) + b_dec, *entries
+        ctx.mark_non_differentiable(entries.rows, entries.columns)
+        return times(entries, W_dec, len(x)) + b_dec, *entries
 
     @staticmethod
     def backward(ctx, g, g_values, *_):
         centred, W_enc, W_dec, *entries = ctx.saved_tensors
         entries = Entries(*entries)
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
-        order = entries.latents.int().sort(stable=True).indices
-        latents, values = entries.latents[order], entries.values[order].requires_grad_()
-        tokens = torch.bucketize(order, entries.offsets, right=True) - 1
-        offsets = torch.searchsorted(latents, torch.arange(len(W_enc)))
-        f_T = Entries(values, tokens, offsets)
+        order = entries.columns.int().sort(stable=True).indices
+        latents, values = entries.columns[order], entries.values[order].requires_grad_()
+        f_T = Entries(values, latents, entries.rows[order])
         with torch.enable_grad():
-            dW_dec = times(f_T, g)
+            dW_dec = times(f_T, g, len(W_enc))
         (h,) = torch.autograd.grad(dW_dec, values, W_dec)
         h = (h + g_values[order]) * (values > 0)
-        dW_enc = times(f_T._replace(values=h), centred)
+        dW_enc = times(f_T._replace(values=h), centred, len(W_enc))
         db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, latents, h.to(W_enc.dtype))
         dx = None
         if ctx.needs_input_grad[0]:
             by_token = entries._replace(values=torch.empty_like(h).index_copy_(0, order, h))
-            dx = times(by_token, W_enc)
+            dx = times(by_token, W_enc, len(g))
         return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None, None
 
 
 def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tensor, Activity]:
     """`autoencode`, for the CPU."""
     x_hat, *entries = SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, keep)
-    values, latents, _ = entries
+    values, _, latents = entries
     zeros = values.new_zeros(len(W_enc))
     counts = zeros.long().index_add_(0, latents, (values > 0).long())
     smallest = torch.where(values > 0, values, torch.inf).min()
@@ -827,8 +824,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict, blocks: list[nn.Module], norm: nn.Module, has_head: bool):
         super().__init__()
-        shape = number(config, "vocab_size"), number(config, "hidden_size")
-        self.max_context = number(config, "max_position_embeddings", 8192)
+        shape = size(config, "vocab_size"), size(config, "hidden_size")
+        self.max_context = size(config, "max_position_embeddings", 8192)
         parts = {self.embedding: nn.Embedding(*shape), self.layers: nn.ModuleList(blocks)}
         self.add_module(self.body, nn.ModuleDict({**parts, self.norm: norm}))
         if has_head:
@@ -885,16 +882,17 @@ class PythiaBlock(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        d_model, d_mlp = number(config, "hidden_size"), number(config, "intermediate_size")
+        d_model, d_mlp = size(config, "hidden_size"), size(config, "intermediate_size")
         eps = number(config, "layer_norm_eps", 1e-5)
         require(config, "hidden_act", "gelu")
         require(config, "use_parallel_residual", True, False)
         self.parallel = config.get("use_parallel_residual", True)
-        self.n_heads = number(config, "num_attention_heads")
+        self.n_heads = size(config, "num_attention_heads")
         share = number(config, "rotary_pct", 0.25)
         base = number(config, "rotary_emb_base", 10_000)
         rope = rope_settings(config, "full_attention", base, share)
-        self.rope = Rope(int(d_model // self.n_heads * rope["share"]), rope["base"])
+        dim = int(d_model // self.n_heads * rope["share"])
+        self.rope = Rope(dim, rope["base"], rope["factor"])
         self.input_layernorm = nn.LayerNorm(d_model, eps)
         self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
         self.attention = nn.ModuleDict()
@@ -923,9 +921,9 @@ class Pythia(LanguageModel):
     head = "embed_out"
 
     def __init__(self, config: dict, has_head: bool):
-        blocks = [PythiaBlock(config) for _ in range(number(config, "num_hidden_layers"))]
+        blocks = [PythiaBlock(config) for _ in range(size(config, "num_hidden_layers", high=1000))]
         eps = number(config, "layer_norm_eps", 1e-5)
-        super().__init__(config, blocks, nn.LayerNorm(number(config, "hidden_size"), eps), has_head)
+        super().__init__(config, blocks, nn.LayerNorm(size(config, "hidden_size"), eps), has_head)
 
 
 # ---- Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) ---------------------------------
@@ -949,18 +947,18 @@ class GemmaBlock(nn.Module):
     def __init__(self, config: dict, layer_type: str):
         super().__init__()
         gemma_3, sliding = config["model_type"] == "gemma3_text", layer_type == "sliding_attention"
-        d_model, d_mlp = number(config, "hidden_size"), number(config, "intermediate_size")
-        self.head_dim = number(config, "head_dim", 256)
-        self.n_kv = number(config, "num_key_value_heads")
+        d_model, d_mlp = size(config, "hidden_size"), size(config, "intermediate_size")
+        self.head_dim = size(config, "head_dim", 256)
+        self.n_kv = size(config, "num_key_value_heads")
         self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
-        self.score_cap = config.get("attn_logit_softcapping")
-        self.window = number(config, "sliding_window", 4096) if sliding else None
+        self.score_cap = soft_cap_of(config, "attn_logit_softcapping")
+        self.window = size(config, "sliding_window", 4096) if sliding else None
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
         rope = rope_settings(config, layer_type, base, share=1.0)
         self.rope = Rope(self.head_dim, rope["base"], rope["factor"])
-        d_q = number(config, "num_attention_heads") * self.head_dim
+        d_q = size(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
         self.self_attn = nn.ModuleDict()
         self.self_attn["q_proj"] = Linear(d_model, d_q, bias=False)
@@ -1005,19 +1003,17 @@ class Gemma(LanguageModel):
     head = "lm_head"
 
     def __init__(self, config: dict, has_head: bool):
-        n_layers = number(config, "num_hidden_layers")
-        every = number(
-            config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6
-        )
+        n_layers = size(config, "num_hidden_layers", high=1000)
+        every = size(config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6)
         pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
         kinds = config.get("layer_types") or pattern * n_layers
-        for kind in kinds:
+        for kind in kinds if isinstance(kinds, list) and len(kinds) >= n_layers else [kinds]:
             require({"layer_types": kind}, "layer_types", *pattern)
         require(config, "hidden_activation", "gelu_pytorch_tanh")
         require(config, "use_bidirectional_attention", False, None)
         blocks = [GemmaBlock(config, kinds[i]) for i in range(n_layers)]
-        super().__init__(config, blocks, RMSNorm(number(config, "hidden_size"), config), has_head)
-        self.logit_cap = config.get("final_logit_softcapping")
+        super().__init__(config, blocks, RMSNorm(size(config, "hidden_size"), config), has_head)
+        self.logit_cap = soft_cap_of(config, "final_logit_softcapping")
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = super().embed(tokens)
@@ -1039,7 +1035,7 @@ def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
     """
     if config.get("model_type") == "gemma3":
         config = {**config, **config.get("text_config", {}), "model_type": "gemma3_text"}
-    require(config, "model_type", *FAMILIES)
+    require({"model_type": config.get("model_type")}, "model_type", *FAMILIES)
     family = FAMILIES[config["model_type"]]
     tied = config.get("tie_word_embeddings", family is Gemma)
     require({"tie_word_embeddings": tied}, "tie_word_embeddings", True, False)
@@ -1205,7 +1201,7 @@ class Run:
         self.saved = self.phase_began = time.monotonic()
         self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
         # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
-        self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}}
+        self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}, "l1": config.l1}
         self.losses, self.saved_phase = [], {}
         name = config.name
         if name is None:
@@ -1234,7 +1230,8 @@ class Run:
     def prepare(self) -> None:
         """Loads the model, and starts the stream of tokens."""
         config = self.config
-        what = f"{config.sae} SAE of {config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        ks = f", K {', '.join(map(str, config.k))}" if "topk" in config.sae else ""
+        what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
         budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for "
         budget += ", ".join(config.method)
         say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
@@ -1274,7 +1271,10 @@ class Run:
             saes = [SAE.load(config.start)]
         else:
             shape = lm.W_U.shape[1], config.d_sae
-            saes = [SAE(*shape, k, config.sae, config.seed) for k in config.k]
+            try:
+                saes = [SAE(*shape, k, config.sae, config.seed) for k in config.k]
+            except RuntimeError as error:
+                raise UserError(f"--d-sae {config.d_sae}: {str(error):.200}") from None
         for sae in saes:
             sae.to(self.device).bfloat16 = config.dtype == "bfloat16"
         if state["saes"]:
@@ -1311,8 +1311,9 @@ class Run:
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
             if not self.config.start:
                 sae.start_from(x)
-            elif sae.kind == "relu" and sae.scale == 1:
+            elif sae.kind == "relu" and sae.scale == 1:  # somebody else's
                 sae.rescale(x.pow(2).sum(-1).mean().sqrt())
+                self.state["l1"] = sae.stationary_l1(x)
             for values in sae.state_dict().values() if world_size() > 1 else []:
                 dist.broadcast(values, 0)
 
@@ -1323,8 +1324,9 @@ class Run:
             sae.k = l0
         if sae.kind != "relu":
             sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
+        torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         trainee = self.methods[method](self.lm, sae, self.config)
-        trainee.l1, trainee.l0_target = self.config.l1, l0
+        trainee.l1, trainee.l0_target = self.state["l1"], l0
         return trainee
 
     def run_phase(self, phase: Phase, loop, *args) -> None:
@@ -1388,7 +1390,8 @@ class Run:
         out["seconds"], out["results"] = self.state["seconds"], results
         if rank() == 0:
             model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
-        say(f"\n{str(folder):29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
+        say(f"\n{folder}")
+        say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
         for name, row in results.items():
@@ -1519,6 +1522,8 @@ def parse(argv: list[str] | None = None) -> Config:
     told = model_loaders.sae_settings(given["start"]) if "start" in given else {}
     for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
         refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
+    for name in ("model", "layer") if "start" in given else ():
+        refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     model = Path(given.get("model", told.get("model", Config().model)))
     preset = PRESETS.get(model.name.split("@")[0].removesuffix("-deduped"), "")
     config = Config(**{**vars(parser.parse_args(preset.split())), **told, **given})
