@@ -495,12 +495,12 @@ def test_autoencode_passes_gradcheck(kind):
 @pytest.mark.parametrize("d_sae, k", [(4096, 8), (5120, 80), (16384, 80), (16384, 1000), (99, 99)])
 def test_top_k_finds_the_k_largest(d_sae, k):
     pre = torch.randn(20, d_sae).round(decimals=2)  # with ties
-    values, latents, offsets = saeft.top_k(pre, k)
+    values, tokens, latents = saeft.top_k(pre, k)
     assert torch.equal(values, pre.gather(1, latents.view(20, k)).relu().flatten())
     expected = pre.topk(k).values.relu()
     assert torch.equal(values.view(20, k).sort(descending=True).values, expected)
     assert all(len(row.unique()) == k for row in latents.view(20, k))
-    assert offsets.tolist() == list(range(0, 20 * k, k))
+    assert torch.equal(tokens, torch.arange(20).repeat_interleave(k))
 
 
 def test_the_fast_product_equals_the_plain_one(fast):
@@ -959,7 +959,7 @@ def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(kl_tokens, rat
 def test_the_finetune_of_saes_with_unit_norm_is_in_raw_units(monkeypatch):
     for kind, scale in [("topk", 1.0), ("batchtopk", 1.0), ("relu", small_sae("relu").scale)]:
         run = SimpleNamespace(lm=None, config=LOOP, methods=saeft.METHODS)
-        run.state = {"results": {"MSE": [{"l0": 4.5}]}}
+        run.state = {"results": {"MSE": [{"l0": 4.5}]}, "l1": LOOP.l1}
         sae = small_sae(kind)
         trainee = saeft.Run.trainee(run, "kl", 0, sae)
         assert trainee.sae.scale == scale and trainee.sae is not sae and sae.scale != 1

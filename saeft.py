@@ -1007,8 +1007,8 @@ class Gemma(LanguageModel):
         every = size(config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6)
         pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
         kinds = config.get("layer_types") or pattern * n_layers
-        for kind in kinds if isinstance(kinds, list) and len(kinds) >= n_layers else [kinds]:
-            require({"layer_types": kind}, "layer_types", *pattern)
+        if not isinstance(kinds, list) or len(kinds) < n_layers or not {*kinds} <= {*pattern}:
+            raise UserError(f"config.json has layer_types = {kinds!r:.80}; supported: {pattern}")
         require(config, "hidden_activation", "gelu_pytorch_tanh")
         require(config, "use_bidirectional_attention", False, None)
         blocks = [GemmaBlock(config, kinds[i]) for i in range(n_layers)]
@@ -1033,8 +1033,9 @@ def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
     """The model that a parsed config.json describes, on the meta device; has_head: whether it has
     an unembedding of its own, if config.json does not decide. UserError for what it cannot follow.
     """
-    if config.get("model_type") == "gemma3":
-        config = {**config, **config.get("text_config", {}), "model_type": "gemma3_text"}
+    text = config.get("text_config")
+    if config.get("model_type") == "gemma3" and isinstance(text, dict):
+        config = {**config, **text, "model_type": "gemma3_text"}
     require({"model_type": config.get("model_type")}, "model_type", *FAMILIES)
     family = FAMILIES[config["model_type"]]
     tied = config.get("tie_word_embeddings", family is Gemma)
