@@ -140,7 +140,6 @@ class Activity(NamedTuple):
 
     counts: Tensor  # [F], the tokens on which each latent is active
     sums: Tensor  # [F], each latent's activations, summed over tokens
-    smallest: Tensor  # the least activation above 0
 
 
 def activate(pre: Tensor, k: int | None, floor: Tensor | float | None) -> Tensor:
@@ -161,8 +160,7 @@ def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None) -> tuple[Tensor
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if keep is None else keep
     pre = pre.masked_fill(~keep[:, None], -torch.inf)
     f = activate(pre, *select(pre.detach(), keep.sum()))
-    smallest = torch.where(f > 0, f, torch.inf).min()
-    return f @ W_dec + b_dec, Activity((f > 0).sum(0), f.sum(0), smallest)
+    return f @ W_dec + b_dec, Activity((f > 0).sum(0), f.sum(0))
 
 
 class SAE(nn.Module):
@@ -170,8 +168,8 @@ class SAE(nn.Module):
 
     W_enc and W_dec are both [F, D], a row for each latent. Kinds of activation:
     topk       the K largest of each token
-    batchtopk  the K N largest of N tokens in training, later those above `threshold`, the recent
-               mean of the smallest one kept (arXiv 2412.06410)
+    batchtopk  the K N largest of N tokens in training, later those above `threshold`, which
+               leaves K a token on average (arXiv 2412.06410)
     relu       all that are positive
     jumprelu   those above a threshold of the latent's own [F], which does not train (2407.14435)
     """
@@ -499,6 +497,22 @@ class Phase:
             vars(self.buffer).update(state["buffer"])
 
 
+@torch.no_grad()
+def set_threshold(t: Trainee, x: Tensor) -> None:
+    """BatchTopK's threshold at the end of a phase: that with L0 = K on activations x [N, D]. (The
+    published running mean of the smallest activation kept lags behind in short runs.)"""
+    t.trained.eval()
+    low, high = 0.0, 2 * t.sae.encode(x[:512]).max().item() / t.sae.scale.item()
+    for _ in range(20):  # bisection
+        middle = (low + high) / 2
+        t.sae.threshold.fill_(middle)
+        chunks = [
+            (chunk, torch.ones_like(chunk[:, 0], dtype=torch.bool)) for chunk in x.split(2048)
+        ]
+        active = sum(t.insert(*chunk)[1].counts.sum().item() for chunk in chunks)
+        low, high = (middle, high) if active > t.sae.k * len(x) else (low, middle)
+
+
 def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
     """Rises over `warmup` steps or a tenth, falls linearly to 0 over the last share `decay`."""
     rise = (step + 1) / max(1, min(warmup, steps // 10))
@@ -514,20 +528,13 @@ def update(t: Trainee, lr: float) -> None:
     if unit_norm:
         t.sae.project_gradient()
     norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
-    t.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel then does nothing
-    torch.nn.utils.clip_grads_with_norm_(t.parameters, 1.0, norm)
+    t.optimizer.grad_scale = norm.clamp_min(1.0)  # the fused kernel divides by it,
+    t.optimizer.found_inf = (~norm.isfinite()).float()  # and does nothing where this is 1
     t.optimizer.param_groups[0]["lr"] = lr
     t.optimizer.step()
     t.optimizer.zero_grad()
     if unit_norm:
         F.normalize(t.sae.W_dec.data, dim=-1, out=t.sae.W_dec.data)
-
-
-def follow_threshold(sae: SAE, active: Activity, step: int, steps: int) -> None:
-    """BatchTopK's threshold: the mean of the smallest activation kept over a twentieth of the
-    phase, 20 to 1000 steps: it has then followed the SAE to its last state."""
-    recent = min(step + 1, max(20, steps // 20), 1000)
-    sae.threshold.lerp_(active.smallest.detach().float(), 1 / recent)
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
@@ -561,8 +568,6 @@ def train_mse(phase: Phase, config: Config, after_step) -> None:
             t.idle = torch.where(counts > 0, 0, t.idle + n)
             if step % DEAD_EVERY == 0:
                 t.dead = (t.idle > config.dead_after).nonzero()[:, 0]
-            if sae.kind == "batchtopk":
-                follow_threshold(sae, active, step, phase.steps)
             fvu = (mse * sae.scale**2 / variance).detach()
             figures.append({"loss": loss.detach(), "fvu": fvu, "l0": counts.sum() / n})
         phase.step = step + 1
@@ -613,10 +618,8 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         lr = peak * lr_factor(step, phase.steps, warmup, decay)
-        for t, (_, _, active, _) in zip(phase.trainees, passes):
+        for t in phase.trainees:
             update(t, lr)
-            if t.sae.kind == "batchtopk" and t.sae.training:
-                follow_threshold(t.sae, active, step, phase.steps)
         phase.step = step + 1
         after_step(phase, [{name: v.detach() for name, v in row.items()} for row in figures])
 
@@ -780,8 +783,7 @@ def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tens
     values, _, latents = entries
     zeros = values.new_zeros(len(W_enc))
     counts = zeros.long().index_add_(0, latents, (values > 0).long())
-    smallest = torch.where(values > 0, values, torch.inf).min()
-    return x_hat, Activity(counts, zeros.index_add(0, latents, values), smallest)
+    return x_hat, Activity(counts, zeros.index_add(0, latents, values))
 
 
 # ---- Language models: what the families share --------------------------------------------------
@@ -1304,7 +1306,7 @@ class Run:
     def measure(self, saes: list[SAE]) -> None:
         """From the first activations: the median norm where an SAE has none yet, scale and b_dec of
         new SAEs. The first process's hold for all."""
-        tokens = self.stream.train(0, min(self.n, 32_768 // self.config.context + 1))
+        tokens = self.stream.train(0, min(self.n_mse or self.n, 32_768 // self.config.context + 1))
         resid = collect(self.lm, tokens.to(self.device), self.config.layer)  # [B, T, D]
         median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
         for sae in saes:
@@ -1321,8 +1323,8 @@ class Run:
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
         """What a method trains, from a copy of SAE i of phase one."""
         sae, l0 = copy.deepcopy(sae), self.state["results"]["MSE"][i]["l0"]
-        if sae.kind == "batchtopk":
-            sae.k = l0
+        if sae.kind == "batchtopk" and abs(l0 - sae.k) > 0.05 * sae.k:
+            sae.k = l0  # of a published SAE with a threshold from elsewhere: what it has here
         if sae.kind != "relu":
             sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
@@ -1345,6 +1347,13 @@ class Run:
     def finish(self, phase: Phase) -> None:
         """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
         name, results = phase.name, self.state["results"]
+        if phase.trainees[0].sae.kind == "batchtopk" and phase.steps:
+            stop, few = self.n_mse if name == "MSE" else self.n, 65_536 // self.config.context + 1
+            tokens = self.stream.train(max(0, stop - few), min(few, stop)).to(self.device)
+            resid = collect(self.lm, tokens, self.config.layer)
+            x = resid[content(resid, self.lm.n_skip, phase.limit)]
+            for t in phase.trainees:
+                set_threshold(t, x)
         part = "before" if name == "MSE" else name
         if name == self.config.method[0] or self.n_mse == self.n:
             part = "."

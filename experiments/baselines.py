@@ -75,8 +75,7 @@ class LoRASAE(nn.Module):
         pre = pre.masked_fill(~keep[:, None], -torch.inf)
         f = activate(pre, *sae.select(pre.detach(), keep.sum()))
         x_hat = f @ sae.W_dec + self.decoder(f) + sae.b_dec
-        smallest = torch.where(f > 0, f, torch.inf).min()
-        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0), smallest)
+        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0))
 
     @torch.no_grad()
     def merged(self) -> SAE:

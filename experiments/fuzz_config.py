@@ -31,21 +31,75 @@ PYTHIA = {"model_type": "gpt_neox", **SIZES, "num_hidden_layers": 2, "layer_norm
 PYTHIA.update(hidden_act="gelu", use_parallel_residual=True, max_position_embeddings=64)
 CONFIGS = [  # both spellings of each family
     {**PYTHIA, "rotary_pct": 0.25, "rotary_emb_base": 10000, "tie_word_embeddings": False},
-    {**PYTHIA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    {"model_type": "gemma2", **GEMMA, **GEMMA_2, "query_pre_attn_scalar": 24, "rope_theta": 10000.0, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
-    {"model_type": "gemma2", **GEMMA, **GEMMA_2, "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    {"model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 7, "query_pre_attn_scalar": 168, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    {"model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": ROPES, "use_bidirectional_attention": False, "tie_word_embeddings": True},
+    {
+        **PYTHIA,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    {
+        "model_type": "gemma2",
+        **GEMMA,
+        **GEMMA_2,
+        "query_pre_attn_scalar": 24,
+        "rope_theta": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+    },
+    {
+        "model_type": "gemma2",
+        **GEMMA,
+        **GEMMA_2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    {
+        "model_type": "gemma3_text",
+        **GEMMA,
+        "num_hidden_layers": 7,
+        "query_pre_attn_scalar": 168,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window_pattern": 6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    {
+        "model_type": "gemma3_text",
+        **GEMMA,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": ROPES,
+        "use_bidirectional_attention": False,
+        "tie_word_embeddings": True,
+    },
 ]
 JUNK = [None, True, False, 0, 1, -1, 2, 2.5, 1e-9, float("nan"), float("inf"), 10**9, 2**31, 2**70]
-JUNK += ["", "x", "16", "gelu", "relu", "linear", "yarn", "full_attention", [], {}, [1], ["x"], {"x": 1}]
+JUNK += [
+    "",
+    "x",
+    "16",
+    "gelu",
+    "relu",
+    "linear",
+    "yarn",
+    "full_attention",
+    [],
+    {},
+    [1],
+    ["x"],
+    {"x": 1},
+]
 SECONDS = 20  # that one file may take
 LARGEST = 2_000_000  # parameters of a model that is run
 
 
 def places(value) -> list[tuple]:
     """Every (container, key) in a JSON value."""
-    keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+    keys = (
+        range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+    )
     return [(value, key) for key in keys] + [p for key in keys for p in places(value[key])]
 
 
@@ -59,9 +113,22 @@ def mutated(config: dict, rng: random.Random) -> dict:
         if kind == 0 or not isinstance(value, (int, float)) and kind < 3:
             container[key] = rng.choice(JUNK)
         elif kind == 1:
-            container[key] = rng.choice([value * 2, value + 1, value - 1, -value, value / 2, float(value), str(value), value * 7])
+            container[key] = rng.choice(
+                [
+                    value * 2,
+                    value + 1,
+                    value - 1,
+                    -value,
+                    value / 2,
+                    float(value),
+                    str(value),
+                    value * 7,
+                ]
+            )
         elif kind == 2:
-            other = rng.choice(rng.choice(CONFIGS + [GEMMA_2 | ROPES]).copy().popitem()[:1] + tuple(GEMMA))
+            other = rng.choice(
+                rng.choice(CONFIGS + [GEMMA_2 | ROPES]).copy().popitem()[:1] + tuple(GEMMA)
+            )
             container[key] = GEMMA.get(other, value)
         else:
             del container[key]
@@ -75,7 +142,9 @@ def mutated(config: dict, rng: random.Random) -> dict:
 def theirs(config: dict, folder: Path):
     """transformers' model of a config.json, with random weights, which are written beside it."""
     parsed = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(parsed, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        parsed, attn_implementation="eager"
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
@@ -142,7 +211,11 @@ def fuzz_configs(count: int = 3000, seed: int = 0) -> Counter:
             outcomes[result] += 1
             if result.startswith(("exception", "hang", "wrong", "not finite")):
                 keys = {*config, *base}
-                changed = {key: config.get(key, "dropped") for key in keys if config.get(key, "dropped") != base.get(key, "dropped")}
+                changed = {
+                    key: config.get(key, "dropped")
+                    for key in keys
+                    if config.get(key, "dropped") != base.get(key, "dropped")
+                }
                 print(f"{result}: {base['model_type']} with {changed}", flush=True)
     return outcomes
 
