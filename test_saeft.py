@@ -1,20 +1,38 @@
 """saeft against references that nobody here wrote: transformers, tokenizers, sentencepiece,
-safetensors, the real Hub client on a loopback server, torch's autograd in float64 and its Adam."""
+safetensors, the real Hub client on a loopback server, torch's autograd in float64 and its Adam.
+
+Whole runs come first and can be read as a tutorial; then the method and the models, the CUDA branch
+on simulated tensors, other people's SAEs, the page of features, and last what touches disk and
+network. Two variables add tests on real files: SAEFT_GEMMA3, a folder of Gemma 3 270M, and
+SAEFT_VOCABULARIES, one with gemma2/tokenizer.json and gemma3/tokenizer.json.
+"""
 
 import copy
+import fcntl
+import functools
 import gzip
 import hashlib
+import html
+import inspect
 import io
 import json
+import math
+import multiprocessing
 import os
+import pty
 import random
 import re
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,63 +44,755 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import model_loaders
 import saeft
-from experiments import baselines  # adds its methods to saeft.METHODS
-from model_loaders import TokenStream, documents, held_out
-from saeft import SAE, Acts, Config, SlicedKL, SparseAutoencode, Splice, UserError
+from experiments import baselines, convert, features, kills
+from model_loaders import TokenStream, UserError, documents, held_out
+from saeft import SAE, Config, Phase, SlicedKL, Trainee
 
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-# ---- Language models -------------------------------------------------------------------------
 
+# ---- Whole runs, from the command line -----------------------------------------------------------
+HERE = Path(saeft.__file__).parent
+SMALL = (
+    "--tokens 12k --kl-tokens 5k --eval-tokens 2k --context 64 --d-sae 64 --k 4 --batch 256"
+    " --kl-batch 2 --buffer 40 --warmup 5 --log-every 5"
+)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """A run sets handlers of signals and the precision of products; the next test finds neither."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision("highest")
+
+
+def command(line, out, methods=saeft.METHODS):
+    """saeft.py's exit status for a command line, with runs in `out`."""
+    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)], methods)
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def weights_of(folder):
+    return (folder / "sae_weights.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves(tmp_path, capsys):
+    assert command("--name a --method kl mse", tmp_path) == 0
+    out, err = capsys.readouterr()
+    folder = tmp_path / "a"
+    parts = [folder, folder / "before", folder / "mse"]  # after KL+MSE; of phase one; the control
+
+    # config.json: every setting, defaults and presets included.
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["k"] == [4] and settings["layer"] == 2 and settings["kl_tokens"] == 5_000
+
+    # metrics.jsonl: a line every --log-every steps, and at the end of each phase.
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = {
+        name: [m["step"] for m in lines if m["phase"] == name] for name in ("MSE", "kl", "mse")
+    }
+    assert steps == {
+        "MSE": [5, 10, 15, 20, 25, 27],
+        **dict.fromkeys(("kl", "mse"), [*range(5, 39, 5), 39]),
+    }
+    assert {line["phase"]: line["tokens"] for line in lines} == {
+        "MSE": 27 * 256,
+        "kl": 39 * 128,
+        "mse": 39 * 128,
+    }
+    for line in lines:
+        assert 0 < line["fvu"] < 2 and line["l0"] == pytest.approx(4, abs=0.01)
+        if line["phase"] == "kl":
+            assert line["beta"] * line["kl"] == pytest.approx(line["mse"], rel=1e-4)
+
+    # report.json: the settings again, and what each phase came to.
+    report = report_of(folder)
+    results = report["results"]
+    assert (
+        report["layer"] == 2
+        and report["seed"] == 0
+        and set(report["seconds"]) == {"MSE", "kl", "mse"}
+    )
+    assert report["ce_original"] < report["ce_final"] < report["ce_mse"] < report["ce_zero"]
+    assert report["gap_mse"] == pytest.approx(report["ce_mse"] - report["ce_original"])
+    assert report["gap_closed"] == pytest.approx(1 - report["gap_final"] / report["gap_mse"])
+    assert (
+        results["kl"]["ce"] == report["ce_final"] and results["mse"]["fvu"] < results["MSE"]["fvu"]
+    )
+
+    # The closing table shows them, and nothing went to stderr.
+    table = out.splitlines()[-6:]
+    assert [row.split("  ")[0] for row in table[1:]] == [
+        "original model",
+        "x replaced by 0",
+        "after MSE",
+        "after KL+MSE",
+        "after MSE alone, same tokens",
+    ]
+    assert (
+        f"{report['ce_final']:.4f}" in table[4]
+        and f"{report['gap_closed']:.1%}" in table[4]
+        and err == ""
+    )
+
+    # Three SAEs, in SAELens's layout, for raw activations; SAE.load reads them.
+    lm = saeft.load_lm("tiny")
+    tokens = torch.randint(200, (4, 64), generator=torch.Generator().manual_seed(0))
+    x = lm.prefix(tokens, 2).flatten(0, 1)
+    for part in parts:
+        tensors = safetensors.load_file(part / "sae_weights.safetensors")
+        cfg = json.loads((part / "cfg.json").read_text())
+        assert tensors["W_enc"].shape == (128, 64) and cfg["architecture"] == "topk"
+        assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+        x_hat, active = SAE.load(part)(x)
+        assert active.counts.sum() == 4 * len(x) and x_hat.shape == x.shape
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    saes = {
+        f"{part}{file}"
+        for part in ("", "before/", "mse/")
+        for file in ("cfg.json", "sae_weights.safetensors")
+    }
+    assert left == saes | {".saeft", "config.json", "metrics.jsonl", "report.json"}
+
+
+def test_the_same_seed_gives_the_same_run_whatever_is_logged_or_trained_beside_it(tmp_path):
+    dead = "--dead-after 1k"  # AuxK takes part
+    for name, line in {
+        "a": "--method kl",
+        "b": "--method mse kl --log-every 1 --checkpoint-minutes 0.001",
+        "k": "--method kl mse --k 8 4 --log-every 1000",
+        "other": "--method kl --seed 1",
+    }.items():
+        assert command(f"--name {name} {dead} {line}", tmp_path) == 0
+    a, b, k = tmp_path / "a", tmp_path / "b", tmp_path / "k"
+    assert weights_of(a / "before") == weights_of(b / "before") == weights_of(k / "k4" / "before")
+    assert weights_of(a) == weights_of(b / "kl") == weights_of(k / "k4")  # `b` and `k/k4` hold ...
+    assert weights_of(b) == weights_of(k / "k4" / "mse")  # ... the first of --method
+    assert (
+        report_of(a)["results"]["kl"]
+        == report_of(b)["results"]["kl"]
+        == report_of(k / "k4")["results"]["kl"]
+    )
+    assert report_of(k / "k8")["l0"] > 4 == report_of(a)["l0"]
+    assert weights_of(tmp_path / "other") != weights_of(a)
+
+
+def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
+    names = "kl lora-sae linear-adapter lora-lm"
+    assert command(f"--name all --rank 2 --method {names}", tmp_path, baselines.METHODS) == 0
+    together = report_of(tmp_path / "all")["results"]
+    for name in ("lora-sae", "lora-lm"):
+        line = f"--name {name} --rank 2 --method {name}"
+        assert command(line, tmp_path, baselines.METHODS) == 0
+        assert report_of(tmp_path / name)["results"][name] == together[name]
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "all" / name)
+    for name in names.split():  # and what it saves gives the figures that it reported
+        folder = tmp_path / "all" / ("" if name == "kl" else name)
+        lm, config = saeft.load_lm("tiny"), saeft.parse([*SMALL.split(), "--layer", "2"])
+        loaded = baselines.load(folder, lm, 2)
+        stream = model_loaders.TokenStream(
+            "tiny", model_loaders.load_tokenizer("tiny"), 64, 100, 2000
+        )
+        _, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], config)
+        stream.close()
+        expected = {key: together[name][key] for key in row}
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
+    assert command(f"--sae {kind} --name both", tmp_path) == 0
+    assert command(f"--sae {kind} --tokens 7k --kl-tokens 0 --name alone", tmp_path) == 0
+    assert command(f"--sae {kind} --kl-tokens 12k --name end", tmp_path) == 0
+    both, alone, end = (report_of(tmp_path / name) for name in ("both", "alone", "end"))
+    assert both["ce_final"] != both["ce_mse"] == alone["ce_mse"] and alone["gap_closed"] == 0
+    assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "both" / "before")
+    # End to end there is no phase one, and no gap to close a share of.
+    assert end["gap_closed"] is None and end["ce_final"] < end["results"]["MSE"]["ce"]
+    assert "at the random start" in capsys.readouterr().out
+    assert not (tmp_path / "end" / "before" / "cfg.json").exists()
+
+    # --start on a run's own before/ goes on as that run did: model, layer, data, K from the SAE.
+    before = tmp_path / "both" / "before"
+    line = ["--start", str(before), "--out", str(tmp_path), "--name", "again", "--method", "kl"]
+    small = "--kl-tokens 5k --eval-tokens 2k --kl-batch 2 --log-every 5"
+    assert saeft.main([*line, *small.split()]) == 0
+    again = report_of(tmp_path / "again")
+    for part in ("MSE", "kl"):
+        assert again["results"][part] == pytest.approx(both["results"][part], rel=2e-4)
+    assert "as loaded" in capsys.readouterr().out
+    a, b = SAE.load(tmp_path / "both"), SAE.load(tmp_path / "again")
+    for name, value in a.state_dict().items():
+        assert torch.allclose(value, b.state_dict()[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
+    line = "--sae batchtopk --k 4 16 --tokens 256k --kl-tokens 204800 --eval-tokens 25k --kl-batch 8 --method kl"
+    assert command(f"{line} --name x", tmp_path) == 0
+    for k in (4, 16):
+        results = report_of(tmp_path / "x" / f"k{k}")["results"]
+        assert {name: row["l0"] for name, row in results.items()} == pytest.approx(
+            dict.fromkeys(results, k), rel=0.05
+        )
+
+
+# ---- Mistakes: one line, status 2, and nothing is left behind ------------------------------------
+MISTAKES = {
+    "k 0": ("--k 0", "--k 0"),
+    "k above F": ("--k 65", "--k 65"),
+    "layer too high": ("--layer 6", "--layer 6: tiny has layers 0 to 5"),
+    "layer negative": ("--layer=-1", "--layer"),
+    "kl-tokens above tokens": ("--kl-tokens 50k", "--kl-tokens 50000"),
+    "kl-tokens below a step": ("--kl-tokens 100", "--kl-tokens 100"),
+    "batch above the tokens": ("--batch 50k", "--batch 50000"),
+    "kl-batch above the tokens": ("--kl-batch 100000", "--kl-tokens 5000"),
+    "no number": ("--tokens 5x", "5x"),
+    "half a token": ("--tokens 1.5", "1.5"),
+    "no tokens": ("--tokens 0", "--tokens 0"),
+    "infinite": ("--tokens inf", "inf"),
+    "unknown kind": ("--sae cubic", "cubic"),
+    "unknown method": ("--method kl+x", "kl+x"),
+    "unknown flag": ("--colour red", "--colour"),
+    "shortened flag": ("--overw", "--overw"),
+    "unknown dtype": ("--dtype int8", "int8"),
+    "no such card": ("--device cuda:99", "--device cuda:99"),
+    "no device": ("--device nonsense", "--device nonsense"),
+    "no model": ("--model pythia-161m", "pythia-161m"),
+    "no data": ("--data /nowhere/at/all", "/nowhere/at/all"),
+    "empty data": ("--data=", "--data"),
+    "more than there is": ("--tokens 90M", "90,000,000"),
+    "batch 0": ("--batch 0", "--batch 0"),
+    "buffer 0": ("--buffer 0", "--buffer 0"),
+    "context 1": ("--context 1", "--context 1"),
+    "context beyond the model": ("--context 4k", "--context 4000"),
+    "context 1e9": ("--context 1e9", "--context 1000000000"),
+    "lr nan": ("--lr nan", "--lr nan"),
+    "lr negative": ("--lr=-1", "--lr -1"),
+    "kl-lr negative": ("--kl-lr=-1", "--kl-lr -1"),
+    "l1 negative": ("--l1=-5", "--l1 -5"),
+    "seed 1e30": ("--seed 1e30", "--seed"),
+    "d-sae 1e15": ("--d-sae 1e15", "--d-sae"),
+    "dead-after 1e30": ("--dead-after 1e30", "--dead-after"),
+    "everything a sink": ("--sink-norm 0.001", "--sink-norm"),
+    "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
+    "rate too high": ("--lr 1e18", "not finite"),
+    "no such user": ("--data=~nosuchuser/x", "nosuchuser"),
+    "no SAE": ("--start /nowhere", "/nowhere"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("line, words", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, line, words):
+    assert command(f"{line} --name x", tmp_path / "runs") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("saeft: ") and len(error) < 600
+    assert words in error
+    assert not list(tmp_path.rglob("*x*"))
+
+
+OUTS = {
+    "parent of --out": "..",
+    "--out itself": ".",
+    "nothing": "",
+    "absolute": "/tmp/x",
+    "nested": "a/b",
+    "name too long": "n" * 300,
+}
+
+
+@pytest.mark.parametrize("name", OUTS.values(), ids=OUTS)
+def test_names_that_are_no_folder_of_out_are_refused(tmp_path, capsys, name):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "thesis.txt").write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        line = [*SMALL.split(), "--out", str(tmp_path / "runs"), f"--name={name}", *flags]
+        assert saeft.main(line) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and "loading the model" not in out
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "thesis.txt"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "dangling", "/proc/nothing"])
+def test_an_out_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, out):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "x")
+    assert command("--name x", tmp_path / out) == 2
+    printed, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "cannot write" in err and "loading the model" not in printed
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_tilde_in_out_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("--name x", "~/my runs".replace(" ", "-")) == 0
+    assert (tmp_path / "my-runs" / "x" / "report.json").exists()
+
+
+def model_folder(folder, **changes):
+    """A copy of the embedded model, with other settings in its config.json."""
+    shutil.copytree(model_loaders.TINY, folder, ignore=shutil.ignore_patterns("text*"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    change(tensors)
+    safetensors.save_file(tensors, path, {"format": "pt"})
+
+
+def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
+    small = model_folder(tmp_path / "fewer-rows", vocab_size=1000)
+
+    def cut(tensors):
+        for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name][:1000].clone()
+
+    edit_weights(small, cut)
+    short = model_folder(tmp_path / "short", max_position_embeddings=32)
+    bad = {}
+    for value in ("nan", "inf"):
+        bad[value] = model_folder(tmp_path / value)
+        name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+        edit_weights(bad[value], lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
+    for folder, words in [
+        (small, ["ids", "1000"]),
+        (short, ["--context 64", "32"]),
+        *((f, ["layers.1.mlp.dense_h_to_4h.weight", "not finite"]) for f in bad.values()),
+    ]:
+        line = f"--model {folder} --data tiny --layer 2 --method kl --name x"
+        assert command(line, tmp_path / "runs") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and all(word in err for word in words), err
+        assert not (tmp_path / "runs" / "x").exists()
+
+
+# ---- No file lost --------------------------------------------------------------------------------
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
+    model_folder(tmp_path / "model")  # has a config.json, as a run has
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "report.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    before = snapshot(tmp_path)
+    for name in ("model", "project", "link"):
+        for flags in ("", "--overwrite", "--resume"):
+            assert command(f"--name {name} {flags}", tmp_path) == 2
+            assert "no run's folder" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, capsys):
+    assert command("--k 4 8 --name x --method kl mse", tmp_path) == 0
+    folder = tmp_path / "x"
+    mine = [folder / "notes.txt", folder / "before" / "model.bin", folder / "k8" / "plot.png"]
+    mine += [folder / "k16" / "thesis.tex", folder / "data" / "metrics.jsonl", folder / ".hidden"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = snapshot(folder)
+    assert command("--k 4 8 --name x", tmp_path) == 2
+    assert "--overwrite" in capsys.readouterr().err and snapshot(folder) == before
+
+    # A run that fails before it has something leaves the old one as it was.
+    for line in (
+        "--overwrite --tokens 90M",
+        "--overwrite --data /nowhere",
+        "--overwrite --lr 1e18",
+    ):
+        assert command(f"--k 4 8 --name x {line}", tmp_path) == 2
+        assert snapshot(folder) == before, line
+    capsys.readouterr()
+
+    # One that succeeds takes its place: nothing of the old run is left, all of the user's is.
+    assert command("--name x --overwrite --seed 1", tmp_path) == 0
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+    left = {str(path.relative_to(folder)) for path in snapshot(folder)} - {
+        str(m.relative_to(folder)) for m in mine
+    }
+    assert (
+        not [name for name in left if name.startswith(("k4", "k8"))]
+        and report_of(folder)["seed"] == 1
+    )
+
+
+def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, capsys, monkeypatch):
+    assert command("--name whole --method kl mse", tmp_path) == 0
+    assert command("--name x --kl-lr 1e18", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "loss of kl" in err and err.count("\n") == 1
+    before = weights_of(tmp_path / "whole" / "before")
+    assert weights_of(tmp_path / "x" / "before") == before
+    assert not (tmp_path / "x" / "cfg.json").exists()  # no SAE that was not finished
+
+    # The disk is full in the second method: the SAEs of phase one and of the first stay.
+    log = model_loaders.RunFolder.log
+
+    def full(self, lines):
+        if any('"phase": "mse"' in line for line in lines):
+            raise UserError("cannot write metrics.jsonl (No space left on device)")
+        log(self, lines)
+
+    monkeypatch.setattr(model_loaders.RunFolder, "log", full)
+    assert command("--name y --method kl mse", tmp_path) == 2
+    assert weights_of(tmp_path / "y" / "before") == before
+    assert weights_of(tmp_path / "y") == weights_of(tmp_path / "whole")
+    assert command("--name y --method kl mse", tmp_path) == 2
+    assert "--resume" in capsys.readouterr().err  # and says how to go on
+    monkeypatch.undo()
+    assert command("--name y --method kl mse --resume", tmp_path) == 0
+    assert kills.differences(tmp_path / "whole", tmp_path / "y") == []
+
+
+def test_a_folder_deleted_under_a_run_is_one_line(tmp_path, capsys, monkeypatch):
+    log = model_loaders.RunFolder.log
+
+    def deleted(self, lines):
+        shutil.rmtree(self.path, ignore_errors=True)
+        log(self, lines)
+
+    monkeypatch.setattr(model_loaders.RunFolder, "log", deleted)
+    assert command("--name x", tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- No work lost --------------------------------------------------------------------------------
+def test_killed_runs_that_are_resumed_end_byte_equal(tmp_path):
+    line, draw = "--k 4 8 --method kl mse", random.Random(0)
+    seconds = kills.undisturbed(line, tmp_path / "whole")
+    phases = []
+    while len(phases) < 3:
+        folder = tmp_path / f"killed{len(phases)}"
+        phases += kills.trial(line, folder, seconds, 3, draw)
+        assert kills.differences(tmp_path / "whole", folder) == []
+
+
+def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
+    # Stopped by a signal in phase one, at step 7 ...
+    after_step = saeft.Run.after_step
+
+    def stop(self, phase, figures):
+        if phase.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, phase, figures)
+
+    monkeypatch.setattr(saeft.Run, "after_step", stop)
+    assert command("--name x", tmp_path) == 143
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "SIGTERM" in err and "--resume" in err
+    monkeypatch.undo()
+    before = snapshot(tmp_path / "x")
+    # ... the same command says that it is there, another one that it is another, and a file that
+    # is damaged that it is.
+    for line, words in {
+        "": "unfinished run",
+        "--resume --kl-lr 1e-3": "--kl-lr was 0.0015",
+        "--resume --seed 5": "--seed was 0",
+    }.items():
+        assert command(f"--name x {line}", tmp_path) == 2
+        assert words in capsys.readouterr().err and snapshot(tmp_path / "x") == before
+    checkpoint = tmp_path / "x" / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:5000])
+    assert command("--name x --resume", tmp_path) == 2
+    assert "checkpoint.pt" in capsys.readouterr().err
+    checkpoint.write_bytes(whole)
+    assert command("--name x --resume", tmp_path) == 0
+    assert command("--name y", tmp_path) == 0
+    assert kills.differences(tmp_path / "x", tmp_path / "y") == []
+
+
+def test_a_kill_after_the_first_report_can_be_resumed(tmp_path, monkeypatch):
+    def stop(self, i):
+        report(self, i)
+        raise KeyboardInterrupt  # as if killed
+
+    report = saeft.Run.report
+    monkeypatch.setattr(saeft.Run, "report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        command("--name x --k 4 8 --method kl", tmp_path)
+    monkeypatch.undo()
+    assert command("--name x --k 4 8 --method kl --resume", tmp_path) == 0
+    assert report_of(tmp_path / "x" / "k8")["l0"] > 4
+    assert not (tmp_path / "x" / "checkpoint.pt").exists()
+
+
+# ---- Signals and streams, in processes of their own ----------------------------------------------
+def spawn(line, cwd, **options):
+    """saeft.py in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    words = [sys.executable, str(HERE / "saeft.py"), *SMALL.split(), *line.split()]
+    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+
+
+def wait_for(path, process, text=""):
+    """Until a file has a text, or the process has ended."""
+    while process.poll() is None and not (path.exists() and text in path.read_text()):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+
+
+LONG_RUN = "--kl-tokens 4k --tokens 1.6M --log-every 1"  # longer than any test waits
+
+
+def test_ctrl_c_and_sigterm_end_in_a_checkpoint_and_one_line(tmp_path):
+    """And meanwhile the folder is that process's; and a closed stdout ends nothing."""
+    for number, status in [(signal.SIGINT, 130), (signal.SIGTERM, 143)]:
+        name = f"x{status}"
+        process = spawn(f"{LONG_RUN} --name {name} --out {tmp_path}", tmp_path)
+        process.stdout.close()
+        wait_for(tmp_path / name / "metrics.jsonl", process, '"step": 3,')
+        if number == signal.SIGINT:
+            with pytest.raises(UserError, match="in use"):
+                model_loaders.RunFolder(tmp_path / name, []).take(False, True)
+        process.send_signal(number)
+        err = process.stderr.read().decode()
+        assert process.wait(60) == status
+        assert err.count("\n") == 1 and number.name in err and "--resume" in err
+        assert (tmp_path / name / "checkpoint.pt").exists()
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    process = spawn(f"{LONG_RUN} --out {tmp_path}", tmp_path)
+    while not re.search(r"torch", Path(f"/proc/{process.pid}/maps").read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b"" and not list(tmp_path.iterdir())
+
+
+def test_an_ascii_locale_shows_other_names_escaped(tmp_path):
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    process = spawn("--name größe-κ --out .", tmp_path, env=env)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, b"")
+    assert rb"gr\udc" in out and (tmp_path / "größe-κ" / "report.json").exists()
+    assert b"\r" not in out and b"\033" not in out  # through a pipe: plain lines
+    assert max(map(len, out.decode().splitlines())) <= 100
+
+
+def test_on_a_terminal_of_80_columns_no_line_is_wider(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {"COLUMNS": "", "TERM": "xterm", "PYTHONIOENCODING": ""}
+    process = spawn("--k 4 8", tmp_path, env=env, stdout=theirs, stderr=theirs)  # default name
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # so ends a terminal on Linux
+            break
+        shown += part
+        if not part:
+            break
+    os.close(ours)
+    assert process.wait(60) == 0
+    text = re.sub(r"\033\[[0-9;]*[A-Za-z]", "", shown.decode())
+    lines = re.split(r"[\r\n]+", text)
+    assert [line for line in lines if len(line) > 80] == []
+    progress = [line for line in lines if line.startswith(("MSE", "kl"))]
+    assert len(progress) > 10 and all("left" in line for line in progress)
+    assert next(filter(None, lines)).startswith("saeft: topk SAE of 64 latents, K 4, 8")
+
+
+def test_no_network_and_nothing_cached_ends_in_one_helpful_line(tmp_path):
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    process = spawn("--model pythia-160m --d-sae 128", tmp_path, env=env)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and out == b"" and err.count(b"\n") == 1
+    assert b"EleutherAI/pythia-160m" in err and b"--model tiny" in err
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+    ]
+    words += [
+        "127.0.0.1",
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
+    words += [
+        str(HERE / "saeft.py"),
+        *SMALL.split(),
+        "--out",
+        str(tmp_path),
+        "--checkpoint-minutes",
+        "0",
+    ]
+
+    def start(flags):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen([*words, *flags.split()], env=env, start_new_session=True, **pipes)
+
+    process = start("--name killed --method kl")
+    wait_for(tmp_path / "killed" / "metrics.jsonl", process, '"phase": "kl"')
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # in sessions of their own
+    process.communicate()
+    resumed = start("--name killed --method kl --resume")
+    out, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, out.decode()
+    assert out.decode().count("original model") == 1  # one process speaks
+    whole = start("--name whole --method kl")
+    out, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, out.decode()
+    assert kills.differences(tmp_path / "whole", tmp_path / "killed") == []
+    report = report_of(tmp_path / "whole")
+    assert report["gap_final"] < report["gap_mse"]
+
+
+# ---- An example to check by hand -----------------------------------------------------------------
+# 2 latents, 3 tokens, D = 2: encoder and decoder are the identity, biases 0, and K = 1.
+
+
+def hand_sae(**changes):
+    sae = SAE(2, 2, 1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.eye(2))
+    return sae
+
+
+HAND_X = torch.tensor([[3.0, 1.0], [1.0, 2.0], [-1.0, -1.0]])
+
+
+def test_by_hand_the_sae():
+    x_hat, active = hand_sae()(HAND_X)
+    # Each token keeps its largest positive latent; the third has none.
+    assert x_hat.tolist() == [[3, 0], [0, 2], [0, 0]]
+    assert hand_sae().encode(HAND_X).tolist() == [[3, 0], [0, 2], [0, 0]]
+    assert active.counts.tolist() == [1, 1] and active.sums.tolist() == [3, 2]
+    # Squared errors are 1, 1 and 2. The mean of x is (1, 2/3), the squares around it sum to 38/3.
+    assert (HAND_X - x_hat).pow(2).sum(-1).tolist() == [1, 1, 2]
+
+
+def test_by_hand_beta_and_kl():
+    # p = (1/2, 1/2), q = (3/4, 1/4): KL = log(1/2) - (log(3/4) + log(1/4)) / 2 = log(4/3) / 2.
+    identity = SimpleNamespace(
+        W_U=torch.eye(2), logit_cap=None, kl_and_gradient=saeft.kl_and_gradient
+    )
+    identity.final_norm = identity.unembed = lambda x: x
+    p, q = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
+    (kl,) = SlicedKL.apply(identity, torch.ones(1), p, q)
+    assert kl.item() == pytest.approx(math.log(4 / 3) / 2)
+    (gradient,) = torch.autograd.grad(kl, q)
+    assert gradient.tolist() == [pytest.approx([0.25, -0.25])]  # q - p
+
+
+def test_by_hand_a_step_of_phase_one():
+    # One step on the three tokens, rate 0.1. The loss is (1 + 1 + 2) / 3. Of W_dec[0] the gradient
+    # is -2/3 f e = -2/3 * 3 * (0, 1) = (0, -2); nothing of it lies along (1, 0). All gradients
+    # together have a norm above 1; Adam's first step is the rate times the sign.
+    sae = hand_sae()
+    buffer = SimpleNamespace(next_batch=lambda n: HAND_X, state_dict=dict)
+    phase = Phase(
+        "MSE", [Trainee(sae, None, "mse", decay=0.0)], 1, torch.tensor(9.0), buffer=buffer
+    )
+    seen = []
+    config = Config(lr=0.1, warmup=0, batch=3)
+    saeft.train_mse(phase, config, lambda phase, figures: seen.extend(figures))
+    assert seen[0]["loss"].item() == pytest.approx(4 / 3) and seen[0]["l0"].item() == pytest.approx(
+        2 / 3
+    )
+    assert seen[0]["fvu"].item() == pytest.approx(4 / (38 / 3))
+    expected = torch.tensor([[1.0, 0.1], [0.1, 1.0]])
+    assert torch.allclose(sae.W_dec.data, F.normalize(expected, dim=-1), atol=1e-6)
+
+
+# ---- Language models -----------------------------------------------------------------------------
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_attention_heads=4)
-NEOX = SIZES | dict(num_hidden_layers=3, rotary_pct=0.25, rotary_emb_base=10000)
-GEMMA = SIZES | dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=16, sliding_window=8)
-GEMMA |= dict(query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
-FAMILIES = {"pythia": ("GPTNeoX", NEOX), "gemma": ("Gemma2", GEMMA)}
+NEOX = {**SIZES, "num_hidden_layers": 3}
+GEMMA = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+GEMMA_2 = {**GEMMA, "num_hidden_layers": 4, "query_pre_attn_scalar": 24}
+GEMMA_2.update(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+GEMMA_3 = {**GEMMA, "num_hidden_layers": 7, "query_pre_attn_scalar": 168}
+FAMILIES = {
+    "pythia": ("GPTNeoX", "GPTNeoXConfig", NEOX),
+    "gemma2": ("Gemma2", "Gemma2Config", GEMMA_2),
+    "gemma3": ("Gemma3", "Gemma3TextConfig", GEMMA_3),
+}
 TOKENS = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
 def reference(family, **changes):
     """A model of transformers, every parameter random: no bias is 0, no norm's weight 1."""
-    kind, settings = FAMILIES[family]
-    config = getattr(transformers, kind + "Config")(
-        **settings | changes, attn_implementation="eager"
-    )
+    name, config, settings = FAMILIES[family]
+    config = getattr(transformers, config)(**{**settings, **changes}, attn_implementation="eager")
     torch.manual_seed(0)
-    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
-    for p in model.parameters():  # Gemma's are large, so that scores and logits reach the soft caps
-        gain = (3 if family == "gemma" else 1) * p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
-        p.data = p.data * (p.dim() == 1) + gain * torch.randn_like(p)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    randomise(model, 3 if family == "gemma2" else 1)  # so that it reaches the soft caps
     return model
+
+
+def randomise(model, gain=1):
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data = gain * p.shape[-1] ** -0.5 * torch.randn_like(p)
+        else:
+            p.data += 0.3 * torch.randn_like(p)
 
 
 def edit(folder, tensors=lambda t: t, drop=(), **changes):
     """Rewrites what save_pretrained wrote: a function of the tensors; keys of config.json."""
     path, weights = folder / "config.json", folder / "model.safetensors"
-    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop} | changes
-    path.write_text(json.dumps(config))
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
+    path.write_text(json.dumps({**config, **changes}))
     safetensors.save_file(tensors(safetensors.load_file(weights)), weights, {"format": "pt"})
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(params=FAMILIES)
 def lm(request, tmp_path):
     reference(request.param).save_pretrained(tmp_path)
-    model = saeft.load_lm(str(tmp_path))
-    assert model.n_skip == (request.param == "gemma")  # its <bos> counts nowhere
-    return model
+    return saeft.load_lm(str(tmp_path))
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -96,7 +806,8 @@ def assert_close(ours, theirs, tolerance=1e-5):
 def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
     """Logits and each block's resid_post equal transformers'; prefix and suffix make the whole."""
     ours, theirs = saeft.load_lm(str(folder), **load), model(tokens, output_hidden_states=True)
-    assert_close(logits := ours(tokens), theirs.logits, tolerance)
+    logits = ours(tokens)
+    assert_close(logits, theirs.logits, tolerance)
     hidden = theirs.hidden_states[1:-1]
     assert len(hidden) == len(ours.blocks) - 1
     for layer, block in enumerate([*hidden, None]):
@@ -106,83 +817,303 @@ def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
             assert_close(resid, block, tolerance)
 
 
+def rope(theta, **more):
+    return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
 PYTHIA_160M = dict(vocab_size=50304, hidden_size=768, intermediate_size=3072)
-PYTHIA_160M |= dict(num_hidden_layers=12, num_attention_heads=12)
-VARIANTS = [("pythia", {"use_parallel_residual": False}), ("pythia", {"tie_word_embeddings": True})]
-VARIANTS += [("pythia", {"rotary_pct": share}) for share in (0.25, 0.5, 1.0)]
-VARIANTS += [("pythia", {"rotary_pct": 1.0, "rotary_emb_base": 100}), ("pythia", PYTHIA_160M)]
-VARIANTS += [("gemma", {}), ("gemma", {"num_key_value_heads": 1, "rope_theta": 100.0})]
-VARIANTS += [("gemma", {"attn_logit_softcapping": None, "final_logit_softcapping": None})]
+PYTHIA_160M.update(num_hidden_layers=12, num_attention_heads=12)
+VARIANTS = {
+    "pythia": ("pythia", {}),
+    "pythia-sequential": ("pythia", {"use_parallel_residual": False}),
+    "pythia-tied": ("pythia", {"tie_word_embeddings": True}),
+    "pythia-rotary-half": ("pythia", {"rope_parameters": rope(1e4, partial_rotary_factor=0.5)}),
+    "pythia-rotary-all": ("pythia", {"rope_parameters": rope(100.0, partial_rotary_factor=1.0)}),
+    "pythia-linear": ("pythia", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0}}),
+    "pythia-160m": ("pythia", PYTHIA_160M),
+    "gemma2": ("gemma2", {}),
+    "gemma2-one-key-head": ("gemma2", {"num_key_value_heads": 1, "rope_parameters": rope(100.0)}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-all-full": ("gemma2", {"layer_types": ["full_attention"] * 4}),
+    "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
+    "gemma2-linear": ("gemma2", {"rope_parameters": LINEAR}),
+    "gemma3": ("gemma3", {}),
+    "gemma3-one-key-head": ("gemma3", {"num_key_value_heads": 1, "sliding_window": 4}),
+    "gemma3-alternating": (
+        "gemma3",
+        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "gemma3-bases": (
+        "gemma3",
+        {"rope_parameters": {"full_attention": rope(500.0), "sliding_attention": rope(50.0)}},
+    ),
+    "gemma3-linear": (
+        "gemma3",
+        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": rope(1e4)}},
+    ),
+}
 
 
-@pytest.mark.parametrize("family, changes", VARIANTS)
-def test_logits(family, changes, tmp_path):
+@pytest.mark.parametrize("family, changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_and_hidden_states(family, changes, tmp_path):
     model = reference(family, **changes)
     model.save_pretrained(tmp_path)
     compare(model, tmp_path)
-    if "rotary_pct" in changes:  # both spellings, whatever this version of transformers writes
-        old = {key: (NEOX | changes)[key] for key in ("rotary_pct", "rotary_emb_base")}
-        rope = dict(zip(("partial_rotary_factor", "rope_theta"), old.values()))
-        edit(tmp_path, drop=["rope_parameters"], **old)
-        compare(model, tmp_path)
-        edit(tmp_path, drop=old, rope_parameters=rope | {"rope_type": "default"})
-        compare(model, tmp_path)
+
+
+OLD_SPELLINGS = {  # of the settings of VARIANTS: what older config.json files say instead
+    "pythia-rotary-half": {"rotary_pct": 0.5, "rotary_emb_base": 10000},
+    "pythia-rotary-all": {"rotary_pct": 1.0, "rotary_emb_base": 100},
+    "gemma2": {"rope_theta": 10000.0},
+    "gemma2-one-key-head": {"rope_theta": 100.0},
+    "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    "gemma3-bases": {"rope_theta": 500.0, "rope_local_base_freq": 50, "rope_scaling": None},
+    "gemma3-linear": {
+        "rope_theta": 1e4,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
+def test_older_spellings_of_rotary_settings_and_layer_types(name, tmp_path):
+    family, changes = VARIANTS[name]
+    model = reference(family, **changes)
+    model.save_pretrained(tmp_path)
+    drop = ["rope_parameters", "layer_types", "_sliding_window_pattern"]
+    edit(tmp_path, drop=drop, **OLD_SPELLINGS[name])
+    compare(model, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+def test_gemma_3_with_vision(prefix, tmp_path):
+    """The text part stands under text_config and a prefix; what sees is left alone."""
+    model = reference("gemma3")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    seen = "model." if prefix.startswith("model") else ""
+
+    def nested(tensors):
+        names = {name: prefix + name.removeprefix(seen) for name in tensors}
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        tensors[f"{seen}vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(
+            3, 3
+        )
+        tensors[f"{seen}multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(5)
+        return tensors
+
+    drop = [key for key in config if key not in ("architectures", "dtype", "transformers_version")]
+    edit(
+        tmp_path,
+        nested,
+        drop,
+        model_type="gemma3",
+        text_config=config,
+        vision_config={"hidden_size": 8},
+    )
+    compare(model, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_in_the_file_is_used_as_transformers_uses_it(family, tied, tmp_path):
+    """A head that differs from the embedding: without tying it unembeds; with tying it does not."""
+    reference(family, tie_word_embeddings=False).save_pretrained(tmp_path)
+    edit(tmp_path, tie_word_embeddings=tied)
+    name = FAMILIES[family][0]
+    loader = getattr(transformers, f"{name}ForCausalLM")
+    compare(loader.from_pretrained(tmp_path, attn_implementation="eager"), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_logits_from_files(family, dtype, sharded, tmp_path):
-    model = reference(family)
-    for p in model.parameters():
-        p.data = p.data.to(dtype).float()
-    size = "20KB" if sharded else "1GB"
-    copy.deepcopy(model).to(dtype).save_pretrained(tmp_path, max_shard_size=size)
-    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
-    compare(model, tmp_path)
-    if dtype == torch.bfloat16:  # computing in it, too
-        compare(model, tmp_path, dtype=dtype, tolerance=0.3)
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_logits_from_files_of_each_dtype(family, sharded, tmp_path):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model, folder = reference(family), tmp_path / str(dtype)
+        for p in model.parameters():
+            p.data = p.data.to(dtype).float()
+        size = "20KB" if sharded else "1GB"
+        copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=size)
+        assert (folder / "model.safetensors.index.json").exists() == sharded
+        compare(model, folder)
+        if dtype == torch.bfloat16:  # computing in it, too
+            compare(model, folder, dtype=dtype, tolerance=0.3)
 
 
-NORM, OLD = "gpt_neox.final_layer_norm.bias", "gpt_neox.layers.1.attention."
-BUFFERS = {OLD + "bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
-BUFFERS |= {OLD + "masked_bias": torch.tensor(-1e9), OLD + "rotary_emb.inv_freq": torch.ones(1)}
+NORM = "gpt_neox.final_layer_norm.bias"
+OLD_BUFFERS = {
+    "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9),
+    "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(1),
+}
 WRONG_TENSORS = {
     "Missing": lambda tensors: {k: v for k, v in tensors.items() if k != NORM},
-    "Unexpected": lambda tensors: tensors | {NORM + "es": torch.ones(2)},
-    "size mismatch": lambda tensors: tensors | {NORM: torch.ones(33)},
+    "Unexpected": lambda tensors: {**tensors, f"{NORM}es": torch.ones(2)},
+    "size mismatch": lambda tensors: {**tensors, NORM: torch.ones(33)},
+    "not finite": lambda tensors: {**tensors, NORM: tensors[NORM] / 0},
+    "not  finite": lambda tensors: {**tensors, NORM: tensors[NORM] * torch.nan},
 }
 
 
 @pytest.mark.parametrize("problem", WRONG_TENSORS)
 def test_wrong_tensors_are_named_and_old_buffers_ignored(problem, tmp_path):
     reference("pythia").save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: tensors | BUFFERS)
+    edit(tmp_path, lambda tensors: {**tensors, **OLD_BUFFERS})
     compare(reference("pythia"), tmp_path)
     edit(tmp_path, WRONG_TENSORS[problem])
-    with pytest.raises(UserError, match=rf"{problem}[^\]]*{NORM}"):
+    with pytest.raises(UserError, match=NORM) as error:
         saeft.load_lm(str(tmp_path))
+    message = str(error.value)
+    assert " ".join(problem.split()) in message and len(message) < 500 and "\n" not in message
 
 
-WRONG_CONFIGS = {"llama": {"model_type": "llama"}, "hidden_act.*relu": {"hidden_act": "relu"}}
-WRONG_CONFIGS["yarn"] = {"rope_parameters": {"rope_type": "yarn"}}
-WRONG_CONFIGS["linear"] = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}
+def test_weights_too_large_for_the_dtype_are_named(tmp_path):
+    reference("pythia").save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: {**tensors, NORM: tensors[NORM] * 1e6})
+    saeft.load_lm(str(tmp_path))
+    with pytest.raises(UserError, match=NORM):
+        saeft.load_lm(str(tmp_path), dtype=torch.float16)
 
 
-def test_unknown_settings_are_named():
-    config = reference("pythia").config.to_dict()
-    saeft.build_lm(config)
-    for message, changes in WRONG_CONFIGS.items():
-        with pytest.raises(UserError, match=message):
-            saeft.build_lm(config | changes)
+GEMMA_3_FOLDER = os.environ.get("SAEFT_GEMMA3", "/nowhere")
+
+
+@pytest.mark.skipif(not os.path.isdir(GEMMA_3_FOLDER), reason="SAEFT_GEMMA3 names no folder")
+def test_gemma_3_270m_itself():
+    text = Path(saeft.__file__).with_name("README.md").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(GEMMA_3_FOLDER)
+    tokens = torch.tensor(tokenizer(text)["input_ids"][:1024])[None]
+    assert tokens.shape == (1, 1024) and tokens[0, 0] == 2
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(GEMMA_3_FOLDER, **options)
+    compare(model, Path(GEMMA_3_FOLDER), tokens)
+
+
+BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and shows the value
+    ("pythia", "model_type", ["llama", "gpt2", None, 5, ["gpt_neox"]]),
+    ("pythia", "hidden_size", [None, "32", -32, 0, 32.5, 2**40, [32], True]),
+    ("pythia", "num_hidden_layers", [0, -1, 2.5, "3", 10**9, 2**70, None]),
+    ("pythia", "num_attention_heads", [0, -4, "4"]),
+    ("pythia", "vocab_size", [0, -5, "96", 1.5]),
+    ("pythia", "intermediate_size", [0, -1, {"x": 1}]),
+    ("pythia", "rotary_pct", [-0.25, "0.25", float("inf")]),
+    ("pythia", "rotary_emb_base", ["16", -1, 0]),
+    ("pythia", "layer_norm_eps", ["1e-5", -1, True]),
+    ("pythia", "hidden_act", ["relu", None, 3]),
+    ("pythia", "use_parallel_residual", ["yes", 2, ["x"]]),
+    ("pythia", "tie_word_embeddings", ["no", 7]),
+    ("pythia", "rope_parameters", ["x", 5, [1]]),
+    ("pythia", "rope_scaling", ["x", 5]),
+    ("pythia", "max_position_embeddings", [0, "2048", -1]),
+    ("gemma2", "head_dim", [0, "16"]),
+    ("gemma2", "num_key_value_heads", [0, None, "2"]),
+    ("gemma2", "attn_logit_softcapping", ["50", 0, -5, [50]]),
+    ("gemma2", "final_logit_softcapping", ["30", 0, -5, {"x": 1}]),
+    ("gemma2", "query_pre_attn_scalar", [0, -24, "24"]),
+    ("gemma2", "sliding_window", [0, -8, "8", 2.5]),
+    ("gemma2", "layer_types", [["x"] * 4, "full_attention", 5]),
+    ("gemma2", "hidden_activation", ["gelu", "silu", None]),
+    ("gemma2", "rms_norm_eps", ["x", -1]),
+    ("gemma3", "use_bidirectional_attention", [True, "x"]),
+    ("gemma3", "sliding_window_pattern", [0, -6, "6"]),
+    ("gemma3", "rope_local_base_freq", [0, "x"]),
+]
+BAD_TOGETHER = [  # each value could be right, not beside the others: UserError, one line
+    ("pythia", {"num_attention_heads": 3}),
+    ("pythia", {"num_attention_heads": 64}),
+    ("pythia", {"rotary_pct": 7}),
+    ("pythia", {"rope_parameters": {"rope_type": "yarn"}}),
+    ("pythia", {"rope_parameters": {"rope_theta": "x"}}),
+    ("pythia", {"rope_scaling": {"type": "dynamic", "factor": 2}}),
+    ("pythia", {"rope_scaling": {"type": "linear"}}),
+    ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": rope(1e4)}),
+    ("gemma2", {"head_dim": 7}),
+    ("gemma2", {"num_key_value_heads": 3}),
+    ("gemma2", {"num_key_value_heads": 8}),
+    ("gemma2", {"layer_types": ["full_attention"]}),
+    ("gemma3", {"rope_parameters": {"full_attention": "x"}}),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}),
+]
+AS_OLD_FILES_SAY = {
+    "pythia": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
+    "gemma2": {"rope_theta": 1e4},
+    "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """A config.json of each family, in the older spelling, as Python reads it."""
+    found = {}
+    for family in FAMILIES:
+        _, config, settings = FAMILIES[family]
+        config = json.loads(
+            getattr(transformers, config)(**settings).to_json_string(use_diff=False)
+        )
+        for key in ("rope_parameters", "layer_types"):
+            config.pop(key, None)
+        found[family] = {**config, **AS_OLD_FILES_SAY[family]}
+        saeft.build_lm(found[family])
+    return found
+
+
+def refusal(config):
+    """The one line with which a config.json is refused."""
+    with pytest.raises(UserError) as error:
+        saeft.build_lm(config)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "family, key, values", BAD_CONFIGS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_a_bad_setting_is_named(configs, family, key, values):
+    for value in values:
+        message = refusal({**configs[family], key: value})
+        shown = str(value[0] if isinstance(value, list) else value)
+        assert key in message and (shown in message or isinstance(value, dict)), message
+
+
+@pytest.mark.parametrize(
+    "family, changes", BAD_TOGETHER, ids=lambda x: x if isinstance(x, str) else str(x)[:60]
+)
+def test_settings_that_do_not_fit_each_other_are_refused(configs, family, changes):
+    assert "config.json" in refusal({**configs[family], **changes})
+
+
+def test_missing_settings_are_named(configs):
+    for key in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "model_type",
+    ):
+        config = {k: v for k, v in configs["gemma2"].items() if k != key}
+        with pytest.raises(UserError, match=key):
+            saeft.build_lm(config)
+    vision = {"model_type": "gemma3", "text_config": {**configs["gemma3"], "hidden_size": "x"}}
     with pytest.raises(UserError, match="hidden_size"):
-        saeft.build_lm({k: v for k, v in config.items() if k != "hidden_size"})
+        saeft.build_lm(vision)
+    for text_config in (None, [], "x"):
+        with pytest.raises(UserError):
+            saeft.build_lm({"model_type": "gemma3", "text_config": text_config})
 
 
-# ---- The SAE ---------------------------------------------------------------------------------
-
-SELECT = {"topk": lambda pre: saeft.top_k(pre, 5), "relu": lambda pre: saeft.above(pre, 0.0)}
-SELECT["threshold"] = lambda pre: saeft.above(pre, 0.7)
+# ---- The SAE: plain, fast, and by its equations --------------------------------------------------
+SELECT = {  # what `autoencode` is told to keep
+    "topk": lambda pre, n: (5, None),
+    "relu": lambda pre, n: (None, 0.0),
+    "threshold": lambda pre, n: (None, 0.7),
+    "thresholds": lambda pre, n: (None, torch.linspace(0, 1, pre.shape[1], dtype=pre.dtype)),
+    "batchtopk": lambda pre, n: SAE(2, 2, 3, "batchtopk").train().select(pre, n),
+}
 
 
 def largest(pre, k):
@@ -190,10 +1121,20 @@ def largest(pre, k):
     return pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1.0)
 
 
-def dense_sae(x, W_enc, b_enc, W_dec, b_dec, kind="topk", k=5):
+def dense_f(pre, kind, k=5, threshold=0.0):
+    """f [N, F] of pre [N, F], by the equations of each kind."""
+    if kind == "topk":
+        return largest(pre, k)
+    if kind == "batchtopk":
+        flat = pre.relu().flatten()
+        top = flat.topk(round(k * len(pre)))
+        return torch.zeros_like(flat).scatter(0, top.indices, top.values).view_as(pre)
+    return pre.relu() * (pre >= threshold)
+
+
+def dense_sae(x, W_enc, b_enc, W_dec, b_dec, kind="topk", **more):
     """x_hat [N, D] and f [N, F] by the equations, f dense."""
-    pre = (x - b_dec) @ W_enc.T + b_enc
-    f = largest(pre, k) if kind == "topk" else pre.relu() * (pre > 0.7 * (kind == "threshold"))
+    f = dense_f((x - b_dec) @ W_enc.T + b_enc, kind, **more)
     return f @ W_dec + b_dec, f
 
 
@@ -208,51 +1149,83 @@ def sae_inputs(n=24, d_model=8, d_sae=20):
     return [t.requires_grad_() for t in (x, *others)]
 
 
-@pytest.fixture(params=["sparse", "dense"])
-def path(request, monkeypatch):
-    """Both ways to multiply: as on the CPU, and as on other devices."""
-    if request.param == "dense":
-        monkeypatch.setattr(saeft, "SPARSE_DEVICES", ())
+@pytest.fixture(params=[True, False], ids=["fast", "plain"])
+def fast(request, monkeypatch):
+    """Both ways to compute: the plain version that a reader reads, and the fast one of the CPU."""
+    monkeypatch.setattr(saeft, "FAST", request.param)
+    return request.param
 
 
+@pytest.mark.parametrize("with_keep", [False, True], ids=["all", "keep"])
 @pytest.mark.parametrize("kind", SELECT)
-def test_sae_and_its_gradients_equal_dense_autograd(kind, path):
-    expected, f = dense_sae(*(inputs := sae_inputs()), kind)
-    per_token, per_latent = (f > 0).sum(1), (f > 0).sum(0)
-    assert per_token[:3].max() == 0 < per_token[3:].min() < 5 <= per_token.max()
-    assert per_latent[:2].max() == 0
-    x_hat, *acts = SparseAutoencode.apply(*inputs, SELECT[kind])
+def test_autoencode_and_its_gradients_equal_dense_autograd(kind, with_keep, fast):
+    inputs = sae_inputs()
+    keep = torch.arange(24) % 5 > 0 if with_keep else torch.ones(24, dtype=torch.bool)
+    threshold = {"threshold": 0.7, "thresholds": torch.linspace(0, 1, 20, dtype=torch.double)}.get(
+        kind, 0.0
+    )
+    how = {"kind": kind, "k": 3 if kind == "batchtopk" else 5, "threshold": threshold}
+    x, W_enc, b_enc, W_dec, b_dec = inputs
+    f = torch.zeros(24, 20, dtype=torch.double)
+    f[keep] = dense_sae(x[keep], W_enc, b_enc, W_dec, b_dec, **how)[1]
+    expected = f @ W_dec + b_dec
+    assert (f > 0).sum(1)[:3].max() == 0 < (f > 0).sum(1).max() and (f > 0).sum(0)[:2].max() == 0
+
+    x_hat, active = saeft.autoencode(*inputs, SELECT[kind], keep if with_keep else None)
     assert_close(x_hat, expected, 1e-12)
-    acts, norms = Acts(*acts), inputs[3].detach().norm(dim=-1)
-    assert acts.l0.item() == pytest.approx(per_token.double().mean().item())
-    weight, penalty = torch.randn_like(x_hat), acts.values**2 @ norms[acts.latents]  # on values
-    ours = torch.autograd.grad((x_hat * weight).sum() + penalty, inputs)
-    theirs = torch.autograd.grad((expected * weight).sum() + (f**2 * norms).sum(), inputs)
+    assert torch.equal(active.counts, (f > 0).sum(0))
+    assert_close(active.sums, f.sum(0), 1e-12)
+    weight, norms = torch.randn_like(x_hat), W_dec.detach().norm(dim=-1)
+    ours = torch.autograd.grad((x_hat * weight).sum() + active.sums @ norms, inputs)
+    theirs = torch.autograd.grad((expected * weight).sum() + (f * norms).sum(), inputs)
     for a, b in zip(ours, theirs):
         assert_close(a, b, 1e-12)
-    values_and_x_hat = lambda *inputs: SparseAutoencode.apply(*inputs, SELECT[kind])[:2]
-    assert torch.autograd.gradcheck(values_and_x_hat, sae_inputs(6, 4, 9))
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "threshold"])
+def test_autoencode_passes_gradcheck(kind):
+    def x_hat_and_sums(*inputs):
+        x_hat, active = saeft.autoencode(*inputs, SELECT[kind])
+        return x_hat, active.sums
+
+    assert torch.autograd.gradcheck(x_hat_and_sums, sae_inputs(6, 4, 9))
 
 
 @pytest.mark.parametrize("d_sae, k", [(4096, 8), (5120, 80), (16384, 80), (16384, 1000), (99, 99)])
 def test_top_k_finds_the_k_largest(d_sae, k):
     pre = torch.randn(20, d_sae).round(decimals=2)  # with ties
-    values, latents, offsets = saeft.top_k(pre, k)
+    values, tokens, latents = saeft.top_k(pre, k)
     assert torch.equal(values, pre.gather(1, latents.view(20, k)).relu().flatten())
     expected = pre.topk(k).values.relu()
     assert torch.equal(values.view(20, k).sort(descending=True).values, expected)
     assert all(len(row.unique()) == k for row in latents.view(20, k))
-    assert offsets.tolist() == list(range(0, 20 * k, k))
+    assert torch.equal(tokens, torch.arange(20).repeat_interleave(k))
 
 
-def small_sae(kind="topk", k=6):
+def test_the_fast_product_equals_the_plain_one(fast):
+    x, weight, bias = torch.randn(30, 40), torch.randn(50, 40), torch.randn(50)
+    assert_close(
+        saeft.linear(x, weight, bias), x.double() @ weight.double().T + bias.double(), 1e-6
+    )
+    x.requires_grad_()  # it has no derivative: not where one is recorded
+    (gradient,) = torch.autograd.grad(saeft.linear(x, weight).sum(), x)
+    assert_close(gradient, weight.sum(0).expand(30, 40))
+
+
+def small_sae(kind="topk", k=6, d_model=32):
     """An SAE whose biases, scale and norms are not trivial, and of whose latents 3 never fire."""
     torch.manual_seed(1)
-    sae = SAE(32, 64, k, kind)
-    sae.start_from(3 * torch.randn(500, 32) + torch.randn(32))
-    sae.b_enc.data.normal_(std=0.1)[:3] = -100
-    sae.W_dec.data *= 1 + torch.rand(64, 1) * (kind == "relu")
-    sae.threshold.fill_(0.2 if kind == "batchtopk" else 0)
+    sae = SAE(d_model, 64, k, kind)
+    sae.start_from(3 * torch.randn(500, d_model) + torch.randn(d_model))
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)[:3] = -100
+        if kind in ("relu", "jumprelu"):
+            sae.W_dec.mul_(1 + torch.rand(64, 1))
+        if kind == "batchtopk":
+            sae.threshold.fill_(0.2)
+        if kind == "jumprelu":
+            sae.threshold.uniform_(0, 0.4)
+    sae.median_norm.fill_(5.0)
     return sae.eval()
 
 
@@ -266,12 +1239,12 @@ def leaves(sae):
 
 
 @pytest.mark.parametrize("n_dead", [9, 40])  # fewer than D/2, and more
-def test_auxk_equals_direct_computation(n_dead):
+def test_auxk_equals_direct_computation(n_dead, fast):
     sae, x, dead = small_sae(), torch.randn(50, 32) * 3, torch.arange(10, 10 + n_dead)
-    x_hat, _ = sae(x)
-    loss = saeft.auxk_loss(sae, x, x_hat, dead)
+    error = (x - sae(x)[0]) / sae.scale
+    loss = saeft.auxk_loss(sae, x, error, dead)
     W_enc, b_enc, W_dec, b_dec = weights = leaves(sae)
-    e = ((x - x_hat) / sae.scale).detach().double()
+    e = error.detach().double()
     f = largest((x / sae.scale - b_dec) @ W_enc[dead].T + b_enc[dead], min(16, n_dead))
     expected = ((e - f @ W_dec[dead]) ** 2).sum() / ((e - e.mean(0)) ** 2).sum()
     assert_close(loss, expected)
@@ -280,31 +1253,34 @@ def test_auxk_equals_direct_computation(n_dead):
         assert_close(a, b)
 
 
-def test_sae_starts_at_the_geometric_median_of_scaled_activations():
+def test_an_sae_starts_at_the_mean_of_scaled_activations():
     sae, x = SAE(4, 64, 2), torch.randn(300, 4) + 5
-    x[0] = 1e4
     sae.start_from(x)
-    median = (sae.b_dec * sae.scale).detach()  # where the directions of all points balance
-    assert F.normalize(x - median, dim=-1).mean(0).norm() < 1e-3 < (x.mean(0) - median).norm()
+    assert_close(sae.b_dec.data * sae.scale, x.mean(0))
     assert_close(sae.scale, (x**2).sum(1).mean().sqrt())
     assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
+    assert torch.equal(sae.W_enc, sae.W_dec) and not sae.b_enc.any()
+    assert torch.equal(sae.W_dec, SAE(4, 64, 9, "relu", seed=0).W_dec)  # of the seed alone
+    assert not torch.equal(sae.W_dec, SAE(4, 64, 2, seed=1).W_dec)
 
 
 @pytest.mark.parametrize("kind, size", [("topk", 1e2), ("topk", 1e-2), ("relu", 1e2)])
-def test_update_equals_projection_clipping_adamw_and_unit_norm(kind, size):
+def test_update_equals_projection_clipping_adamw_and_unit_norm(kind, size, fast):
     sae = small_sae(kind)
-    ours, theirs = saeft.AdamW(sae.parameters(), weight_decay=0.01, fused=True), copy.deepcopy(sae)
+    theirs, trainee = copy.deepcopy(sae), Trainee(sae, None, "mse")
     plain = torch.optim.AdamW(theirs.parameters(), weight_decay=0.01, fused=False, foreach=False)
     for step in range(4):
-        plain.param_groups[0]["lr"] = lr = 1e-2 / (step + 1)
+        lr = plain.param_groups[0]["lr"] = 1e-2 / (step + 1)
         x = torch.randn(64, 32) * 3
-        saeft.update(size * F.mse_loss(sae(x)[0], x), sae, ours, lr)
+        (size * F.mse_loss(sae(x)[0], x)).backward()
+        saeft.update(trainee, lr)
         (size * F.mse_loss(theirs(x)[0], x)).backward()
         if kind == "topk":
             unit = theirs.W_dec.data
             theirs.W_dec.grad -= (theirs.W_dec.grad * unit).sum(1, keepdim=True) * unit
         assert (torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0) > 1) == (size > 1)
-        plain.step(), plain.zero_grad()
+        plain.step()
+        plain.zero_grad()
         if kind == "topk":
             theirs.W_dec.data = F.normalize(theirs.W_dec.data, dim=-1)
             assert_close(sae.W_dec.norm(dim=-1), torch.ones(64), 1e-6)
@@ -321,13 +1297,14 @@ def test_project_gradient_leaves_nothing_along_the_decoder():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_update_with_a_loss_that_is_not_finite_changes_nothing(bad):
+def test_a_gradient_that_is_not_finite_changes_nothing(bad, fast):
     sae, x = small_sae(), torch.randn(64, 32)
-    optimizer = saeft.AdamW(sae.parameters(), weight_decay=0.01, fused=True)
+    trainee = Trainee(sae, None, "mse")
 
     def step(factor):
-        saeft.update(factor * F.mse_loss(sae(x)[0], x), sae, optimizer, 1e-2)
-        state = [t for p in parameters(sae) for t in optimizer.state[p].values()]
+        (factor * F.mse_loss(sae(x)[0], x)).backward()
+        saeft.update(trainee, 1e-2)
+        state = [t for p in parameters(sae) for t in trainee.optimizer.state[p].values()]
         return [t.detach().clone() for t in parameters(sae)], [t.clone() for t in state]
 
     (first, _), (before, state), (after, state_after) = step(1.0), step(1.0), step(bad)
@@ -337,58 +1314,123 @@ def test_update_with_a_loss_that_is_not_finite_changes_nothing(bad):
         assert_close(a, b, 2e-7)
 
 
-@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
-def test_folded_sae_works_on_raw_activations_by_saelens_equations(kind):
+KINDS = ["topk", "relu", "batchtopk", "jumprelu"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_sae_works_on_raw_activations_by_saelens_equations(kind, tmp_path):
     sae, x = small_sae(kind), torch.randn(100, 32) * 3
-    tensors, cfg = sae.folded()
-    architecture = {"topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}[kind]
+    sae.save(tmp_path, {"hook_name": "blocks.1.hook_resid_post"})
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    tensors = safetensors.load_file(tmp_path / "sae_weights.safetensors")
+    architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(kind, kind)
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == (architecture, 32, 64)
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
     pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
     f = pre.relu() * (pre > tensors.get("threshold", torch.zeros(64)))
     f = largest(pre, cfg["k"]) if kind == "topk" else f
-    x_hat, acts = sae(x)
+    x_hat, active = sae(x)
     assert_close(f @ tensors["W_dec"] + tensors["b_dec"], x_hat)
-    assert 1 < acts.l0 == (f > 0).sum(1).float().mean()
+    assert_close(sae.encode(x), f)
+    assert 1 < active.counts.sum() / 100 == (f > 0).sum(1).float().mean()
 
 
-def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold():
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_is_the_inverse_of_save(kind, tmp_path):
+    sae, x = small_sae(kind), torch.randn(100, 32) * 3
+    sae.save(tmp_path, {})
+    for source in (tmp_path, str(tmp_path)):
+        loaded = SAE.load(source)
+        assert (loaded.kind, loaded.k, loaded.unit_norm) == (
+            kind,
+            sae.k,
+            kind in ("topk", "batchtopk"),
+        )
+        assert loaded.median_norm == sae.median_norm
+        assert_close(loaded(x)[0], sae(x)[0], 2e-6)
+        assert_close(loaded.encode(x), sae.encode(x), 2e-6)
+    loaded.save(tmp_path / "again", {})
+    first, second = (
+        safetensors.load_file(folder / "sae_weights.safetensors")
+        for folder in (tmp_path, tmp_path / "again")
+    )
+    for name in first:
+        assert_close(second[name], first[name], 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saelens_reads_what_we_save(tmp_path, kind):
+    sae_lens = pytest.importorskip("sae_lens")
+    sae, x = small_sae(kind), 3 * torch.randn(200, 32) + 1
+    sae.save(tmp_path, {"hook_name": "blocks.2.hook_resid_post", "context_size": 64})
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
+    with torch.no_grad():
+        assert_close(theirs(x), sae(x)[0])
+        assert_close(theirs.encode(x), sae.encode(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rescaling_leaves_the_function_as_it_is(kind):
+    sae, x = small_sae(kind), torch.randn(100, 32) * 3
+    before = sae(x)[0]
+    sae.rescale(1.0)
+    assert sae.scale == 1
+    assert_close(sae(x)[0], before, 1e-6)
+
+
+def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
     sae, x = SAE(32, 64, 6, "batchtopk").train(), torch.randn(200, 32)
-    _, acts = sae(x)
-    assert len(acts.values) == 1200 and 0 < acts.values.min() == sae.threshold
-    assert acts.offsets.diff().max() > 6 > acts.offsets.diff().min()
-    assert sae.eval()(x)[1].l0 == pytest.approx(6, abs=0.01)
+    _, active = sae(x)
+    assert active.counts.sum() == 1200
+    per_token = (sae.encode(x) > 0).sum(1)
+    assert per_token.max() > 6 > per_token.min()
+    assert sae(x, torch.arange(200) < 50)[1].counts.sum() == 300  # K N of the tokens that count
+    saeft.set_threshold(Trainee(sae, None), x)
+    assert sae.eval()(x)[1].counts.sum() / 200 == pytest.approx(6, abs=0.01)
 
 
-# ---- KL, and the fine-tune's loss ------------------------------------------------------------
-
-
-def whole_kl(log_p, log_q):
-    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+# ---- KL, and the fine-tune's loss ----------------------------------------------------------------
+def whole_kl(log_p, log_q, weight):
+    return (weight * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)).sum()
 
 
 @pytest.fixture
 def slices_of_7(monkeypatch):
-    few = lambda n, vocab: [slice(i, i + 7) for i in range(0, n, 7)]
+    def few(n_tokens, W_U):
+        return [slice(i, i + 7) for i in range(0, n_tokens, 7)]
+
     monkeypatch.setattr(saeft, "slices", few)
 
 
 def resids(n, d_model, dtype=torch.double):
-    p, noise = torch.randn(2, n, d_model, dtype=dtype, generator=torch.manual_seed(2))
-    return p, (p + 0.3 * noise).requires_grad_()
+    """For p and for two q's."""
+    p, *noise = torch.randn(3, n, d_model, dtype=dtype, generator=torch.manual_seed(2))
+    return p, [(p + size * e).requires_grad_() for size, e in zip((0.3, 0.1), noise)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sliced_kl_equals_whole_logits(lm, dtype, slices_of_7):
-    p, q = resids(50, 32, dtype)
-    kl = SlicedKL.apply(p, q, lm.to(dtype))
-    (grad,) = torch.autograd.grad(3 * kl, q)
-    logits = [lm.double().unembed(resid.double()) for resid in (p, q)]
-    expected = whole_kl(*(z.log_softmax(-1) for z in logits))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    assert_close(kl, expected, tolerance)
-    assert_close(grad, 3 * torch.autograd.grad(expected, q)[0], tolerance)
-    p, q = resids(9, 32)
-    assert torch.autograd.gradcheck(lambda q: SlicedKL.apply(p, q, lm), q)
+def test_sliced_kl_of_several_q_equals_whole_logits(lm, dtype, slices_of_7):
+    p, qs = resids(50, 32, dtype)
+    weight = torch.rand(50, dtype=dtype)
+    weight[3:5] = 0  # tokens that do not count
+    kls = SlicedKL.apply(lm.to(dtype), weight, p, *qs)
+    grads = torch.autograd.grad(3 * kls[0] + kls[1], qs)
+    lm.double()
+    logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
+    expected = [whole_kl(logs[0], log_q, weight.double()) for log_q in logs[1:]]
+    theirs = torch.autograd.grad(3 * expected[0] + expected[1], qs)
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip([*kls, *grads], [*expected, *theirs]):
+        assert_close(a, b, tolerance)
+
+
+def test_sliced_kl_passes_gradcheck(lm, slices_of_7):
+    p, qs = resids(9, 32)
+    weight = torch.rand(9, dtype=torch.double)
+    lm.double()
+    assert torch.autograd.gradcheck(
+        lambda *qs: SlicedKL.apply(lm, weight, p, *qs), qs, fast_mode=True
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -403,56 +1445,21 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_tokens_times_vocabulary_exists():
-    config = reference("pythia").config.to_dict() | {"vocab_size": 50304, "hidden_size": 8}
-    lm, (p, q) = saeft.build_lm(config).requires_grad_(False), resids(400, 8, torch.float32)
+def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
+    config = {**configs["pythia"], "vocab_size": 50304, "hidden_size": 8}
+    lm = saeft.build_lm(config).to_empty(device="cpu").requires_grad_(False)
+    for p in lm.parameters():
+        p.uniform_(-1, 1)
+    p, (q, _) = resids(400, 8, torch.float32)
     with Largest() as seen:
-        SlicedKL.apply(p, q, lm).backward()
+        (kl,) = SlicedKL.apply(lm, torch.ones(400) / 400, p, q)
+        kl.backward()
         saeft.ce_and_kl(lm, [p, q.detach()], torch.arange(400))
     assert 50304 * 8 < seen.numel <= 2**23 < 400 * 50304 / 2
-    served = [torch.arange(400)[rows] for rows in saeft.slices(400, 50304)]
-    assert torch.equal(torch.cat(served), torch.arange(400))
-
-
-def dense_splice(lm, sae, weights, tokens, layer=1):
-    """x, x_hat [N, D], f [N, F] and log-probabilities [B, T - n_skip, V] without and with the SAE."""
-    resid = lm.prefix(tokens, layer)
-    x = resid[:, lm.n_skip :].flatten(0, 1)
-    x_hat, f = dense_sae(x / sae.scale, *weights, sae.kind, sae.k)
-    spliced = (x_hat * sae.scale).view(len(tokens), -1, 32)
-    resids = resid, torch.cat([resid[:, : lm.n_skip], spliced], 1)
-    logits = [lm.unembed(lm.suffix(r, layer))[:, lm.n_skip :] for r in resids]
-    return x, x_hat * sae.scale, f, *(z.log_softmax(-1) for z in logits)
-
-
-def finetune_loss(s, lm, layer=1):
-    resid = lm.prefix(TOKENS, layer)
-    last_p = lm.suffix(resid, layer)[:, lm.n_skip :].flatten(0, 1)
-    return saeft.finetune_loss(s, last_p, *s.run(TOKENS, resid, layer))
-
-
-@pytest.mark.parametrize("kind", ["topk", "relu"])
-@pytest.mark.parametrize("loss", ["kl", "kl-only", "mse"])
-def test_finetune_loss_and_gradients_end_to_end(lm, kind, loss, slices_of_7):
-    lm, sae, weights = lm.double(), small_sae(kind).train().double(), leaves(small_sae(kind))
-    s = Splice(sae, lm, loss, l1=0.3, l0_target=1.0)
-    ours, seen = finetune_loss(s, lm)
-    x, x_hat, f, log_p, log_q = dense_splice(lm, sae, weights, TOKENS)
-    mse, kl = F.mse_loss(x_hat, x), whole_kl(log_p.flatten(0, 1), log_q.flatten(0, 1))
-    expected = {"kl": ((mse / kl).detach() * kl + mse) / 2, "kl-only": kl, "mse": mse}[loss]
-    if loss != "mse":
-        assert_close(seen["kl"], kl, 1e-9)
-        assert_close(seen["beta"] * seen["kl"], seen["mse"], 1e-6)
-    if kind == "relu":
-        expected = expected * 32 / sae.scale**2 + 0.3 * (f @ weights[2].norm(dim=1)).mean()
-        assert s.l1 == pytest.approx(0.3 * 1.001)
-    assert_close(ours, expected, 1e-6)
-    theirs = torch.autograd.grad(expected, weights)
-    for a, b in zip(torch.autograd.grad(ours, parameters(sae)), theirs):
-        assert_close(a, b, 1e-6)
-
-
-# ---- The buffer, the loops, the evaluation ---------------------------------------------------
+    for vocabulary in (300, 50304, 256_000):
+        W_U = torch.empty(vocabulary, 1)
+        served = [torch.arange(4000)[rows] for rows in saeft.slices(4000, W_U)]
+        assert torch.equal(torch.cat(served), torch.arange(4000))
 
 
 class Stream:
@@ -466,44 +1473,209 @@ class Stream:
         return self.tokens[start : start + count]
 
 
+LOOP = Config(
+    layer=1,
+    context=20,
+    tokens=1200,
+    kl_tokens=400,
+    batch=50,
+    kl_batch=3,
+    buffer=10,
+    warmup=4,
+    lr=1e-2,
+    kl_lr=1e-3,
+    dead_after=100,
+    rank=4,
+    d_sae=64,
+    sae="topk",
+    data="x",
+)
+
+
+def nothing(phase, figures):
+    """An after_step that does nothing."""
+
+
+def dense_splice(lm, sae, weights, tokens, keep, layer=1):
+    """x, x_hat [n, D], f [n, F] of the n tokens to keep, and log-probabilities [B, T, V] without and
+    with the SAE, in float64."""
+    resid = lm.prefix(tokens, layer).double()
+    threshold = torch.nextafter(sae.threshold, sae.threshold + 1).double()
+    how = {"kind": sae.kind, "k": sae.k, "threshold": threshold}
+    if sae.kind == "batchtopk" and not sae.training:
+        how["kind"] = "jumprelu"
+    if sae.kind == "relu":
+        how["threshold"] = 0.0
+    x = resid[keep]
+    x_hat, f = dense_sae(x / sae.scale.double(), *weights, **how)
+    x_hat = x_hat * sae.scale.double()
+    spliced = resid.clone()
+    spliced[keep] = x_hat
+    lm = copy.deepcopy(lm).double()
+    logits = [lm.unembed(lm.suffix(r, layer)) for r in (resid, spliced)]
+    return x, x_hat, f, *(z.log_softmax(-1) for z in logits)
+
+
+def sinks(lm, tokens, n_skip):
+    """A limit of the norm which 5 tokens of the rest exceed, and what is left, [B, T]."""
+    lm.n_skip = n_skip
+    norms = lm.prefix(tokens, 1).norm(dim=-1)
+    limit = norms[:, n_skip:].flatten().sort().values[-6:-4].mean()
+    keep = norms <= limit
+    keep[:, :n_skip] = False
+    assert (~keep).sum() == 5 + n_skip * len(tokens)
+    return limit, keep
+
+
+@pytest.mark.parametrize("loss", ["kl", "kl-only", "mse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, loss, slices_of_7, monkeypatch):
+    """Against autograd in float64 through the whole model, without <bos> and without sinks."""
+    limit, keep = sinks(lm, TOKENS, n_skip=1)
+    saes = [small_sae(kind).train(), small_sae(kind, k=3).train()]
+    saes[1].W_enc.data *= 1.1
+    weights = [leaves(sae) for sae in saes]
+    trainees = [Trainee(sae, lm, loss, l1=0.3, l0_target=1.0) for sae in saes]
+    ours, seen = [], []
+    monkeypatch.setattr(
+        saeft, "update", lambda t, lr: ours.append([p.grad for p in parameters(t.sae)])
+    )
+    phase = Phase("x", trainees, 1, limit)
+    saeft.finetune(phase, lm, Stream(TOKENS), LOOP, lambda phase, figures: seen.extend(figures))
+    for sae, w, t, gradients, row in zip(saes, weights, trainees, ours, seen):
+        x, x_hat, f, log_p, log_q = dense_splice(lm, sae, w, TOKENS, keep)
+        mse = (x - x_hat).square().mean()
+        kl = whole_kl(log_p[keep], log_q[keep], 1 / keep.sum())
+        expected = {"kl": ((mse / kl).detach() * kl + mse) / 2, "kl-only": kl, "mse": mse}[loss]
+        assert row["mse"].item() == pytest.approx(mse.item(), rel=1e-5)
+        assert row["fvu"].item() == pytest.approx(
+            ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5
+        )
+        assert row["l0"].item() == pytest.approx((f > 0).sum(1).double().mean().item())
+        if loss != "mse":
+            assert row["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
+            assert (row["beta"] * row["kl"]).item() == pytest.approx(row["mse"].item(), rel=1e-5)
+        if kind == "relu":
+            scale = sae.scale.double()
+            expected = expected * 32 / scale**2 + 0.3 * (f @ w[2].norm(dim=1)).mean()
+            assert float(t.l1) == pytest.approx(0.3 * 1.001)
+        assert row["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+        theirs = torch.autograd.grad(expected, w)
+        for a, b in zip(gradients, theirs):
+            assert_close(a, b, 1e-4)
+
+
+def test_lambda_follows_the_l0_that_relu_saes_had(lm):
+    for target, factor in [(1.0, 1.001), (60.0, 0.999)]:
+        trainee = Trainee(small_sae("relu"), lm, "mse", l1=0.3, l0_target=target)
+        saeft.finetune(
+            Phase("x", [trainee], 2, torch.tensor(torch.inf)),
+            lm,
+            Stream(TOKENS.repeat(2, 1)),
+            LOOP,
+            nothing,
+        )
+        assert float(trainee.l1) == pytest.approx(0.3 * factor**2)
+
+
+# ---- The buffer, the loops, the evaluation -------------------------------------------------------
+def buffer_of(n_sequences, n_skip, **changes):
+    """A buffer of activations that tell their sequence, position and layer; every 7th is a sink."""
+
+    def prefix(tokens, layer):
+        x = torch.stack([tokens // 10, tokens % 10, torch.full_like(tokens, layer)], -1).float()
+        return torch.where(tokens[..., None] % 7 == 0, 1e6, x)
+
+    lm = SimpleNamespace(n_skip=n_skip, W_U=torch.zeros(1, 3), prefix=prefix)
+    stream = Stream(torch.arange(1000).view(100, 10))
+    config = replace(LOOP, context=10, batch=8, buffer=20, layer=4, **changes)
+    return saeft.ActivationBuffer(lm, stream, n_sequences, torch.tensor(1e3), config)
+
+
 @pytest.mark.parametrize("n_skip", [0, 1])
 @pytest.mark.parametrize("n_sequences", [3, 57])  # fewer and more than the buffer holds
 def test_buffer_serves_each_activation_once_and_mixes(n_skip, n_sequences):
-    def prefix(tokens, layer):  # resid_post tells its sequence, position and layer
-        return torch.stack([tokens // 10, tokens % 10, torch.full_like(tokens, layer)], -1).float()
-
-    lm, size = SimpleNamespace(n_skip=n_skip, W_U=torch.zeros(1, 3), prefix=prefix), 10 - n_skip
-    stream = Stream(torch.arange(1000).view(100, 10))
-    config = Config(context=10, batch=8, buffer=20, layer=4)
-    buffer = saeft.ActivationBuffer(lm, stream, n_sequences, config)
-    start, total = buffer.rows.data_ptr(), n_sequences * size
-    batches = [buffer.next_batch(8) for _ in range(total // 8)]
-    assert buffer.rows.data_ptr() == start and len(buffer.rows) == min(20, n_sequences) * size
-    assert stream.asked == list(range(n_sequences))
-    sequence, position, layer = (served := torch.cat(batches)).unbind(-1)
-    assert position.min() == n_skip and sequence.max() == n_sequences - 1 and (layer == 4).all()
-    assert len(served.unique(dim=0)) == len(served) == total - total % 8
+    buffer = buffer_of(n_sequences, n_skip)
+    left = [i for i in range(10 * n_sequences) if i % 7 and i % 10 >= n_skip]
+    batches = [buffer.next_batch(8) for _ in range(len(left) // 8)]
+    assert buffer.stream.asked == list(range(n_sequences))
+    served = torch.cat(batches)
+    sequence, position, layer = served.unbind(-1)
+    assert set((10 * sequence + position).tolist()) <= set(left) and (layer == 4).all()
+    assert len(served.unique(dim=0)) == len(served) > len(left) - 8
     mixed = sum(len(batch[:, 0].unique()) for batch in batches) / len(batches)
     assert mixed > (5 if n_sequences == 57 else 2)
 
 
-LOOP = dict(layer=1, context=20, tokens=1200, kl_tokens=400, batch=50, kl_batch=4, buffer=10)
-LOOP |= dict(warmup=4, lr=1e-2, kl_lr=1e-3, dead_after=100, rank=4)
+def saved(state):
+    """As a checkpoint keeps it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_buffer_goes_on_as_it_was():
+    one, two = buffer_of(57, 1), buffer_of(57, 1)
+    for _ in range(20):
+        one.next_batch(8)
+    vars(two).update(saved(one.state_dict()))
+    assert all(torch.equal(one.next_batch(8), two.next_batch(8)) for _ in range(30))
+
+
+def a_phase(lm, name, kind, seed=0, steps=6, **changes):
+    """A phase of two SAEs with AuxK, threshold and lambda at work, and a call that runs its loop."""
+    config = replace(LOOP, sae=kind, seed=seed, **changes)
+    stream = Stream(torch.randint(96, (60, 20), generator=torch.Generator().manual_seed(seed)))
+    saes = [small_sae(kind, k).train() for k in (4, 8)]
+    limit, _ = sinks(lm, stream.tokens, n_skip=1)
+    if name == "MSE":
+        phase = Phase(name, [Trainee(sae, lm, "mse", decay=0.0) for sae in saes], steps, limit)
+        phase.buffer = saeft.ActivationBuffer(lm, stream, 60, limit, config)
+        return phase, lambda after: saeft.train_mse(phase, config, after)
+    trainees = [Trainee(sae, lm, name, l1=0.3, l0_target=6.0) for sae in saes]
+    phase = Phase(name, trainees, steps, limit, first=10)
+    return phase, lambda after: saeft.finetune(phase, lm, stream, config, after)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+@pytest.mark.parametrize("name", ["MSE", "kl"])
+def test_a_phase_goes_on_bit_equal_from_its_state(lm, name, kind):
+    whole, run = a_phase(lm, name, kind)
+    run(nothing)
+    first, run = a_phase(lm, name, kind)
+    states = []
+
+    def stop(phase, figures):
+        if phase.step == 3:
+            states.append(saved(phase.state_dict()))
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(stop)
+    second, run = a_phase(lm, name, kind)
+    second.load_state_dict(states[0])
+    assert second.step == 3
+    run(nothing)
+    for a, b in zip(whole.trainees, second.trainees):
+        assert all(torch.equal(v, b.sae.state_dict()[k]) for k, v in a.sae.state_dict().items())
+        assert torch.equal(a.idle, b.idle) and a.l1 == b.l1
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
-def test_mse_phase_learns_and_saes_trained_together_equal_each_alone(lm, kind):
-    def train(*ks):
-        torch.manual_seed(3)
-        saes, seen = [SAE(32, 64, k, kind) for k in (4, 8)], []
-        stream, saes = Stream(torch.randint(96, (60, 20))), [sae for sae in saes if sae.k in ks]
-        for _, _, rows in saeft.train_mse(lm, stream, saes, 60, Config(**LOOP)):
-            seen += [row["mse"].item() for row in rows]
-        assert sum(seen[-5:]) < 0.8 * sum(seen[:5])
-        return [sae.state_dict() for sae in saes]
-
-    for together, alone in zip(train(4, 8), train(4) + train(8)):
-        assert all(torch.equal(together[name], alone[name]) for name in alone)
+def test_mse_phase_learns_and_keeps_out_dead_latents(lm, kind):
+    phase, run = a_phase(lm, "MSE", kind, steps=24)
+    seen = []
+    run(lambda phase, figures: seen.append([row["fvu"].item() for row in figures]))
+    for fvus in zip(*seen):
+        assert sum(fvus[-5:]) < 0.8 * sum(fvus[:5])
+    if kind == "topk":  # the latents that never fired are dead after 100 tokens
+        for t in phase.trainees:
+            assert {0, 1, 2} <= set(t.dead.tolist()) and (t.idle[:3] == 24 * 50).all()
 
 
 @pytest.mark.parametrize(
@@ -513,83 +1685,193 @@ def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(
     kl_tokens, rates, lm, monkeypatch
 ):
     seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
-    monkeypatch.setattr(saeft, "update", lambda loss, module, optimizer, lr: seen.append(lr))
-    config = Config(**LOOP | {"kl_tokens": kl_tokens})  # all tokens: phase one's rate and schedule
-    assert len(list(saeft.finetune(lm, stream, [Splice(small_sae(), lm)], 40, 60, config))) == 5
+    monkeypatch.setattr(saeft, "update", lambda t, lr: seen.append(lr))
+    config = replace(LOOP, kl_tokens=kl_tokens, kl_batch=4)  # all tokens: phase one's schedule
+    phase = Phase("kl", [Trainee(small_sae(), lm)], 5, torch.tensor(torch.inf), first=40)
+    saeft.finetune(phase, lm, stream, config, nothing)
     assert stream.asked == list(range(40, 60)) and seen == pytest.approx(rates)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
-@pytest.mark.parametrize("method", saeft.METHODS)
-def test_methods_start_at_the_sae_and_leave_the_language_model_alone(lm, method, kind):
+def test_the_finetune_of_saes_with_unit_norm_is_in_raw_units(monkeypatch):
+    for kind, scale in [("topk", 1.0), ("batchtopk", 1.0), ("relu", small_sae("relu").scale)]:
+        run = SimpleNamespace(lm=None, config=LOOP, methods=saeft.METHODS)
+        run.state = {"results": {"MSE": [{"l0": 4.5}]}, "l1": LOOP.l1}
+        sae = small_sae(kind)
+        trainee = saeft.Run.trainee(run, "kl", 0, sae)
+        assert trainee.sae.scale == scale and trainee.sae is not sae and sae.scale != 1
+        x = torch.randn(30, 32)
+        assert_close(trainee.sae(x)[0], sae(x)[0], 2e-6)
+
+
+METHODS = [name for name in baselines.METHODS if name not in ("kl-only", "mse")]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
+    lm, method, kind, tmp_path
+):
+    limit, keep = sinks(lm, TOKENS, n_skip=1)
     sae, logits, state = small_sae(kind), lm(TOKENS), copy.deepcopy(lm.state_dict())
-    s = saeft.METHODS[method](lm, copy.deepcopy(sae), Config(**LOOP))
-    _, x, x_hat, _ = s.run(TOKENS, lm.prefix(TOKENS, 1), 1)
-    assert_close(x_hat, sae(x)[0])
-    s.trained.train()
-    finetune_loss(s, lm)[0].backward()
-    trained = {name: p for name, p in s.trained.named_parameters() if p.requires_grad}
-    frozen = [p for m in (s.insert, s.lm) for p in m.parameters() if not p.requires_grad]
-    assert all(p.grad is None for p in frozen) and {*lm.parameters()} <= {*frozen}
-    assert all(p.grad is not None for p in trained.values()) and len(trained) > 1
-    before = copy.deepcopy(trained)
-    stream = Stream(torch.randint(96, (20, 20)))
-    list(saeft.finetune(lm, stream, [s], 0, 20, Config(**LOOP)))
+    t = baselines.METHODS[method](lm, copy.deepcopy(sae), LOOP)
+    t.l1, t.l0_target = 0.1, 6.0
+    x, x_hat, active, _ = t.splice(TOKENS, lm.prefix(TOKENS, 1), keep, 1)
+    kept = keep.flatten()
+    assert_close(x_hat[kept], sae(x, kept)[0][kept])
+
+    trained = {name: p for name, p in t.trained.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    frozen = [p for m in (t.insert, t.lm) for p in m.parameters() if not p.requires_grad]
+    assert {*lm.parameters()} <= {*frozen} and len(trained) > 1
+    t.trained.train()
+    stream = Stream(torch.randint(96, (60, 20)))
+    saeft.finetune(Phase(method, [t], 3, limit), lm, stream, replace(LOOP, kl_lr=1e-2), nothing)
     assert not any(torch.equal(before[name], p) for name, p in trained.items())
-    assert not s.insert.training and not s.lm.training
     assert torch.equal(lm(TOKENS), logits)
     assert all(torch.equal(state[name], value) for name, value in lm.state_dict().items())
-    if method == "lora-sae":
-        x = x.detach()
-        assert_close(s.insert.merged()(x)[0], s.insert(x)[0])
+
+    # What it saves gives the same figures, through `baselines.load`.
+    t.trained.eval()
+    t.save(tmp_path / "saved", {})
+    loaded = baselines.load(tmp_path / "saved", lm, 1)
+    tokens = torch.randint(96, (8, 20))
+    _, ours = saeft.evaluate(lm, tokens, [t], LOOP)
+    _, again = saeft.evaluate(lm, tokens, [loaded], LOOP)
+    assert again[0] == pytest.approx(ours[0], rel=1e-4)
 
 
 def test_every_method_takes_two_steps_at_pythia_160m_shape():
-    lm = saeft.build_lm(PYTHIA_160M | dict(model_type="gpt_neox", layer_norm_eps=1e-5))
-    sae, tokens = SAE(768, 256, 80), torch.randint(50304, (2, 16))
-    config = Config(layer=8, context=16, kl_batch=1, kl_tokens=32, d_sae=256)
-    with torch.no_grad():
-        logits = lm.requires_grad_(False)(tokens)
-        sae.start_from(lm.prefix(tokens, 8).flatten(0, 1))
-    assert {"kl", "mse", "kl-only"} < {*saeft.METHODS} and baselines.Adapter
-    for method in saeft.METHODS:
-        s = saeft.METHODS[method](lm, copy.deepcopy(sae), config)
-        steps = list(saeft.finetune(lm, Stream(tokens), [s], 0, 2, config))
-        assert len(steps) == 2 and all(row["loss"].isfinite() for *_, (row,) in steps)
-        assert torch.equal(lm(tokens), logits)
+    lm = saeft.build_lm({**PYTHIA_160M, "model_type": "gpt_neox", "layer_norm_eps": 1e-5})
+    lm.to_empty(device="cpu").requires_grad_(False)
+    for p in lm.parameters():
+        p.uniform_(-0.03, 0.03)
+    sae, tokens = SAE(768, 256, 80), torch.randint(50304, (2, 8))
+    config = replace(LOOP, layer=8, context=8, kl_batch=1, kl_tokens=16, d_sae=256)
+    sae.start_from(lm.prefix(tokens, 8).flatten(0, 1))
+    logits = lm(tokens[:1])
+    assert len(baselines.METHODS) == 8
+    for name, method in baselines.METHODS.items():
+        t, seen = method(lm, copy.deepcopy(sae), config), []
+        phase = Phase(name, [t], 2, torch.tensor(torch.inf))
+        saeft.finetune(phase, lm, Stream(tokens), config, lambda phase, rows: seen.extend(rows))
+        assert len(seen) == 2 and all(row["loss"].isfinite() for row in seen)
+    assert torch.equal(lm(tokens[:1]), logits)
 
 
 @torch.no_grad()
 def test_evaluate_equals_direct_computation(lm):
-    tokens, skip, lm = torch.randint(96, (11, 20)), lm.n_skip, lm.double()
-    saes = [small_sae().double(), small_sae("relu").double(), small_sae(k=1).double()]
-    model, figures = saeft.evaluate(lm, 1, tokens, [Splice(sae, lm) for sae in saes])
-    targets = tokens[:, skip + 1 :].flatten()
-    zero = [torch.zeros_like(p) for p in parameters(saes[0])]
+    tokens, lm = torch.randint(96, (11, 20)), lm.double()
+    limit, keep = sinks(lm, tokens, n_skip=1)
+    saes = [
+        small_sae().double(),
+        small_sae("relu").double(),
+        small_sae(k=1).double(),
+        small_sae("batchtopk").double(),
+    ]
+    for sae in saes:
+        sae.median_norm.fill_(limit / 4)
+    model, figures = saeft.evaluate(
+        lm, tokens, [Trainee(sae, lm) for sae in saes], replace(LOOP, sink_norm=4.0)
+    )
+    scored = keep[:, :-1]
+    targets = tokens[:, 1:][scored]
+    zero = [torch.zeros_like(p) for p in leaves(saes[0])]
     for sae, weights, ours in [(saes[0], zero, model), *zip(saes, map(leaves, saes), figures)]:
-        x, x_hat, f, *logs = dense_splice(lm, sae, weights, tokens)
-        log_p, log_q = (log[:, :-1].flatten(0, 1) for log in logs)
+        x, x_hat, f, log_p, log_q = dense_splice(lm, sae, weights, tokens, keep)
+        log_p, log_q = log_p[:, :-1][scored], log_q[:, :-1][scored]
         original, ce = F.nll_loss(log_p, targets).item(), F.nll_loss(log_q, targets).item()
         if ours is model:
-            ce_zero, expected = ce, {"ce_original": original, "ce_zero": ce}
+            ce_zero = ce
+            left_out = (~keep).double().mean().item()
+            expected = {"ce_original": original, "ce_zero": ce, "left_out": left_out}
         else:
             gap, error = ce - original, (x - x_hat).square().sum()
             expected = {"ce": ce, "gap": gap, "loss_recovered": 1 - gap / (ce_zero - original)}
-            expected["kl"] = whole_kl(log_p, log_q).item()
+            expected["kl"] = whole_kl(log_p, log_q, 1 / len(targets)).item()
             expected["fvu"] = (error / (x - x.mean(0)).square().sum()).item()
-            expected |= {"l0": (f > 0).sum(1).double().mean().item()}
-            expected |= {"dead": (f == 0).all(0).sum().item()}
+            expected["l0"] = (f > 0).sum(1).double().mean().item()
+            expected["dead"] = (f == 0).all(0).sum().item()
             assert expected["dead"] >= 3
         assert ours == pytest.approx(expected, rel=1e-6)
+    # Without the limit all but <bos> count.
+    model, _ = saeft.evaluate(lm, tokens, [Trainee(saes[0], lm)], replace(LOOP, sink_norm=0.0))
+    assert model["left_out"] == pytest.approx(1 / 20)
 
 
-# ---- Settings --------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
+def steps_of_a_process(rank, world, kind, method, folder, file):
+    """Thirty steps of phase one, or ten of the fine-tune, of one process of `world`; its SAE is
+    written to a file. All worlds see the same rows and sequences."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    lm = saeft.load_lm(folder)
+    generator = torch.Generator().manual_seed(5)
+    sae, batch = small_sae(kind, k=2).train(), 96 // world
+    if method == "MSE":
+        rows = iter(
+            torch.randn(30, 96, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+        )
+        buffer = SimpleNamespace(next_batch=lambda n: next(rows)[rank::world], state_dict=dict)
+        config = replace(LOOP, batch=batch, dead_after=200, sae=kind)
+        phase = Phase(
+            "MSE", [Trainee(sae, lm, "mse", decay=0.0)], 30, torch.tensor(torch.inf), buffer=buffer
+        )
+        saeft.train_mse(phase, config, nothing)
+        assert kind != "topk" or len(phase.trainees[0].dead) > 3, phase.trainees[0].dead
+    else:
+        tokens = torch.randint(96, (40, 20), generator=generator)
+        limit, _ = sinks(lm, tokens, n_skip=1)
+        config = replace(LOOP, kl_batch=4 // world, sae=kind)
+        trainee = Trainee(sae, lm, method, l1=0.1, l0_target=6.0)
+        saeft.finetune(Phase(method, [trainee], 10, limit), lm, Stream(tokens), config, nothing)
+    if rank == 0:
+        safetensors.save_file(dict(sae.state_dict()), f"{file}.safetensors")
+    if world > 1:
+        dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("method, tolerance", [("MSE", 1e-5), ("kl", 1e-5)])
+@pytest.mark.parametrize("kind", ["topk", "relu"])
+def test_two_processes_equal_one_with_twice_the_batch(kind, method, tolerance, tmp_path):
+    reference("pythia").save_pretrained(tmp_path / "lm")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["core_part"])
+    processes = []
+    for world in (1, 2):
+        for rank in range(world):
+            args = (
+                rank,
+                world,
+                kind,
+                method,
+                str(tmp_path / "lm"),
+                str(tmp_path / f"world{world}"),
+            )
+            processes.append(context.Process(target=steps_of_a_process, args=args))
+            processes[-1].start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, (process.kill(), process.exitcode)
+    one, two = (safetensors.load_file(tmp_path / f"world{world}.safetensors") for world in (1, 2))
+    start = small_sae(kind).state_dict()
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        a, b, moved = (t[name][3:] if name == "b_enc" else t[name] for t in (one, two, start))
+        difference, moved = (
+            ((a - b).abs().max() / b.abs().max()).item(),
+            ((moved - b).abs().max() / b.abs().max()).item(),
+        )
+        print(f"{kind} {method} {name}: {difference:.1e}, the steps themselves {moved:.1e}")
+        assert difference < tolerance < moved
+
+
+# ---- Settings ------------------------------------------------------------------------------------
 def test_lr_warms_up_stays_and_falls_to_0():
     factors = [saeft.lr_factor(step, 100, 10, 0.2) for step in range(101)]
     rise, fall = [i / 10 for i in range(1, 11)], [1 - i / 20 for i in range(1, 21)]
     assert factors == pytest.approx(rise + [1.0] * 71 + fall)
+    assert [saeft.lr_factor(step, 4, 0, 1.0) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("unit, size", [("", 1), ("k", 10**3), ("M", 10**6), ("b", 10**9)])
@@ -600,143 +1882,1370 @@ def test_count_is_exact(unit, size):
 
 
 def test_flags_override_presets_override_defaults():
-    assert saeft.parse([]).k == [16] and saeft.parse([]).data == "stdlib"
+    assert saeft.parse([]).k == [16] and saeft.parse([]).data == "tiny"
     given = ["--model", "pythia-160m-deduped", "--k", "20", "40", "--tokens", "1e6", "--overwrite"]
     config = saeft.parse(given)
     assert (config.layer, config.k, config.tokens, config.overwrite) == (8, [20, 40], 10**6, True)
     assert saeft.parse([*given, "--layer", "3"]).layer == 3
-    assert saeft.parse(["--model", "google/gemma-2-2b"]).dtype == "bfloat16"
+    assert saeft.parse(["--model", "pythia-160m@step1000"]).layer == 8
+    for model in ("google/gemma-2-2b", "gemma-3-270m", "gemma-3-4b"):
+        assert saeft.parse(["--model", model]).dtype == "bfloat16"
     assert saeft.parse(["--model", "somebody/else"]) == Config(model="somebody/else")
 
 
-BAD_FLAGS = ["--tokens many", "--tokens 1.5", "--tokens -1", "--tokens inf", "--tokens nan"]
-BAD_FLAGS += ["--tokens M", "--k", "--k x", "--sae cubic", "--dtype int8", "--colour red", "--lr x"]
+SOURCE = Path(saeft.__file__).read_text("utf-8")
+SHAPE = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPE.update(intermediate_size=64, num_key_value_heads=2, head_dim=16, sliding_window=8)
 
 
-@pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_end_in_one_line_and_status_2(flags, capsys):
-    assert saeft.main(flags.split()) == 2
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and all(word in err for word in flags.split())
+# ---- The pretended device ----------------------------------------------------------------------
+class OnCuda(torch.Tensor):
+    """A tensor of cuda:0, as far as Python can see; its values are in a CPU tensor."""
 
+    device, is_cuda, is_cpu = torch.device("cuda:0"), True, False
 
-# ---- A loopback Hub ---------------------------------------------------------------------------
-
-GOOD, OTHER = "hf_good", "hf_other"  # a token that may read gated repos, and one that may not
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """A loopback Hub, enough for the real huggingface_hub client.
-
-        with Hub(models={"o/m": {"config.json": b"{}"}}, datasets={"o/d": {"a.gz": b"..."}}) as hub:
-            subprocess.run([...], env={**os.environ, **hub.env(tmp_path)})
-            hub.sent["a.gz"], hub.requests  # body bytes by file, [(method, path, status), ...]
-
-    gated: repo ids that want the token GOOD: none -> 401 GatedRepo, OTHER -> 403 GatedRepo, else 401.
-    cut {file: (n, k)}: its first k GETs end after n bytes. fail {file: status}: the answer, e.g. 503.
-    stall {file: seconds}: every request of the file waits first. All can change while it runs.
-    """
-
-    daemon_threads, block_on_close = True, False
-
-    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None, stall=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repos = {"models": models or {}, "datasets": datasets or {}}
-        self.gated, self.cut = set(gated), dict(cut or {})
-        self.fail, self.stall = dict(fail or {}), dict(stall or {})
-        self.requests, self.sent, self.lock = [], Counter(), threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def env(self, home, **more):
-        """Environment of a client process: this endpoint, an empty HF_HOME below `home`, no proxy."""
-        env = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
-        return env | {f"HF_HUB_DISABLE_{x}": "1" for x in ("PROGRESS_BARS", "TELEMETRY")} | more
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+    @staticmethod
+    def __new__(cls, values):
+        layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
+        self = cls._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, **layout)
+        self.values_on_cpu = values
         return self
 
-    def __exit__(self, *error):
-        self.shutdown()
-        self.server_close()
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} after the end of the pretence")
 
-    def handle_error(self, *args):
-        pass  # a client that hangs up is part of the tests
+    def to(self, *args, non_blocking=False, **kwargs):
+        """C++ believes that it is on the CPU already, and would return it as it is."""
+        for device in [*args, *kwargs.values()]:
+            if isinstance(device, (str, torch.device)) and torch.device(device).type == "cpu":
+                return self.cpu(non_blocking).to(*args, **kwargs)
+        return super().to(*args, **kwargs)
 
+    def cpu(self, non_blocking=False):
+        if not non_blocking:
+            current_mode().waits.append("cpu")
+        return self.detach().values_on_cpu.clone()
 
-# /api/<kind>/<owner/name>[/<what>/<revision>[/<path>]], or without /api and models/ for the files
-URL = r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/([^/]+)/[^/]+(?:/(.+))?)?"
+    def tolist(self):
+        return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol):  # torch.save, in checkpoints
+        return self.cpu().__reduce_ex__(protocol)
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        self.form = parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode())
-        url = re.fullmatch(URL, unquote(urlsplit(self.path).path))
-        kind, repo, what, path = url.groups() if url else ("models", "", "", "")
-        files = self.server.repos[kind or "models"].get(repo)
-        if what == "resolve":
-            self.resolve(files, repo, path)
-        elif files is None:
-            self.reply(404, {"X-Error-Code": "RepoNotFound"})
-        else:
-            self.reply(200, {}, json.dumps(self.api(files, repo, what, path or "")).encode())
-
-    do_HEAD = do_POST = do_GET
-
-    def log_message(self, *args):
-        pass
-
-    def reply(self, status, headers, body=b"", file=None):
-        hub, cut = self.server, None
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": len(body)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        with hub.lock:  # counted before the last byte leaves: a client that has it all may look
-            hub.requests.append((self.command, urlsplit(self.path).path, status))
-            if file and self.command == "GET":
-                after, times = hub.cut.get(file, (0, 0))
-                if times:
-                    hub.cut[file], cut = (after, times - 1), after
-                hub.sent[file] += len(body[:cut])
-        if self.command != "HEAD":
-            self.wfile.write(body[:cut])
-        self.close_connection |= cut is not None
-
-    def api(self, files, repo, what, folder):
-        if what in (None, "revision"):
-            return dict(id=repo, sha=COMMIT, private=False, downloads=0, likes=0, tags=[])
-        listed = self.form.get("paths") if what == "paths-info" else sorted(files)
-        found = [file for file in listed if file in files and file.startswith(folder)]
-        keys = {"type": "file", "oid": COMMIT}
-        return [{"path": file, "size": len(files[file]), **keys} for file in found]
-
-    def resolve(self, files, repo, file):
-        hub, asked = self.server, self.headers["Range"]
-        time.sleep(hub.stall.get(file, 0))
-        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
-        for wrong, status, code in (
-            (token not in ("", GOOD, OTHER), 401, "Invalid credentials in Authorization header"),
-            (repo in hub.gated and token != GOOD, 403 if token else 401, "GatedRepo"),
-            (files is None, 404, "RepoNotFound"),
-            (file in hub.fail, hub.fail.get(file), "Failure"),
-            (file not in (files or ()), 404, "EntryNotFound"),
-        ):
-            if wrong:
-                return self.reply(status, {"X-Error-Code": code, "X-Error-Message": code})
-        body, headers = files[file], {"X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
-        start, stop = re.match(r"bytes=(\d+)-(\d*)", asked or "bytes=0-").groups()
-        part = body[int(start) : int(stop or len(body)) + 1]
-        if asked:
-            headers["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(body)}"
-        self.reply((206 if part else 416) if asked else 200, headers, part, file)
+    def __deepcopy__(self, memo):
+        return self.detach().clone().requires_grad_(self.requires_grad)
 
 
-# ---- Hub, safetensors, SAE files --------------------------------------------------------------
+NO_KERNELS = "detach", "empty", "new_empty", "_unsafe_view", "_record_function"
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that would be kernels, and the waits of the host for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.waits = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def count(self, func, args, kwargs):
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(NO_KERNELS):
+            self.kernels[name] += 1
+        moved = name in ("_to_copy", "copy_") and not kwargs.get("non_blocking")
+        devices = [t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices += [torch.device(kwargs["device"])] if kwargs.get("device") else []
+        if name in ("_local_scalar_dense", "nonzero") or (moved and len({*devices}) > 1):
+            self.waits.append(name)
+
+
+class PretendedCuda(Operators):
+    """Runs operators of OnCuda on the CPU. RuntimeError where an operator mixes devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        self.count(func, args, kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        here = any(isinstance(t, OnCuda) for t in tensors)
+        copies = func.overloadpacket.__name__ in ("_to_copy", "copy_")
+        if here and not copies and any(t.dim() and not isinstance(t, OnCuda) for t in tensors):
+            raise RuntimeError(f"{func}: some tensors are on cuda:0 and some on the CPU")
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            here, kwargs["device"] = True, torch.device("cpu")
+        out = func(*tree_map(values_of, args), **tree_map(values_of, kwargs))
+        if func.overloadpacket.__name__ == "copy_":
+            return args[0]
+        if not here:
+            return out
+        out = tree_map(lambda t: OnCuda(t) if isinstance(t, torch.Tensor) else t, out)
+        return return_and_correct_aliasing(func, args, kwargs, out) if tensors else out
+
+
+def values_of(x):
+    return x.values_on_cpu if isinstance(x, OnCuda) else x
+
+
+def current_mode():
+    return torch.utils._python_dispatch._get_current_dispatch_mode()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The mode that counts, with a real GPU or without."""
+    mode = Operators() if torch.cuda.is_available() else PretendedCuda()
+    if not torch.cuda.is_available():
+        autocast, future = torch.autocast, torch.__future__
+        monkeypatch.setattr(torch, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
+        monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        monkeypatch.setattr(future, "_overwrite_module_params_on_conversion", True)
+    with mode:
+        yield mode
+
+
+# ---- Whole runs --------------------------------------------------------------------------------
+def lm_folder(folder: Path, family: str) -> str:
+    """A model with random weights, as on the Hub."""
+    tiny = Path(model_loaders.MODELS["tiny"])
+    config = {**SHAPE, "model_type": family}
+    config["vocab_size"] = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    if family == "gemma2":
+        config.update(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+    lm = saeft.build_lm(config)
+    weights = {name: torch.randn(p.shape) / p.shape[-1] ** 0.5 for name, p in lm.named_parameters()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny / "tokenizer.json", folder)
+    model_loaders.write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    documents = [{"text": SOURCE[i : i + 500]} for i in range(0, 50_000, 500)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    return str(folder)
+
+
+def device_run(folder: Path, *flags: str) -> dict:
+    """A whole run on the device; its report."""
+    sizes = "--device cuda --context 32 --tokens 6k --kl-tokens 2k --eval-tokens 500 --batch 256"
+    sizes += " --d-sae 64 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
+    argv = [*sizes.split(), "--data", str(folder / "text.jsonl"), "--out", str(folder / "runs")]
+    config = saeft.parse([*argv, *flags])
+    return saeft.Run(config).run()[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "dtype"),
+    [
+        ("topk", "gpt_neox", "float32"),
+        ("relu", "gemma2", "bfloat16"),
+        ("batchtopk", "gemma3_text", "float32"),
+        ("batchtopk", "gpt_neox", "bfloat16"),
+    ],
+)
+def test_whole_run_on_cuda(cuda, tmp_path, kind, family, dtype):
+    model = lm_folder(tmp_path / "lm", family)
+    flags = "--model", model, "--sae", kind, "--k", "4", "--dtype", dtype
+    report = device_run(tmp_path / "lm", *flags, "--method", "kl", "mse")
+    on_cpu = device_run(
+        tmp_path / "lm", *flags, "--method", "kl", "mse", "--device", "cpu", "--name", "cpu"
+    )
+    exact = 1e-3 if dtype == "float32" else 3e-2
+    for name in ("ce_original", "ce_mse", "ce_final", "fvu_final"):
+        assert report[name] == pytest.approx(on_cpu[name], rel=exact), name
+
+
+def test_fine_tune_from_a_loaded_sae_on_cuda(cuda, tmp_path):
+    model = lm_folder(tmp_path / "lm", "gpt_neox")
+    flags = "--model", model, "--k", "4"
+    before = device_run(
+        tmp_path / "lm", *flags, "--name", "before", "--method", "mse", "--kl-lr", "0"
+    )
+    start = str(tmp_path / "lm" / "runs" / "before")
+    loaded = device_run(tmp_path / "lm", *flags, "--name", "after", "--start", start)
+    assert loaded["ce_mse"] == pytest.approx(before["ce_final"], rel=1e-4)
+    assert loaded["ce_final"] != loaded["ce_mse"]
+
+
+# ---- Steps: host waits, kernels, faults put in on purpose --------------------------------------
+def model_on_cuda(family="gpt_neox"):
+    lm = saeft.build_lm({**SHAPE, "model_type": family}).to_empty(device="cpu")
+    for p in lm.parameters():
+        p.data.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
+    return lm.to("cuda:0").eval().requires_grad_(False)
+
+
+def count_step(cuda, kind="topk", loss="mse", family="gpt_neox", n_steps=3) -> tuple[list, Counter]:
+    """What made the host wait, and operators, in the last of `n_steps` steps of a phase."""
+    lm = model_on_cuda(family)
+    sae = SAE(32, 64, 4, kind).to("cuda:0")
+    t = Trainee(sae.train(), lm, loss)
+    config = Config(layer=1, batch=64, kl_batch=2, context=16, lr=1e-3, kl_lr=1e-3)
+    x, tokens = torch.randn(64, 32).to("cuda:0"), torch.randint(4096, (2, 16))
+    no_limit = torch.full((), torch.inf, device="cuda:0")
+    phase = Phase("test", [t], n_steps + 1, no_limit, step=1)  # the first looks for dead latents
+    phase.buffer = SimpleNamespace(next_batch=lambda n: x)
+
+    def after_step(phase, figures):
+        if phase.step == n_steps:
+            cuda.waits.clear()
+            cuda.kernels.clear()
+
+    if loss == "mse":
+        saeft.train_mse(phase, config, after_step)
+    else:
+        stream = SimpleNamespace(train=lambda start, n: tokens)
+        saeft.finetune(phase, lm, stream, config, after_step)
+    return list(cuda.waits), Counter(cuda.kernels)
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "gemma3_text"])
+def test_host_waits_for_the_tokens_alone(cuda, kind, family):
+    if family == "gpt_neox":
+        assert count_step(cuda, kind)[0] == []
+    assert count_step(cuda, kind, "kl", family)[0] == ["_to_copy"]  # of the tokens
+
+
+def test_steps_take_few_kernels(cuda):
+    _, sae_step = count_step(cuda)
+    _, kl_step = count_step(cuda, loss="kl")
+    print(f"SAE step {sae_step.total()}, KL step of 3 blocks {kl_step.total()} operators")
+    assert sae_step.total() <= 120, sae_step
+    assert kl_step.total() <= 300, kl_step
+
+
+def test_a_missing_device_is_found(cuda, monkeypatch):
+    tables = saeft.Rope.tables
+    monkeypatch.setattr(
+        saeft.Rope, "tables", lambda self, length, device: tables(self, length, None)
+    )
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        count_step(cuda, loss="kl")
+
+
+def test_a_counter_left_on_the_cpu_is_found(cuda, monkeypatch):
+    def left_on_the_cpu(t):
+        prepare(t)
+        t.idle = torch.zeros(64, dtype=torch.long)
+
+    prepare = Trainee.__post_init__
+    monkeypatch.setattr(Trainee, "__post_init__", left_on_the_cpu)
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        count_step(cuda)
+
+
+def test_a_python_if_on_a_value_of_the_device_is_found(cuda, monkeypatch):
+    def update_if_finite(t, lr):
+        if t.parameters[0].grad.isfinite().all():
+            update(t, lr)
+
+    update = saeft.update
+    monkeypatch.setattr(saeft, "update", update_if_finite)
+    waits, _ = count_step(cuda)
+    assert waits == ["_local_scalar_dense"]  # so the test of waits fails
+
+
+# ---- Memory, and --compile ---------------------------------------------------------------------
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes in tensors, of whatever device."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.note(t.untyped_storage())
+        return out
+
+    def note(self, storage):
+        if storage._cdata not in self.alive or self.alive[storage._cdata][0].expired():
+            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
+            self.now = sum(size for _, size in self.alive.values())
+            self.peak = max(self.peak, self.now)
+
+
+def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
+    shape = {"model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304}
+    shape.update(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
+    shape.update(intermediate_size=9216, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+    config = Config(layer=12, kl_batch=2, context=1024, kl_lr=1e-4)
+    monkeypatch.setattr(
+        saeft, "slices", lambda n, W_U: [slice(i, i + 512) for i in range(0, n, 512)]
+    )
+    monkeypatch.setattr(saeft, "FAST", False)  # the device's path
+    lm = saeft.build_lm(shape)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
+        weights = {
+            name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in lm.named_parameters()
+        }
+        lm.load_state_dict(weights, assign=True)
+        lm.requires_grad_(False)
+        sae = SAE(2304, 2**14, 80)
+        sae.bfloat16 = True
+        t = Trainee(sae.train(), lm)
+        stream = SimpleNamespace(train=lambda start, n: torch.zeros(2, 1024, dtype=torch.long))
+        phase = Phase("kl", [t], 2, torch.tensor(torch.inf))
+        saeft.finetune(phase, lm, stream, config, lambda *_: None)
+    print(f"peak of the KL step at Gemma-2-2B's shape: {memory.peak / 2**30:.2f} GiB")
+    assert 5 * 2**30 < memory.peak < 16 * 2**30
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_parts_give_the_same(monkeypatch):
+    lm = saeft.build_lm({**SHAPE, "model_type": "gemma2", "num_hidden_layers": 2})
+    lm = lm.to_empty(device="cpu").requires_grad_(False)
+    lm.logit_cap = 3.0
+    for p in lm.parameters():
+        p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
+    resid, weight = torch.randn(2, 16, 32), torch.full((32,), 1 / 32)
+
+    def values():
+        x = resid.clone().requires_grad_()
+        lasts = (lm.suffix(y, 0).flatten(0, 1) for y in (resid.roll(1), x))
+        kl = saeft.SlicedKL.apply(lm, weight, *lasts)
+        return kl.detach(), *torch.autograd.grad(kl.sum(), x)
+
+    plain = values()
+    compile_ = torch.compile  # the blocks without generating code: that takes a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="aot_eager"))
+    lm.compile_parts()
+    lm.kl_and_gradient = compile_(saeft.kl_and_gradient)
+    torch.testing.assert_close(values(), plain)
+
+
+SHARED = Path(__file__).parent.parent / "shared" / "formats"  # samples by the libraries themselves
+D, F_SAE, K = 12, 40, 5
+SAE_META = {"model_name": "pythia-160m-deduped", "hook_name": "blocks.3.hook_resid_post"}
+SAE_META |= {
+    "context_size": 128,
+    "prepend_bos": False,
+    "dataset_path": "monology/pile-uncopyrighted",
+}
+LENS = {"d_in": D, "d_sae": F_SAE, "dtype": "float32", "device": "cpu"}
+LENS |= {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+LENS |= {"reshape_activations": "none", "metadata": {"sae_lens_version": "6.54.12", **SAE_META}}
+FLAT = {k: v for k, v in LENS.items() if k != "metadata"} | SAE_META | {"hook_layer": 3}
+FLAT |= {"activation_fn_str": "relu", "activation_fn_kwargs": {}, "prepend_bos": True}
+FLAT |= {"finetuning_scaling_factor": False, "hook_head_index": None, "dtype": "torch.float32"}
+
+
+def assert_near(ours, theirs, tolerance=1e-5):
+    """max|a - b| / max|b| is below the tolerance."""
+    assert ours.shape == theirs.shape
+    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    assert error < tolerance, f"relative error {error}"
+
+
+def inputs():
+    return 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(1)) + 0.7
+
+
+def random_sae():
+    """Nothing in it is 0, 1 or symmetric: norms of decoder directions from 0.1 to 3, a large
+    b_dec, thresholds of both signs."""
+    g = torch.Generator().manual_seed(0)
+    norms = torch.linspace(0.1, 3, F_SAE)[torch.randperm(F_SAE, generator=g), None]
+    W_dec = torch.nn.functional.normalize(torch.randn(F_SAE, D, generator=g), dim=1) * norms
+    return {
+        "W_enc": torch.randn(D, F_SAE, generator=g) / 2,
+        "b_enc": torch.randn(F_SAE, generator=g) / 2,
+        "W_dec": W_dec,
+        "b_dec": torch.randn(D, generator=g),
+        "threshold": 0.8 * torch.randn(F_SAE, generator=g) + 0.5,
+    }
+
+
+def formula(t, act, centred=True, x=None):
+    """(f, x_hat), in float64: act(z), z = (x - b_dec) W_enc + b_enc."""
+    t = {name: tensor.double() for name, tensor in t.items()}
+    x = inputs().double() if x is None else x
+    f = act((x - t["b_dec"] * centred) @ t["W_enc"] + t["b_enc"])
+    return f, f @ t["W_dec"] + t["b_dec"]
+
+
+def topk(z, k=K):
+    top = z.topk(k)
+    return torch.zeros_like(z).scatter(-1, top.indices, top.values.relu())
+
+
+def jump(threshold):
+    return lambda z: z.relu() * (z > threshold)
+
+
+def linear(t):
+    """Tensors as nn.Linear names and turns them."""
+    names = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"]}
+    names |= {"decoder.weight": t["W_dec"].T, "b_dec": t["b_dec"]}
+    return {name: tensor.contiguous() for name, tensor in names.items()}
+
+
+def four(t):
+    return {name: t[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+def write(folder, file, tensors, **configs):
+    """config names end in _json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.endswith(".safetensors"):
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file)
+    elif file.endswith(".npz"):
+        np.savez(folder / file, **{name: t.numpy() for name, t in tensors.items()})
+    else:
+        torch.save(tensors, folder / file)
+    for name, content in configs.items():
+        (folder / name.replace("_json", ".json")).write_text(json.dumps(content))
+
+
+# ---- Samples written here: each returns its own formula's (f, x_hat) --------------------------
+def lens(folder, tensors, base=LENS, **changes):
+    write(folder, "sae_weights.safetensors", tensors, cfg_json=base | changes)
+
+
+def saelens_standard(folder, t):
+    lens(folder, four(t), architecture="standard")
+    return formula(t, torch.relu)
+
+
+def saelens_uncentred(folder, t):
+    lens(folder, t, architecture="jumprelu", apply_b_dec_to_input=False)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def saelens_jumprelu(folder, t):
+    lens(folder, t, architecture="jumprelu")
+    return formula(t, jump(t["threshold"]))
+
+
+def saelens_topk_float16(folder, t):
+    half = {name: tensor.half() for name, tensor in four(t).items()}
+    lens(folder, half, architecture="topk", k=K, dtype="float16")
+    return formula(half, topk)
+
+
+def saelens_bfloat16_uncentred(folder, t):
+    half = {name: tensor.bfloat16() for name, tensor in t.items()}
+    lens(folder, half, architecture="jumprelu", apply_b_dec_to_input=False, dtype="bfloat16")
+    return formula(half, jump(half["threshold"].double()), centred=False)
+
+
+def saelens_topk_rescaled(folder, t):
+    lens(folder, four(t), architecture="topk", k=K, rescale_acts_by_decoder_norm=True)
+    norms = t["W_dec"].double().norm(dim=1)
+    f, _ = formula(t, lambda z: topk(z * norms))
+    return f, f / norms @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_rescale_that_jumprelu_ignores(folder, t):
+    lens(folder, t, architecture="jumprelu", rescale_acts_by_decoder_norm=True)
+    return formula(t, jump(t["threshold"]))
+
+
+def saelens_batchtopk(folder, t):
+    t["threshold"] = torch.full((F_SAE,), 0.7)
+    details = {"k": K, "rescale_acts_by_decoder_norm": True}
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": details}
+    lens(folder, t, architecture="jumprelu", metadata=LENS["metadata"] | trained)
+    return formula(t, jump(0.7))
+
+
+def saelens_batchtopk_checkpoint(folder, t):
+    """Before its conversion for inference: the threshold is of z times the norms."""
+    tensors = four(t) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    lens(folder, tensors, architecture="batchtopk", k=K, rescale_acts_by_decoder_norm=True)
+    norms = t["W_dec"].double().norm(dim=1)
+    f, _ = formula(t, lambda z: jump(0.7)(z * norms))
+    return f, f / norms @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_scaled_checkpoint(folder, t):
+    """x is divided by its mean norm: the factor lies beside the weights until training ends."""
+    tensors = four(t) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    changes = {"k": K, "rescale_acts_by_decoder_norm": True}
+    changes |= {"normalize_activations": "expected_average_only_in"}
+    lens(folder, tensors, architecture="batchtopk", **changes)
+    scaler = {"scaling_factor": 0.25, "has_whitening": False}
+    (folder / "activation_scaler.json").write_text(json.dumps(scaler))
+    norms = t["W_dec"].double().norm(dim=1)
+    f, x_hat = formula(t, lambda z: jump(0.7)(z * norms), x=inputs().double() / 4)
+    x_hat = f / norms @ t["W_dec"].double() + t["b_dec"]
+    return 4 * f, 4 * x_hat
+
+
+def saelens_1_standard(folder, t):
+    """hook_point and a scaling_factor of ones, as before version 3."""
+    cfg = {k: v for k, v in FLAT.items() if k not in ("hook_name", "activation_fn_str")}
+    cfg |= {"hook_point": SAE_META["hook_name"], "activation_fn": "relu"}
+    cfg |= {"normalize_activations": False, "finetuning_scaling_factor": False}
+    lens(folder, four(t) | {"scaling_factor": torch.ones(F_SAE)}, cfg)
+    return formula(t, torch.relu)
+
+
+def saelens_5_topk(folder, t):
+    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    lens(folder, four(t), FLAT, architecture="standard", **changes)
+    return formula(t, topk)
+
+
+def saelens_4_finetuned(folder, t):
+    """f times a factor of its own before the decoder."""
+    factor = torch.linspace(0.5, 2, F_SAE)
+    changes = {"architecture": "jumprelu", "finetuning_scaling_factor": True}
+    lens(folder, t | {"scaling_factor": factor}, FLAT, **changes)
+    f, _ = formula(t, jump(t["threshold"]))
+    return f, f * factor @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_5_log_threshold(folder, t):
+    t["threshold"] = t["threshold"].abs()
+    tensors = four(t) | {"log_threshold": t["threshold"].log()}
+    lens(folder, tensors, FLAT, architecture="jumprelu")
+    return formula(t, jump(t["threshold"].log().exp()))
+
+
+def dictionary(folder, tensors, kind, **changes):
+    trainer = {"dict_class": kind, "layer": 3, "lm_name": "EleutherAI/pythia-160m-deduped"}
+    trainer |= {"activation_dim": D, "dict_size": F_SAE, "submodule_name": None, **changes}
+    config = {"trainer": trainer, "buffer": {"ctx_len": 128, "io": "out"}}
+    write(folder, "ae.pt", tensors, config_json=config)
+
+
+def scalars(threshold):
+    return {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(threshold)}
+
+
+def dl_topk_unset_threshold(folder, t):
+    dictionary(folder, linear(t) | scalars(-1.0), "AutoEncoderTopK", k=K)
+    return formula(t, topk)
+
+
+def dl_topk_without_k_tensor(folder, t):
+    dictionary(folder, linear(t), "AutoEncoderTopK", k=K, submodule_name="resid_post_layer_3")
+    return formula(t, topk)
+
+
+def dl_topk_compiled(folder, t):
+    tensors = {"_orig_mod." + name: tensor for name, tensor in (linear(t) | scalars(0.2)).items()}
+    dictionary(folder, tensors, "AutoEncoderTopK", k=K)
+    return formula(t, topk)
+
+
+def dl_topk_without_config(folder, t):
+    """The paper's fine-tunes; layer and model are in no file."""
+    folder = folder / "TopK_pythia-160m-deduped__0108" / "resid_post_layer_3" / "trainer_2"
+    tensors = {"module." + name: tensor for name, tensor in (linear(t) | scalars(0.2)).items()}
+    write(folder, "ae.pt", tensors)
+    return formula(t, topk)
+
+
+def dl_batchtopk_without_config(folder, t):
+    folder = folder / "gemma-2-2b_batch_top_k_width-2pow16_date-0107" / "resid_post_layer_3"
+    write(folder / "trainer_2", "ae.pt", linear(t) | scalars(0.7))
+    return formula(t, jump(0.7))
+
+
+def dl_batchtopk(folder, t):
+    dictionary(folder, linear(t) | scalars(0.7), "BatchTopKSAE", k=K)
+    return formula(t, jump(0.7))
+
+
+def dl_batchtopk_untrained_threshold(folder, t):
+    dictionary(folder, linear(t) | scalars(-1.0), "BatchTopKSAE", k=K)
+    return formula(t, torch.relu)
+
+
+def dl_matryoshka(folder, t):
+    sizes = {"group_sizes": torch.tensor([10, 30])}
+    dictionary(folder, four(t) | scalars(0.7) | sizes, "MatryoshkaBatchTopKSAE", k=K)
+    return formula(t, jump(0.7))
+
+
+def dl_jumprelu(folder, t):
+    dictionary(folder, t, "JumpReluAutoEncoder")
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def dl_standard(folder, t):
+    """Its loader makes the decoder's directions unit ones."""
+    tensors = linear(t)
+    tensors["bias"] = tensors.pop("b_dec")
+    dictionary(folder, tensors, "AutoEncoder")
+    f, x_hat = formula(t, torch.relu)
+    return f * t["W_dec"].double().norm(dim=1), x_hat
+
+
+def dl_standard_without_config(folder, t):
+    tensors = linear(t)
+    tensors["bias"] = tensors.pop("b_dec")
+    write(folder, "ae.pt", tensors)
+    f, x_hat = formula(t, torch.relu)
+    return f * t["W_dec"].double().norm(dim=1), x_hat
+
+
+def dl_jumprelu_without_config(folder, t):
+    write(folder / "layer_3", "ae.pt", t)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def dl_new(folder, t):
+    tensors = linear(t)
+    tensors["decoder.bias"] = tensors.pop("b_dec")
+    dictionary(folder, tensors, "AutoEncoderNew")
+    return formula(t, torch.relu, centred=False)
+
+
+def gemma_scope(folder, t):
+    folder = folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    write(folder, "params.npz", t)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def small_letters(t):
+    return {name.replace("W_", "w_"): tensor for name, tensor in t.items()}
+
+
+def gemma_scope_2(folder, t):
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt"}
+    config |= {"hf_hook_point_in": "model.layers.13.output", "width": F_SAE}
+    folder = folder / "resid_post" / "layer_13_width_16k_l0_medium"
+    write(folder, "params.safetensors", small_letters(t), config_json=config)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def gemma_scope_2_without_config(folder, t):
+    folder = folder / "gemma-scope-2-270m-it" / "resid_post" / "layer_5_width_16k_l0_small"
+    write(folder, "params.safetensors", small_letters(t))
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+SPARSIFY = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True}
+SPARSIFY |= {"num_latents": 0, "k": K, "multi_topk": False, "skip_connection": False, "d_in": D}
+
+
+def sparsify_run(folder, t):
+    tensors = linear(t) | {"W_dec": t["W_dec"]}
+    del tensors["decoder.weight"]
+    write(folder / "layers.3", "sae.safetensors", tensors, cfg_json=SPARSIFY)
+    run = {"model": "EleutherAI/pythia-160m", "dataset": "EleutherAI/pile", "ctx_len": 2048}
+    (folder / "config.json").write_text(json.dumps(run))
+    return formula(t, topk)
+
+
+SAMPLES = [saelens_standard, saelens_uncentred, saelens_jumprelu, saelens_topk_float16]
+SAMPLES += [saelens_bfloat16_uncentred, saelens_topk_rescaled, saelens_batchtopk]
+SAMPLES += [saelens_rescale_that_jumprelu_ignores, saelens_batchtopk_checkpoint]
+SAMPLES += [saelens_scaled_checkpoint, saelens_1_standard, saelens_5_topk, saelens_4_finetuned]
+SAMPLES += [saelens_5_log_threshold, dl_topk_unset_threshold, dl_topk_without_k_tensor]
+SAMPLES += [dl_topk_compiled, dl_topk_without_config, dl_batchtopk_without_config, dl_batchtopk]
+SAMPLES += [dl_batchtopk_untrained_threshold, dl_matryoshka, dl_jumprelu, dl_standard]
+SAMPLES += [
+    dl_standard_without_config,
+    dl_jumprelu_without_config,
+    dl_new,
+    gemma_scope,
+    gemma_scope_2,
+]
+SAMPLES += [gemma_scope_2_without_config, sparsify_run]
+
+
+def by_saelens(folder, x):
+    """(f, x_hat) as SAELens computes them, if it is installed; else None."""
+    try:
+        from sae_lens import SAE as LensSAE
+    except ImportError:
+        return None
+    sae = LensSAE.load_from_disk(folder)
+    written = json.loads((Path(folder) / "cfg.json").read_text())["metadata"]
+    assert sae.cfg.metadata.hook_name == written.get("hook_name")
+    assert sae.cfg.metadata.model_name == written.get("model_name")
+    with torch.no_grad():
+        f = sae.encode(x)
+        return f, sae.decode(f)
+
+
+@torch.no_grad()
+def check(source, tmp_path, x, f, x_hat, *flags):
+    """Converted, loaded, saved again, read by SAELens: the reference's figures each time."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert convert.main([str(source), str(out), *flags]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    metadata = json.loads((out / "cfg.json").read_text())["metadata"]
+    SAE.load(str(out)).save(again, metadata)
+    for folder in (out, again):
+        sae = SAE.load(str(folder))
+        assert_near(sae.encode(x), f)
+        assert_near(sae(x)[0], x_hat)
+        if theirs := by_saelens(folder, x):
+            assert_near(theirs[0], f)
+            assert_near(theirs[1], x_hat)
+    return SAE.load(str(out)), metadata
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.__name__)
+def test_formula(sample, tmp_path):
+    f, x_hat = sample(tmp_path / "source", random_sae())
+    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    batch = "batchtopk" in sample.__name__ or "matry" in sample.__name__
+    assert (
+        sae.kind == "batchtopk" if batch else sae.kind in ("relu", "topk", "jumprelu", "batchtopk")
+    )
+    if sae.kind in ("topk", "batchtopk"):
+        assert sae.k == K
+    assert metadata["sae_lens_version"] >= "6.54"
+    layers = {"gemma_scope": 12, "gemma_scope_2": 13, "gemma_scope_2_without_config": 5}
+    hook = f"blocks.{layers.get(sample.__name__, 3)}.hook_resid_post"
+    assert metadata.get("hook_name") == (None if sample is dl_standard_without_config else hook)
+
+
+MODELS_TOLD = {saelens_standard: "pythia-160m-deduped", saelens_1_standard: "pythia-160m-deduped"}
+MODELS_TOLD |= {
+    dl_topk_compiled: "EleutherAI/pythia-160m-deduped",
+    dl_standard_without_config: None,
+}
+MODELS_TOLD |= {gemma_scope: "google/gemma-2-2b", gemma_scope_2: "google/gemma-3-1b-pt"}
+MODELS_TOLD |= {gemma_scope_2_without_config: "google/gemma-3-270m-it"}
+MODELS_TOLD |= {sparsify_run: "EleutherAI/pythia-160m"}
+
+
+@pytest.mark.parametrize("sample", MODELS_TOLD, ids=lambda sample: sample.__name__)
+def test_metadata(sample, tmp_path):
+    """What the source says, or else the flags."""
+    sample(tmp_path / "source", random_sae())
+    for out, flags in (("a", []), ("b", ["--model", "owner/model", "--context", "256"])):
+        assert convert.main([str(tmp_path / "source"), str(tmp_path / out), *flags]) == 0
+    told, given = (json.loads((tmp_path / o / "cfg.json").read_text())["metadata"] for o in "ab")
+    contexts = {gemma_scope: 1024, gemma_scope_2: 1024, gemma_scope_2_without_config: 1024}
+    contexts |= {sparsify_run: 2048, dl_standard_without_config: None}
+    assert told.get("model_name") == MODELS_TOLD[sample]
+    assert told.get("context_size") == contexts.get(sample, 128)
+    assert (given["model_name"], given["context_size"]) == ("owner/model", 256)
+
+
+def test_layers(tmp_path, capsys):
+    """resid_pre of block 4 is resid_post of block 3; --layer fills a gap, and only that."""
+    layers = {"blocks.4.hook_resid_pre": 3, "blocks.0.hook_resid_post": 0, "blocks.9.hook_out": 9}
+    layers |= {"gpt_neox.layers.2": 2, "blocks.1.hook_in": 0}
+    for i, (hook, layer) in enumerate(layers.items()):
+        lens(tmp_path / "s", four(random_sae()), metadata={"hook_name": hook})
+        assert convert.main([str(tmp_path / "s"), str(tmp_path / f"{i}")]) == 0
+        written = json.loads((tmp_path / f"{i}" / "cfg.json").read_text())["metadata"]
+        assert written["hook_name"] == f"blocks.{layer}.hook_resid_post"
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "x"), "--layer", "7"]) == 2
+    lens(tmp_path / "s", four(random_sae()), metadata={})
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "y"), "--layer", "7"]) == 0
+    written = json.loads((tmp_path / "y" / "cfg.json").read_text())["metadata"]
+    assert written["hook_name"] == "blocks.7.hook_resid_post"
+
+
+def without(t, name):
+    return {other: tensor for other, tensor in t.items() if other != name}
+
+
+def gated(t):
+    bias = {"gate_bias": t["b_enc"], "mag_bias": t["b_enc"], "r_mag": t["b_enc"]}
+    return without(linear(t), "b_dec") | bias | {"decoder_bias": t["b_dec"]}
+
+
+def nan(t, value=torch.nan):
+    t["W_dec"][3, 4] = value
+    return t
+
+
+def hooked(name):
+    return lambda folder, t: lens(folder, four(t), metadata={"hook_name": name})
+
+
+def flat(**changes):
+    return lambda folder, t: lens(folder, four(t), FLAT, **changes)
+
+
+def lens6(**changes):
+    return lambda folder, t: lens(folder, t, **changes)
+
+
+def tensors_of(change, **changes):
+    return lambda folder, t: lens(folder, change(t), **{"architecture": "jumprelu", **changes})
+
+
+def sparse(**changes):
+    def make(folder, t):
+        tensors = without(linear(t), "decoder.weight") | {"W_dec": t["W_dec"]}
+        write(folder / "layers.3", "sae.safetensors", tensors, cfg_json=SPARSIFY | changes)
+
+    return make
+
+
+def scope2(**changes):
+    config = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.3.output"} | changes
+    return lambda folder, t: write(folder, "params.safetensors", t, config_json=config)
+
+
+def pickled(content):
+    def make(folder, t):
+        write(folder, "ae.pt", content if content is not None else t)
+
+    return make
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+def object_arrays(folder, t):
+    folder.mkdir()
+    np.savez(folder / "params.npz", W_enc=np.array([Harmful()], dtype=object))
+
+
+def in_folder(name):
+    def make(folder, t):
+        tensors = without(linear(t), "decoder.weight") | {"W_dec": t["W_dec"]}
+        write(folder / name, "sae.safetensors", tensors, cfg_json=SPARSIFY)
+
+    return make
+
+
+def dl(kind, change=lambda t: linear(t) | scalars(0.7), **changes):
+    return lambda folder, t: dictionary(folder, change(t), kind, **changes)
+
+
+def mlp_scope(folder, t):
+    write(folder / "gemma-scope-2b-pt-mlp" / "layer_3", "params.npz", t)
+
+
+def two_saes(folder, t):
+    for name in ("one", "two"):
+        lens(folder / name, four(t))
+
+
+def transposed(t):
+    return t | {"W_enc": t["W_enc"].T}
+
+
+REFUSED = {
+    "gated": (flat(architecture="gated"), "gated"),
+    "transcoder": (lens6(architecture="jumprelu_transcoder"), "jumprelu_transcoder"),
+    "skip": (lens6(architecture="skip_transcoder"), "skip_transcoder"),
+    "temporal": (tensors_of(lambda t: {"E": t["W_enc"]}, architecture="temporal"), "temporal"),
+    "abstopk": (lens6(architecture="abstopk"), "abstopk"),
+    "tanh": (flat(activation_fn_str="tanh-relu"), "tanh-relu"),
+    "layer norm": (
+        lens6(architecture="jumprelu", normalize_activations="layer_norm"),
+        "layer_norm",
+    ),
+    "norm": (lens6(normalize_activations="constant_norm_rescale"), "constant_norm_rescale"),
+    "whitening": (lens6(normalize_activations="covariance_whitening"), "covariance_whitening"),
+    "heads": (lens6(architecture="jumprelu", reshape_activations="hook_z"), "hook_z"),
+    "mlp": (hooked("blocks.3.hook_mlp_out"), "blocks.3.hook_mlp_out"),
+    "attention": (hooked("blocks.3.attn.hook_z"), "blocks.3.attn.hook_z"),
+    "middle": (hooked("blocks.3.hook_resid_mid"), "blocks.3.hook_resid_mid"),
+    "embedding": (hooked("blocks.0.hook_resid_pre"), "blocks.0.hook_resid_pre"),
+    "threshold missing": (tensors_of(four), "threshold"),
+    "tensor missing": (tensors_of(lambda t: without(t, "b_enc")), "b_enc"),
+    "tensor too many": (tensors_of(lambda t: t | {"W_skip": t["b_dec"].clone()}), "W_skip"),
+    "transposed": (tensors_of(transposed), "W_enc"),
+    "threshold short": (tensors_of(lambda t: t | {"threshold": torch.ones(3)}), "3"),
+    "nan": (tensors_of(nan), "W_dec"),
+    "infinite": (tensors_of(lambda t: nan(t, torch.inf)), "W_dec"),
+    "too large": (tensors_of(lambda t: nan(t | {"W_dec": t["W_dec"].double()}, 1e300)), "W_dec"),
+    "scaling": (
+        tensors_of(lambda t: t | {"scaling_factor": 2 * torch.ones(F_SAE)}),
+        "scaling_factor",
+    ),
+    "k missing": (tensors_of(four, architecture="topk"), "None"),
+    "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
+    "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
+    "dl gated": (dl("GatedAutoEncoder", gated), "GatedAutoEncoder"),
+    "dl gated, no config": (lambda folder, t: write(folder, "ae.pt", gated(t)), "GatedAutoEncoder"),
+    "dl crosscoder": (dl("BatchTopKCrossCoder"), "BatchTopKCrossCoder"),
+    "dl mlp": (dl("AutoEncoderTopK", k=K, submodule_name="mlp_out_layer_3"), "mlp_out_layer_3"),
+    "groupmax": (sparse(activation="groupmax"), "groupmax"),
+    "skip connection": (sparse(skip_connection=True), "skip_connection"),
+    "sparsify transcoder": (sparse(transcode=True), "transcode"),
+    "signed": (sparse(signed=True), "signed"),
+    "sparsify mlp": (in_folder("layers.3.mlp"), "layers.3.mlp"),
+    "sparsify embedding": (in_folder("embed_tokens"), "embed_tokens"),
+    "scope transcoder": (scope2(hf_hook_point_out="model.layers.3.output"), "transcoder"),
+    "scope mlp": (
+        scope2(hf_hook_point_in="model.layers.3.mlp.output"),
+        "model.layers.3.mlp.output",
+    ),
+    "scope 1 mlp": (mlp_scope, "gemma-scope-2b-pt-mlp"),
+    "pickle": (pickled({"k": Harmful()}), "pickle"),
+    "no dictionary": (pickled([1, 2]), "ae.pt"),
+    "object array": (object_arrays, "params.npz"),
+    "empty": (lambda folder, t: folder.mkdir(), "sae_weights.safetensors"),
+    "two": (two_saes, "2 of"),
+    "no cfg.json": (lambda f, t: write(f, "sae_weights.safetensors", four(t)), "cfg.json"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path, capsys, monkeypatch):
+    """In one line that names what it is; nothing is written, and nothing run."""
+    monkeypatch.chdir(tmp_path)
+    make, word = REFUSED[name]
+    make(tmp_path / "source", random_sae())
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and word in shown.err, shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "ae.pt", "params.npz", "cfg.json"])
+def test_damaged(file, damage, tmp_path, capsys):
+    sample = {"ae.pt": dl_topk_compiled, "params.npz": gemma_scope}.get(file, saelens_standard)
+    sample(tmp_path / "source", random_sae())
+    path = next((tmp_path / "source").rglob(file))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x00{" * 99)
+    if damage == "missing":
+        path.unlink()
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(tmp_path):
+    """As in the README; a folder that is not empty stays as it is."""
+    dl_topk_compiled(tmp_path / "source", random_sae())
+    command = [sys.executable, "experiments/convert.py", tmp_path / "source" / "ae.pt"]
+    root = Path(convert.__file__).parent.parent
+    run = subprocess.run([*command, tmp_path / "out"], cwd=root, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "blocks.3.hook_resid_post of EleutherAI/pythia-160m-deduped" in run.stdout
+    before = (tmp_path / "out" / "cfg.json").stat()
+    for source in (command, [*command[:2], "nowhere"], [*command[:2], "--layer"]):
+        run = subprocess.run([*source, tmp_path / "out"], cwd=root, capture_output=True, text=True)
+        assert (run.returncode, run.stderr.count("\n"), run.stdout) == (2, 1, "")
+    assert (tmp_path / "out" / "cfg.json").stat() == before
+
+
+# ---- Samples by the libraries themselves ------------------------------------------------------
+@pytest.mark.parametrize("name", sorted(p.name for p in SHARED.glob("*")) or ["none"])
+def test_shared_sample(name, tmp_path):
+    if name == "none":
+        pytest.skip("no ../shared/formats")
+    x, f, x_hat = (
+        torch.tensor(np.load(SHARED / name / "reference.npz")[n]) for n in ("x", "f", "x_hat")
+    )
+    sae, _ = check(SHARED / name, tmp_path, x, f, x_hat)
+    assert ("batchtopk" in name) == (sae.kind == "batchtopk")
+
+
+def fill(module, t, threshold=None):
+    """A library's module gets random parameters of its own shapes."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.4 if p.ndim > 1 else 0.7))
+    return module
+
+
+LENS_CASES = [("standard", {}), ("topk", {"k": K}), ("jumprelu", {})]
+LENS_CASES += [("topk", {"k": K, "rescale_acts_by_decoder_norm": True})]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("normalised", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture, settings", LENS_CASES)
+def test_by_saelens(architecture, settings, normalised, centred, tmp_path):
+    lens_library = pytest.importorskip("sae_lens")
+    kind, config = lens_library.registry.get_sae_class(architecture)
+    cfg = config(
+        D, F_SAE, apply_b_dec_to_input=centred, normalize_activations=normalised, **settings
+    )
+    sae = fill(kind(cfg), {})
+    sae.save_model(tmp_path / "source")
+    sae = lens_library.SAE.load_from_disk(tmp_path / "source")
+    with torch.no_grad():
+        f = sae.encode(inputs())
+        check(tmp_path / "source", tmp_path, inputs(), f, sae.decode(f), "--layer", "3")
+
+
+TRAINING = [
+    ("batchtopk", {"k": K}),
+    ("batchtopk", {"k": 4.5, "rescale_acts_by_decoder_norm": False}),
+]
+TRAINING += [("matryoshka_batchtopk", {"k": K, "matryoshka_widths": [8, F_SAE]})]
+TRAINING += [("topk", {"k": K}), ("standard", {}), ("jumprelu", {})]
+
+
+@pytest.mark.parametrize("state", ["final", "checkpoint", "scaled checkpoint"])
+@pytest.mark.parametrize("architecture, settings", TRAINING)
+def test_by_saelens_training(architecture, settings, state, tmp_path):
+    """A checkpoint means what SAELens would have made of it at the end."""
+    lens_library = pytest.importorskip("sae_lens")
+    kind, config = lens_library.registry.get_sae_training_class(architecture)
+    how = "expected_average_only_in" if state == "scaled checkpoint" else "none"
+    sae = fill(kind(config(D, F_SAE, normalize_activations=how, **settings)), {})
+    if "batchtopk" in architecture:
+        sae.topk_threshold.fill_(0.8)
+    if state != "final":
+        sae.save_model(tmp_path / "source")
+    if state == "scaled checkpoint":
+        scaler = {"scaling_factor": 0.3, "has_whitening": False}
+        (tmp_path / "source" / "activation_scaler.json").write_text(json.dumps(scaler))
+        sae.fold_activation_norm_scaling_factor(0.3)
+    sae.save_inference_model(tmp_path / "final")
+    theirs = lens_library.SAE.load_from_disk(tmp_path / "final")
+    with torch.no_grad():
+        f = theirs.encode(inputs())
+        source = tmp_path / ("final" if state == "final" else "source")
+        ours, _ = check(source, tmp_path, inputs(), f, theirs.decode(f), "--layer", "3")
+    assert ours.kind == ("batchtopk" if "batchtopk" in architecture else ours.kind)
+    assert "k" not in settings or ours.k == settings["k"]
+
+
+DL_CASES = ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE"]
+DL_CASES += ["MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"]
+
+
+@pytest.mark.parametrize("name", DL_CASES)
+def test_by_dictionary_learning(name, tmp_path):
+    library = pytest.importorskip("dictionary_learning.utils")
+    more = {"AutoEncoderTopK": {"k": K}, "BatchTopKSAE": {"k": K}}
+    more |= {"MatryoshkaBatchTopKSAE": {"k": K, "group_sizes": [8, 32]}}
+    module = fill(getattr(library, name)(D, F_SAE, **more.get(name, {})), {})
+    if name in more:
+        module.threshold.fill_(0.9)
+    dictionary(tmp_path / "source", module.state_dict(), name, **{"k": K} if name in more else {})
+    theirs, _ = library.load_dictionary(str(tmp_path / "source"), "cpu")
+    with torch.no_grad():
+        f = theirs.encode(inputs())
+        check(tmp_path / "source", tmp_path, inputs(), f, theirs.decode(f))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_by_sparsify(dtype, tmp_path):
+    library = pytest.importorskip("sparsify")
+    config = library.SparseCoderConfig(num_latents=F_SAE, k=K)
+    coder = fill(library.SparseCoder(D, config, dtype=dtype), {})
+    coder.save_to_disk(tmp_path / "source" / "layers.3")
+    coder = coder.float()  # of the values in the file
+    with torch.no_grad():
+        out = coder.encode(inputs())
+        f = torch.zeros(len(inputs()), F_SAE).scatter(-1, out.top_indices, out.top_acts)
+        x_hat = f @ coder.W_dec + coder.b_dec  # its own decode needs a GPU
+        check(tmp_path / "source" / "layers.3", tmp_path, inputs(), f, x_hat)
+
+
+# ---- From the Hub -----------------------------------------------------------------------------
+def test_from_the_hub(tmp_path, monkeypatch):
+    """owner/name@revision:path, of a folder and of a file; what is not there is not there."""
+    dl_topk_compiled(tmp_path / "hub" / "a" / "resid_post_layer_3" / "trainer_2", random_sae())
+    sparsify_run(tmp_path / "hub" / "b", random_sae())
+    asked = []
+
+    def fetch(name, filename):
+        asked.append(name)
+        path = tmp_path / "hub" / filename
+        if not path.exists():
+            raise convert.UserError("not there") from FileNotFoundError(filename)
+        return path
+
+    monkeypatch.setattr(convert, "fetch", fetch)
+    places = [
+        "a/resid_post_layer_3/trainer_2",
+        "a/resid_post_layer_3/trainer_2/ae.pt",
+        "b/layers.3",
+    ]
+    for i, place in enumerate(places):
+        f, x_hat = formula(random_sae(), topk)
+        check(f"owner/name@rev:{place}", tmp_path / f"{i}", inputs(), f, x_hat)
+    assert set(asked) == {"owner/name@rev"}
+    assert convert.main(["owner/name:c", str(tmp_path / "out")]) == 2
+
+
+def test_by_the_hub_client(tmp_path):
+    """With the real client: files that are missing, a missing repository, and no network."""
+    if "Hub" not in globals():
+        pytest.skip("the loopback Hub is test_saeft's")
+    dl_topk_compiled(tmp_path / "a" / "resid_post_layer_3", random_sae())
+    sparsify_run(tmp_path / "b", random_sae())
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in paths}
+    del files["a/resid_post_layer_3/config.json"]  # as in the paper's fine-tunes
+    root = Path(convert.__file__).parent.parent
+
+    def run(source, out, env):
+        command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+        env = {**os.environ, **hub.env(tmp_path / "home")}
+        for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
+            run_ = run("owner/name:" + source, source.replace("/", "-"), env)
+            assert run_.returncode == 0, run_.stderr
+            sae = SAE.load(str(tmp_path / source.replace("/", "-")))
+            f, x_hat = formula(random_sae(), topk)
+            assert_near(sae.encode(inputs()), f)
+        for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
+            run_ = run(source, "out", env)
+            assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
+    run_ = run("owner/name:d", "out", env)
+    assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and "cannot fetch" in run_.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sample, kind", [(dl_batchtopk, "batchtopk"), (dl_jumprelu, "jumprelu")])
+def test_start_reads_it(sample, kind, tmp_path):
+    """saeft.py --start takes kind, K, layer, model and context from what was converted."""
+    sample(tmp_path / "source", random_sae())
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    config = saeft.parse(["--start", str(tmp_path / "out"), "--kl-tokens", "1k"])
+    told = (config.sae, config.d_sae, config.layer, config.model, config.context)
+    assert told == (kind, F_SAE, 3, "EleutherAI/pythia-160m-deduped", 128)
+    assert kind == "jumprelu" or config.k == [K]
+
+
+HOSTILE_TEXT = "</script><script>alert(1)</script><b>&amp; \"q\" 's'\t\x01\x7f\u202e 😀 é\n    end"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.fixture
+def page_run(tmp_path, request):
+    """A run's folder, of an SAE nobody trained, on text that is hard to show."""
+    kind = getattr(request, "param", "topk")
+    data = tmp_path / "text.jsonl"
+    labelled = [f"{i} {HOSTILE_TEXT} def f{i % 7}(self): return {i}\n" * 4 for i in range(400)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in labelled))
+    metadata = {"sae_lens_version": "6.54.0", "model_name": "tiny", "context_size": 64}
+    metadata.update(hook_name="blocks.2.hook_resid_post", prepend_bos=False)
+    metadata["dataset_path"] = str(data)
+    folder = tmp_path / "a <b> & run"
+    for seed, path in ((0, folder / "before"), (1, folder)):
+        sae = SAE(128, 512, 6, kind, seed=0)
+        sae.W_dec.data = saeft.F.normalize(
+            sae.W_dec.data + 0.05 * seed * torch.randn(512, 128), dim=-1
+        )
+        sae.b_enc.data = torch.randn(512) - (2 if kind in ("relu", "jumprelu") else 0)
+        sae.threshold += 1.0
+        sae.median_norm += 12.0
+        sae.save(path, metadata)
+    return folder
+
+
+def page_of(folder, *flags):
+    """The page, and the data in it."""
+    assert features.main([str(folder), "--tokens", "3k", "--latents", "20", *flags]) == 0
+    page = (folder / "features.html").read_text()
+    return page, json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+
+
+def direct(folder):
+    """The page's tokens, their residual stream, and the SAE, by other means than the page's."""
+    sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
+    told = model_loaders.sae_settings(str(folder))
+    source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
+    stream = model_loaders.TokenStream(*source, allow_short=True)
+    tokens = stream.validation()
+    stream.close()
+    return sae, lm, tokens, lm.prefix(tokens, 2)
+
+
+def test_the_page_tells_what_direct_computation_gives(page_run):
+    page, data = page_of(page_run)
+    sae, lm, tokens, resid = direct(page_run)
+    x = resid.flatten(0, 1)
+    keep = x.norm(dim=-1) <= 4 * sae.median_norm
+    f = sae.encode(x) * keep[:, None]
+    rate = (f > 0).sum(0) / keep.sum()
+    before = SAE.load(str(page_run / "before"))
+    gamma = lm.gpt_neox.final_layer_norm.weight
+    for latent in data["latents"]:
+        i = latent["id"]
+        assert latent["rate"] == pytest.approx(rate[i].item(), rel=1e-3)
+        assert latent["max"] == pytest.approx(f[:, i].max().item(), rel=1e-3)
+        cosine = torch.cosine_similarity(sae.W_dec[i], before.W_dec[i], dim=0)
+        assert latent["cosine"] == pytest.approx(cosine.item(), abs=1e-3)
+        d = sae.W_dec[i] - sae.W_dec[i].mean()
+        effect = (d * gamma) @ lm.W_U.T
+        effect = effect - effect.mean()
+        assert latent["promotes"][0][1] == pytest.approx(effect.max().item(), rel=1e-3)
+        assert latent["suppresses"][0][1] == pytest.approx(effect.min().item(), rel=1e-3)
+        strongest = latent["contexts"][0]
+        assert strongest["value"] == latent["max"]
+        assert strongest["text"][strongest["peak"]][1] == latent["max"]
+        row, place = divmod(int(f[:, i].argmax()), tokens.shape[1])
+        text = "".join(piece for piece, _ in strongest["text"])
+        near = tokens[row, max(place - 3, 0) : place]
+        assert model_loaders.load_tokenizer("tiny").decode(near).strip("\ufffd") in text
+    reasons = [latent["why"] for latent in data["latents"]]
+    assert (reasons.count("turned"), reasons.count("rate"), len(reasons)) == (5, 5, 20)
+
+
+def test_no_text_of_the_page_is_markup(page_run):
+    page, data = page_of(page_run)
+    assert len(page.encode()) < 2_000_000
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
+    assert f"<title>{html.escape('Latents of a <b> & run')}</title>" in page
+    assert not re.search(r"(src|href)=|url\(|https?:|@import", page)
+    contexts = [c for latent in data["latents"] for c in latent["contexts"]]
+    labelled = "".join("".join(t for t, _ in c["text"]) for c in contexts)
+    assert "script>" in labelled and "😀" in labelled
+
+
+@pytest.mark.parametrize("page_run", ["batchtopk", "relu", "jumprelu"], indirect=True)
+def test_every_kind_of_sae_has_a_page_with_and_without_before(page_run):
+    _, data = page_of(page_run)
+    assert data["compared"] and data["latents"]
+    shutil.rmtree(page_run / "before")
+    _, data = page_of(page_run)
+    assert not data["compared"] and "cosine" not in data["latents"][0]
+    assert {latent["why"] for latent in data["latents"]} == {"sample"}
+
+
+def test_tokens_that_share_a_character_are_one_piece():
+    tokenizer = type(
+        "Bytes", (), {"_bytes": {1: b"a\xf0\x9f", 2: b"\x98\x80", 3: b"\xff", 4: b"<"}}
+    )
+    made = features.pieces(tokenizer, [4, 1, 2, 3, 1], [0.0, 1.0, 2.0, 3.0, 4.0])
+    assert made == [("<", 0.0), ("a😀", 2.0), ("\\xff", 3.0), ("a\\xf0\\x9f", 4.0)]
+
+
+def test_a_user_s_mistake_with_features_is_one_line(page_run, capsys):
+    assert features.main([str(page_run), "--model", "nowhere"]) == 2
+    assert features.main([str(page_run / "missing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_search_and_order_work_in_a_browser(page_run, tmp_path):
+    page, data = page_of(page_run)
+    script = """<script>
+      const titles = () => document.querySelectorAll("article:not([hidden]) h2");
+      const shown = () => [...titles()].map(h => h.textContent);
+      const set = (control, value) => { $(control).value = value; $(control).oninput() };
+      const seen = { all: shown() };
+      for (const name in orders) { set("#sort", name); seen[name] = shown() }
+      set("input", "def F3(SELF"); seen.text = shown();
+      set("input", "#" + data.latents[3].id); seen.asked = shown();
+      set("input", "in no text"); seen.none = shown();
+      set("input", ""); set("#why", "turned"); seen.turned = shown();
+      document.querySelector(".row").click();
+      seen.open = document.querySelectorAll(".open").length;
+      seen.scripts = document.scripts.length;
+      const out = element("pre", "", JSON.stringify(seen));
+      out.id = "seen";
+      document.body.append(out);
+    </script>"""
+    (tmp_path / "page.html").write_text(page + script)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-page_run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path / 'chromium'}", "--enable-logging=stderr", "--dump-dom"]
+    command = [CHROMIUM, *flags, f"file://{tmp_path / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    seen = json.loads(html.unescape(re.search(r'id="seen">(.*?)</pre>', done.stdout)[1]))
+    latents = data["latents"]
+    by = {"lowest cosine": "cosine", "lowest firing rate": "rate", "number": "id"}
+    for name, key in by.items():
+        ordered = sorted(latents, key=lambda latent: (latent[key], latent["id"]))
+        assert seen[name] == [f"#{latent['id']}" for latent in ordered]
+    assert seen["all"] == seen["lowest cosine"]
+    labelled = {
+        f"#{latent['id']}": ["".join(t for t, _ in c["text"]) for c in latent["contexts"]]
+        for latent in latents
+    }
+    assert {*seen["text"]} == {n for n, t in labelled.items() if any("def f3(self" in c for c in t)}
+    assert f"#{latents[3]['id']}" in seen["asked"] and seen["none"] == []
+    assert len(seen["turned"]) == 5 and seen["open"] == 1 and seen["scripts"] == 3
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Labelled text: a folder, a .jsonl and a .txt, one class each."""
+    folder = tmp_path / "labelled"
+    (folder / "numbers").mkdir(parents=True)
+    for i in range(70):
+        (folder / "numbers" / f"{i}.txt").write_text(f"{i * 12345} + {i} = {i * i}\n" * 40)
+    lines = [
+        json.dumps({"text": f"the word number {i} is a word of prose\n" * 14}) for i in range(70)
+    ]
+    (folder / "prose.jsonl").write_text("\n".join(lines))
+    (folder / "code.txt").write_text(
+        "".join(f"def f{i}(x): return [x] * {i}\n" for i in range(1500))
+    )
+    return folder
+
+
+def test_labelled_text_has_two_sides_of_equal_classes(labelled, tmp_path):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench_texts
+
+    data = saebench_texts.read_classes(labelled)
+    assert list(data["train"]) == list(data["test"]) == ["code", "numbers", "prose"]
+    for classes in data.values():
+        assert len({len(some) for some in classes.values()}) == 1
+        rows = saebench_texts.with_attribute(classes)
+        assert len({(row["class"], row["attribute"]) for row in rows}) == 6
+        assert max(len(row["text"]) for row in rows) <= saebench_texts.PIECE
+    assert not {*data["train"]["numbers"]} & {*data["test"]["numbers"]}
+    saebench_texts.make(tmp_path / "made")
+    assert sorted(path.stem for path in (tmp_path / "made").iterdir()) == sorted(
+        saebench_texts.TOPICS
+    )
+    (labelled / "few.txt").write_text("few")
+    with pytest.raises(saeft.UserError, match="'few': 1"):
+        saebench_texts.read_classes(labelled)
+
+
+def test_saebench_says_what_to_install(tmp_path):
+    (tmp_path / "sae_bench.py").write_text("raise ImportError('none here')")
+    script = Path(saeft.__file__).parent / "experiments" / "saebench.py"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script, "x"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install sae-bench" in done.stderr
+
+
+def test_saebench_runs_offline_before_and_after(page_run, labelled, tmp_path, capsys):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    assert (
+        saebench.main([]) == saebench.main(["x", "--data", str(labelled), "--evals", "ravel"]) == 2
+    )
+    flags = ["--data", str(labelled), "--batches", "1", "--out", str(tmp_path / "out")]
+    assert saebench.main([str(page_run), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "out" / "table.txt").read_text().strip()
+    cells = {line[:38].strip(): line[38:].split() for line in printed.splitlines()[1:]}
+    assert len(cells) == 17 and all(len(row) >= 2 for row in cells.values())
+    ce = [float(value) for value in cells["core            CE with the SAE"]]
+    assert 1 < ce[0] < min(ce[1:]) and ce[1] != ce[2]
+    assert cells["core            L0"] == ["6.0000", "6.0000"]
+    assert min(map(float, cells["sparse probing  accuracy, all latents"])) > 0.8
+
+
+def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    place = str(model_loaders.TINY)
+    model = saebench.transformers.AutoModelForCausalLM.from_pretrained(place).float()
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with saebench.models_from(place):
+        get = saebench.activation_collection.get_layer_activations
+        found = get(model, 2, inputs, torch.tensor([3, 1]))
+        handle = saebench.activation_collection.get_module(model, 2).register_forward_hook(
+            lambda block, inputs, output: (output[0] * 0,)
+        )
+        zeroed = model(tokens, output_hidden_states=True).hidden_states[3]
+        handle.remove()
+    expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (zeroed == 0).all()
+
+
+# ---- Safetensors, SAE files --------------------------------------------------------------------
 
 
 def child(code, *args, **env):
@@ -788,36 +3297,76 @@ def raw(header, size=8, length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(size)
 
 
-def test_hostile_safetensors_are_refused(tmp_path):
-    path, no = tmp_path / "bad", "'a' cannot be"
-    sound = raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16)
-    assert path.write_bytes(sound) and model_loaders.read_safetensors(path, "cpu").keys() == {
-        "a",
-        "b",
+SHAPES = [[3], [-2], [-1, -2], [2.0], [True, 2], ["2"], [2**31] * 3, [2**59 + 2, 32], {"2": 1}]
+EMPTY_SHAPES = [None, 2, "", {}, [0, 2**62, 2**62], [0, 2**70]]
+SPANS = [[False, 8], [0.0, 8.0], [8, 0], [-8, 0], [4, 8], [0, 8, 8], [8], [], "08", 8, None]
+HOSTILE = [
+    ("no header", "header of 0 bytes", bytes(7)),
+    ("a header longer than the file", "header of 3 bytes", raw(b"", 2, 3)),
+    ("a header over 100 MB", "header of 100,000,001 bytes", raw(b"", 100_000_001, 100_000_001)),
+    ("a header of 2**64 - 1", f"header of {2**64 - 1:,} bytes", raw(b"", 8, 2**64 - 1)),
+    ("a list", "not a mapping", raw([1], 0)),
+    ("no JSON", "Expecting", raw(b"{'a': 1}", 0)),
+    ("NaN", "invalid literal", raw(one(more=float("nan")))),
+    ("one name twice", "twice", raw(json.dumps(one())[:-1].encode() + b',"a":' + b"{}}")),
+    (
+        "half a character",
+        "surrogates",
+        raw(b'{"\\ud800": ' + json.dumps(one()["a"]).encode() + b"}"),
+    ),
+    ("Latin-1", "utf-8", raw(b'{"\xff": 1}', 0)),
+    ("UTF-16", "utf-8", raw('{"a": 1}'.encode("utf-16"), 0)),
+    ("deeply nested", "recursion", raw(b'{"a":' + b"[" * 200_000)),
+    ("bytes at its end", "data of 9 bytes", raw(one(), 9)),
+    ("too few bytes", "data of 7 bytes", raw(one(), 7)),
+    ("an unknown dtype", "F31", raw(one("F31"))),
+    ("no dtype", "None", raw(one(None))),
+    ("a list of dtypes", "unhashable", raw(one(["F32"]))),
+    ("no entry", "subscriptable", raw({"a": 3}, 0)),
+    ("an empty entry", "data_offsets", raw({"a": {}}, 0)),
+    *[(f"shape {x}", "'a' cannot be", raw(one(shape=x))) for x in SHAPES],
+    *[(f"shape {x} of nothing", "", raw(one(shape=x, offsets=[0, 0]), 0)) for x in EMPTY_SHAPES],
+    *[(f"offsets {x}", "", raw(one(offsets=x))) for x in SPANS],
+    ("overlap", "'b' cannot be", raw(one(b=one(offsets=[4, 12])["a"]), 12)),
+    ("the same place", "'b' cannot be", raw(one(b=one(offsets=[0, 8])["a"]), 8)),
+    ("a hole", "'b' cannot be", raw(one(b=one(offsets=[12, 20])["a"]), 20)),
+    ("a hole before", "'a' cannot be", raw(one(offsets=[4, 12]), 12)),
+    ("more than there is", "data of", raw(one(shape=[2**50], offsets=[0, 2**52]))),
+    *[(f"metadata {x}", "", raw(one(__metadata__=x))) for x in ("x", ["x"], {"a": 1}, {"": None})],
+    (
+        "an LFS pointer",
+        "git lfs pull",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "word, content", [case[1:] for case in HOSTILE], ids=[c[0] for c in HOSTILE]
+)
+def test_hostile_safetensors_are_refused(tmp_path, word, content):
+    path = tmp_path / "bad"
+    path.write_bytes(content)
+    fails(["cannot read", str(path), word], model_loaders.read_safetensors, path)
+
+
+def test_sound_safetensors_of_the_same_kind_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16))
+    assert model_loaders.read_safetensors(tmp_path / "a").keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_only_regular_files_are_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    load = {
+        "config.json": model_loaders.load_config,
+        "model.safetensors": lambda folder: model_loaders.load_weights(folder, "cpu", None),
+        "tokenizer.json": model_loaders.load_tokenizer,
     }
-    cases = [("header of 0 bytes", bytes(size)) for size in (0, 7)]
-    sizes = [(2, 3), (100_000_001, 100_000_001), (8, 2**64 - 1)]
-    cases += [(f"header of {n:,} bytes", raw(b"", size, n)) for size, n in sizes]
-    cases += [("not a mapping", raw([1], 0)), ("Expecting", raw(b"{'a': 1}", 0))]
-    cases += [("utf-8", raw(x, 0)) for x in (b'{"\xff": 1}', '{"a": 1}'.encode("utf-16"))]
-    cases += [("recursion", raw(b'{"a":' + b"[" * 200_000)), ("1 bytes at its end", raw(one(), 9))]
-    cases += [(f"{x}", raw(one(x))) for x in ("F31", None)] + [("unhashable", raw(one(["F32"])))]
-    cases += [("subscriptable", raw({"a": 3}, 0)), ("data_offsets", raw({"a": {}}, 0))]
-    shapes = [[3], [-2], [-1, -2], [2.0], [True, 2], ["2"], [2**31] * 3, [2**59 + 2, 32], {"2": 1}]
-    cases += [(no, raw(one(shape=x))) for x in shapes]
-    shapes = [None, 2, "", {}, [0, 2**62, 2**62], [0, 2**70]]
-    cases += [("cannot read", raw(one(shape=x, offsets=[0, 0]), 0)) for x in shapes]
-    spans = [[False, 8], [0.0, 8.0], [8, 0], [-8, 0], [4, 8], [0, 8, 8]]
-    cases += [(no, raw(one(offsets=x))) for x in spans]
-    cases += [("cannot read", raw(one(offsets=x))) for x in ([8], [], "08", 8, None)]
-    spans = [([4, 12], 12), ([0, 8], 8), ([12, 20], 20)]  # overlaps and a hole
-    cases += [("'b' cannot be", raw(one(b=one(offsets=x)["a"]), size)) for x, size in spans]
-    cases += [(no, raw(one(shape=[2**50], offsets=[0, 2**52])))]
-    cases += [(no, raw(one(offsets=[4, 12]), 12)), (no, raw(one(), 7))]
-    cases += [("cannot read", raw(one(__metadata__=x))) for x in ("x", ["x"], {"a": 1}, {"": None})]
-    for word, content in cases:
-        path.write_bytes(content)
-        fails([str(path), word], model_loaders.read_safetensors, path, "cpu")
+    fails([name, "not a regular file"], load[name], str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    fails([name, "not a regular file"], load[name], str(tmp_path))
 
 
 PEAK = """
@@ -846,107 +3395,106 @@ def test_folders(tmp_path):
         fails(["config.json", reason], load)
     config.write_bytes(b'{"d": 1}')
     assert load() == {"d": 1}
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "cfg.json").write_text("{}")
+    assert model_loaders.fetch(str(tmp_path), "deep/er/cfg.json").read_text() == "{}"
     fails(["has no model.safetensors", "safetensors files only"], load, *weights)
     x, y = {"a": torch.ones(2, 3), "b": torch.zeros(1)}, {"c": torch.ones(4)}
     model_loaders.write_safetensors(tmp_path / "x.safetensors", x, {})
     model_loaders.write_safetensors(tmp_path / "y.safetensors", y, {})
     where = {"a": "x.safetensors", "b": "x.safetensors", "c": "y.safetensors"}
     bad = ["../x.safetensors", "/x.safetensors", "z/x.safetensors", "a.bin", "..", ["x"], 3, None]
-    bad = [{**where, "a": file} for file in bad] + [["x.safetensors"], None]
-    cases = [({"weight_map": value}, "must name plain") for value in bad] + [(3, "'int'")]
-    for content, reason in [*cases, ({"weight_map": {**where, "e": "y.safetensors"}}, "lists 'e'")]:
+    bad += ["\0.safetensors", "\ud800.safetensors", "x\n.safetensors"]
+    for content in [3, {}, *({"weight_map": {**where, "a": file}} for file in bad)]:
         index.write_text(json.dumps(content))
-        fails([index.name, reason], load, *weights)
+        fails([index.name], load, *weights)
+    index.write_text(json.dumps({"weight_map": {**where, "e": "y.safetensors"}}))
+    fails(["lists 'e'"], load, *weights)
     index.write_text(json.dumps({"weight_map": where}))
     assert same(load(*weights), x | y)
-    for name in ("", "pythia-161m", "./no", "/no/folder", "~/no one", "a/b/c", "x\ny", "\0"):
-        fails(["no folder and no Hub", "pythia-160m or tiny"], model_loaders.load_config, name)
+
+
+NOWHERE = ["", "pythia-161m", "./no", "/no/folder", "~/no one", "a/b/c", "x\ny", "\0", "a@b"]
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_unknown_models(name):
+    fails(["no folder and no Hub", "pythia-160m or tiny"], model_loaders.load_config, name)
+
+
+def test_short_names():
     models = model_loaders.MODELS
-    assert len(models) == 23 and models["pythia-1b-deduped"] == "EleutherAI/pythia-1b-deduped"
+    assert len(models) == 28 and models["pythia-1b-deduped"] == "EleutherAI/pythia-1b-deduped"
+    assert models["gemma-2-9b"] == "google/gemma-2-9b"
+    assert models["gemma-3-270m"] == "google/gemma-3-270m"
+    assert models["gemma-3-12b"] == "google/gemma-3-12b-pt"
 
 
-def test_sae_files(tmp_path, monkeypatch):
-    shapes = {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
-    tensors, sae = {k: torch.randn(shape) for k, shape in shapes.items()}, tmp_path / "deep" / "sae"
-    cfg = {"d_in": 6, "d_sae": 20, "k": 3, "metadata": {"model_name": "ü"}}
-    write, path = model_loaders.write_safetensors, sae / "sae_weights.safetensors"
-    write(path, tensors, {}, cfg)
-    assert same(safetensors.load_file(sae / "sae_weights.safetensors"), tensors)
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="ZeroDivision"):
-        patch.setattr(Path, "write_text", lambda *args: 1 / 0)  # interrupted, the weights written
-        write(path, {k: t + 1 for k, t in tensors.items()}, {}, {**cfg, "k": 4})
-    assert sorted(os.listdir(sae)) == ["cfg.json", "sae_weights.safetensors"]
-    assert same(safetensors.load_file(sae / "sae_weights.safetensors"), tensors)
+SAE_SHAPES = {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
+
+
+def sae_folder(path, tensors=(), **cfg):
+    """An SAE in SAELens's layout, with `tensors` and `cfg` changed."""
+    torch.manual_seed(0)
+    tensors = {k: torch.randn(shape) for k, shape in SAE_SHAPES.items()} | dict(tensors)
+    cfg = {"architecture": "topk", "d_in": 6, "d_sae": 20, "k": 3, "metadata": {"x": "ü"}} | cfg
+    model_loaders.write_safetensors(path / "sae_weights.safetensors", tensors, {}, cfg)
+    return tensors, cfg
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
+    tensors, cfg = sae_folder(sae := tmp_path / "deep" / "sae")
+    names = ["cfg.json", "sae_weights.safetensors"]
+    for part in names:  # as a save that was killed leaves them
+        (sae / f".{part}.part").write_text("half")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(os, "fsync", lambda file: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        sae_folder(sae, {"b_dec": torch.ones(6)}, k=4)
+    assert sorted(os.listdir(sae)) == names
+    assert same(safetensors.load_file(sae / names[1]), tensors)
     assert json.loads((sae / "cfg.json").read_text("utf-8")) == cfg
-    fails(["cannot write", "cfg.json"], write, sae / "cfg.json" / "x", tensors, {}, cfg)
+    fails(["cannot write", "cfg.json"], sae_folder, sae / "cfg.json" / "x")
+    model_loaders.write_text(sae / "text", "ü")
+    assert (sae / "text").read_bytes() == "ü".encode()
+    fails(["cannot write"], model_loaders.write_text, sae, "x")
 
 
-ASK = """
-if sys.argv[2] == "False": time.sleep = lambda seconds: None
-def ask(call, name, what, token):
-    os.environ["HF_TOKEN"] = token
-    if call == "fetch": return [L.fetch(name, what).read_text()]
-    if call == "weights": return sorted(L.load_weights(name, "cpu", torch.float32))
-    with L.hub_errors(name := f"datasets/{name}", what):
-        with L.hf.HfFileSystem().open(f"{name}/{what}", block_size=1000) as file:
-            return [file.seek(50_000), len(file.read(1000))]
-answers = []
-for case in json.load(open(sys.argv[1])):
-    try: answers.append(ask(*case))
-    except L.UserError as error: answers.append(str(error))
-print(json.dumps(answers))
-"""
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
+def test_saes_are_read_as_they_were_written(tmp_path, architecture):
+    threshold = {"threshold": torch.rand(20)} if architecture == "jumprelu" else {}
+    tensors, cfg = sae_folder(tmp_path, threshold, architecture=architecture)
+    read, read_cfg = model_loaders.read_sae(str(tmp_path))
+    assert same(read, tensors) and read_cfg == cfg
+    half, _ = sae_folder(tmp_path, {"b_dec": torch.ones(6).half()})
+    assert model_loaders.read_sae(str(tmp_path))[0]["b_dec"].dtype == torch.float32
 
 
-def test_hub_through_the_real_client(tmp_path):
-    x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
-    index = json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}).encode()
-    models = {"o/two": {"1.safetensors": x, "2.safetensors": y}, "o/old": {"weights.bin": b"x"}}
-    models["o/two"]["model.safetensors.index.json"] = index
-    models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
-    models["o/sick"] = {f"{fault}.json": b"m" * 999 for fault in ("fail", "slow", "cut", "mend")}
-    data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
-
-    def check(cases, nap, **env):
-        """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
-        (tmp_path / "ask").write_text(json.dumps([case[:-1] for case in cases]))
-        for case, answer in zip(cases, child(ASK, tmp_path / "ask", nap, **env), strict=True):
-            words = case[-1].split("|") if isinstance(case[-1], str) else []
-            assert all(word in answer for word in words) and "\n" not in answer, (case, answer)
-            assert words or answer == case[-1], (case, answer)
-
-    loads = [("weights", "o/one", "", "", ["a"]), ("weights", "o/two", "", "", ["a", "b"])]
-    gemma, terms = ("fetch", "gemma-2-2b", "config.json"), "its licence at https://huggingface.co/"
-    refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
-    cases = [
-        ("weights", "o/old", "", "", "o/old has no model.safetensors"),
-        ("fetch", "o/none", "config.json", "", "no Hub repository 'o/none'"),
-        ("fetch", "o--o/x", "config.json", "", "no Hub repository 'o--o/x'"),
-        ("fetch", "o/old", "none.json", "", "o/old has no none.json"),
-        *[(*gemma, token, f"{refused}{n}") for token, n in (("", 401), (OTHER, 403), ("hf_", 401))],
-        (*gemma, GOOD, ["{}"]),
-        ("fetch", "o/sick", "fail.json", "", "cannot fetch o/sick|503|--model tiny"),
-        ("fetch", "o/sick", "slow.json", "", "cannot fetch o/sick|imed out|--model tiny"),
-        ("fetch", "o/sick", "cut.json", "", "cannot fetch o/sick|100 |--model tiny"),
-        ("dataset", "o/data", "d/x.bin", "", [50_000, 1000]),
-        ("dataset", "o/data", "d/y.bin", "", "datasets/o/data has no d/y.bin"),
-        ("dataset", "o/none", "x.bin", "", "no Hub repository 'datasets/o/none'"),
-        ("dataset", "o/gated", "x.bin", "", f"{terms}datasets/o/gated|401"),
-    ]
-    if int(huggingface_hub.__version__[0]) >= 2:  # which tries a cut download again
-        cases.append(("fetch", "o/sick", "mend.json", "", ["m" * 999]))
-    with Hub(models, data, {"google/gemma-2-2b", "o/gated"}, fail={"fail.json": 503}) as hub:
-        hub.cut, hub.stall = {"cut.json": (100, 99), "mend.json": (100, 1)}, {"slow.json": 12}
-        env = hub.env(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="1")
-        check(loads + cases, nap=False, **env)
-        assert 1000 <= hub.sent["d/x.bin"] <= 4000  # of 100,000: a byte range
-    for word, more in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
-        gone = [("fetch", "pythia-70m", "config.json", "", f"cannot fetch EleutherAI/|{word}")]
-        words = f"cannot fetch datasets/o/data|{word}|--data stdlib"
-        gone += [("dataset", "o/data", "d/x.bin", "", words)]
-        start = time.monotonic()
-        check(loads + gone, nap=True, **env, **more)
-        assert time.monotonic() - start < 20  # the client alone would try for half a minute
+@pytest.mark.parametrize(
+    "tensors, cfg, word",
+    [
+        ({}, {"architecture": "gated"}, "architecture 'gated' "),
+        ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
+        ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
+        ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
+        ({}, {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' "),
+        (
+            {},
+            {"activation_fn_str": "topk", "architecture": "standard"},
+            "activation_fn_str 'topk' ",
+        ),
+        ({}, {"d_sae": 21}, "[6, 21]"),
+        ({}, {"d_in": None}, "None"),
+        ({}, {"architecture": "jumprelu"}, "'threshold': [20]"),
+        ({"b_enc": torch.ones(19)}, {}, "[19]"),
+        ({"extra": torch.ones(1)}, {}, "extra"),
+        ({"W_dec": torch.full((20, 6), torch.nan)}, {}, "W_dec is not of finite numbers"),
+        ({"b_dec": torch.ones(6, dtype=torch.int8)}, {}, "b_dec is not of finite numbers"),
+    ],
+)
+def test_saes_that_cannot_be_read_as_they_are(tmp_path, tensors, cfg, word):
+    sae_folder(tmp_path, tensors, **cfg)
+    advice = f"python experiments/convert.py {tmp_path} FOLDER" if word.endswith(" ") else ""
+    fails([str(tmp_path), word, advice], model_loaders.read_sae, str(tmp_path))
 
 
 # ---- Tokenizers -------------------------------------------------------------------------------
@@ -1053,18 +3601,9 @@ def gemma_spec(sp, symbols: list[str], by_score: bool) -> dict:
     }
 
 
-BYTE = train_byte_level(300, ["some words"])
+BYTE = train_byte_level(400, library(0, 20_000))
 SMALL_SPM = train_sentencepiece(800, [WORLD * 3, *library(0, 20_000)], SYMBOLS)
 GEMMA_LIKE = gemma_spec(SMALL_SPM, SYMBOLS, by_score=True)
-
-
-def test_neox_ids():
-    if not NEOX_FILE.exists():
-        pytest.skip(f"{NEOX_FILE} is not here")
-    texts = library(0, 800_000) + random_texts(800_000, 1)
-    texts += LONG + ["\n \r" * 300_000 + "x", "é" * 1_000_000 + " "]
-    ours = assert_same(json.loads(NEOX_FILE.read_text("utf-8")), texts)
-    assert (ours.n_vocab, ours.eos_id, ours.bos_id) == (50277, 0, None)
 
 
 # With test_byte_level_ids, 5.2 million characters are compared, not counting the long runs.
@@ -1105,22 +3644,45 @@ def test_lone_surrogates_and_fingerprint():
     assert ours.fingerprint != other.fingerprint
 
 
+MERGES = BYTE["model"]["merges"]
+GEMMA_MERGES = GEMMA_LIKE["model"]["merges"]
+SEQUENCE = {"type": "Sequence", "normalizers": []}
+EXTRA = {"content": "<x>", "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+
+
 @pytest.mark.parametrize("base, path, value, says", [
-    (BYTE, "model type", "WordPiece", '"WordPiece"'),
-    (BYTE, "model dropout", 0.1, "dropout 0.1"),
+    (BYTE, "model type", "WordPiece", "WordPiece"),
+    (BYTE, "model dropout", 0.1, "dropout"),
+    (BYTE, "model ignore_merges", True, "ignore_merges"),
+    (BYTE, "model end_of_word_suffix", "</w>", "end_of_word_suffix"),
+    (BYTE, "truncation", {"max_length": 5}, "truncation"),
+    (BYTE, "padding", {"strategy": "BatchLongest"}, "padding"),
     (BYTE, "normalizer", {"type": "Lowercase"}, "Lowercase"),
-    (BYTE, "pre_tokenizer", {"type": "Split", "pattern": {"Regex": "\\d"}}, '"Split" Regex "'),
+    (BYTE, "normalizer", SEQUENCE, "Sequence"),
+    (BYTE, "pre_tokenizer", {"type": "Split", "pattern": {"Regex": "\\d"}}, "Split"),
     (BYTE, "pre_tokenizer add_prefix_space", True, "add_prefix_space"),
-    (BYTE, "pre_tokenizer use_regex", False, "use_regex false"),
-    (BYTE, "decoder", None, 'is "BPE" "ByteLevel":'),
+    (BYTE, "pre_tokenizer use_regex", False, "use_regex"),
+    (BYTE, "post_processor", {"type": "TemplateProcessing", "single": []}, "post_processor"),
     (BYTE, "added_tokens", [BYTE["added_tokens"][0] | {"lstrip": True}], "lstrip"),
-    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 1}, r"lacks a byte: b'\x00'"),
-    (BYTE, "model merges", ["a b c"], "cannot be read"),
-    (GEMMA_LIKE, "normalizer content", "_", '"_"'),
-    (GEMMA_LIKE, "model byte_fallback", False, 'is "BPE" "Replace"'),
-    (GEMMA_LIKE, "model vocab", {"<eos>": 0, "日": 1}, "<0xE6>"),
-    (BYTE | {"added_tokens": []}, "model vocab", {"a": 1}, "<eos>"),
-    (GEMMA_LIKE, "model merges", [["e", "▁"]], "'e▁'"),
+    (BYTE, "added_tokens", BYTE["added_tokens"] * 2, "one twice"),
+    (BYTE, "added_tokens", [BYTE["added_tokens"][0] | {"id": 1}], "do not follow"),
+    (BYTE, "added_tokens", [*BYTE["added_tokens"], EXTRA | {"id": 401}], "do not follow"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 1}, "vocabulary"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 2}, "0, 1, 2"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 1.0}, "0, 1, 2"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": float("nan")}, "invalid literal"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "\ud800": 1}, "cannot read"),
+    (BYTE, "model merges", ["a b c"], "cannot read"),
+    (BYTE, "model merges", MERGES[1:], "order of training"),
+    (BYTE, "model merges", MERGES[20:] + MERGES[:20], "order of training"),
+    (BYTE, "model merges", MERGES + MERGES[:1], "stand apart"),
+    (GEMMA_LIKE, "normalizer content", "_", "'_'"),
+    (GEMMA_LIKE, "model byte_fallback", False, "Replace"),
+    (GEMMA_LIKE, "model vocab", {"<eos>": 0, "日": 1}, "do not follow"),
+    (GEMMA_LIKE, "model merges", GEMMA_MERGES[:185] + GEMMA_MERGES[186:], "order of training"),
+    (BYTE | {"added_tokens": []}, "model merges", [], "no token for some byte"),
 ])  # fmt: skip
 def test_unreadable(tmp_path, base, path, value, says):
     spec = part = json.loads(json.dumps(base))
@@ -1128,6 +3690,9 @@ def test_unreadable(tmp_path, base, path, value, says):
     for parent in parents:
         part = part[parent]
     part[key] = value
+    if says.startswith("no token"):
+        del spec["model"]["vocab"]["a"]
+        spec["model"]["vocab"] = {t: i for i, t in enumerate(spec["model"]["vocab"])}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(model_loaders.UserError) as error:
         model_loaders.load_tokenizer(tmp_path)
@@ -1140,6 +3705,74 @@ def test_damaged_file(tmp_path, text):
         (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(model_loaders.UserError, match="cannot read|has no tokenizer.json"):
         model_loaders.load_tokenizer(tmp_path)
+
+
+STATED = [
+    ({}, {}, "<|endoftext|>"),
+    ({"eos_token": "</s>"}, {}, "</s>"),
+    ({"eos_token": {"content": "</s>"}}, {"eos_token_id": 7}, "</s>"),
+    ({}, {"eos_token_id": 7}, 7),
+    ({"eos_token": None}, {"eos_token_id": [7, 8]}, 7),
+    ({"eos_token": "<none>"}, {}, UserError),
+    ({}, {"eos_token_id": 5000}, UserError),
+]
+
+
+@pytest.mark.parametrize("tokenizer_config, config, expected", STATED)
+def test_the_end_of_text_is_what_the_folder_says(tmp_path, tokenizer_config, config, expected):
+    spec = BYTE | {"added_tokens": [*BYTE["added_tokens"], EXTRA | {"id": 400, "content": "</s>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if expected is UserError:
+        return fails(["end of text"], model_loaders.load_tokenizer, tmp_path)
+    tokenizer = model_loaders.load_tokenizer(tmp_path)
+    names = {"<|endoftext|>": 0, "</s>": 400}
+    assert tokenizer.eos_id == names.get(expected, expected) and tokenizer.n_vocab == 401
+
+
+def test_a_tokenizer_without_end_of_text():
+    vocab = {("<end>" if t == "<|endoftext|>" else t): i for t, i in BYTE["model"]["vocab"].items()}
+    spec = BYTE | {"model": BYTE["model"] | {"vocab": vocab}, "added_tokens": []}
+    assert model_loaders.Tokenizer(spec, "<end>").eos_id == 0
+    with pytest.raises(ValueError, match="end of text"):
+        model_loaders.Tokenizer(spec)
+
+
+REAL = [
+    Path(os.environ.get("SAEFT_VOCABULARIES", "/none"), n, "tokenizer.json")
+    for n in ("gemma2", "gemma3")
+]
+
+
+@pytest.mark.parametrize("path", [NEOX_FILE, *REAL], ids=["neox", "gemma2", "gemma3"])
+def test_real_vocabularies(path):
+    """Set SAEFT_VOCABULARIES to a folder with gemma2/tokenizer.json and gemma3/tokenizer.json."""
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    spec = json.loads(path.read_text("utf-8"))
+    tokens = [token.replace("▁", " ") for token in spec["model"]["vocab"]]
+    texts = library(0, 300_000) + random_texts(300_000, 4)
+    texts += [f"<p>{word}</p> </td> > </b>  <i> x> y" for word in WORDS]
+    texts += [" YYYY-MM-DD", " ======", "   the", " diffformul"] + tokens[::40]
+    texts += [" " + token for token in tokens[::40]] + ["> " * 20_000]
+    ours = assert_same(spec, texts + LONG + ["\n \r" * 300_000 + "x", "é" * 1_000_000 + " "])
+    known = {"neox.json": (50277, 0, None), "gemma2": (256_000, 1, 2), "gemma3": (262_145, 1, 2)}
+    found = (ours.n_vocab, ours.eos_id, ours.bos_id)
+    assert found in known.values() and known.get(path.name, found) == found
+
+
+def test_a_token_that_its_own_characters_do_not_make():
+    """As Gemma 3's " YYYY": in its vocabulary, but the text becomes " Y", "YY", "Y"."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", *model_loaders.SPM_BYTES, *"▁Ya"]
+    made = ["YY", "▁Y", "▁YY", "▁YYY", "▁YYYY"]
+    vocab = {token: i for i, token in enumerate(names + made)}
+    splits = [(t[:n], t[n:]) for t in made for n in range(1, len(t))]
+    merges = [pair for pair in splits if vocab.keys() >= {*pair}]
+    model = GEMMA_LIKE["model"] | {"vocab": vocab, "merges": merges}
+    added = [t for t in GEMMA_LIKE["added_tokens"] if t["id"] < 4]
+    spec = GEMMA_LIKE | {"model": model, "added_tokens": added}
+    assert_same(spec, [" " + "Y" * n + end for n in range(9) for end in ("", "a", " ")])
 
 
 # ---- Token streams ----------------------------------------------------------------------------
@@ -1209,28 +3842,96 @@ def test_streams_are_the_documents_end_to_end(tmp_path, stream, name):
     assert ids(s.validation()) == joined(texts(), True)[:160]
 
 
-def test_bos_opens_each_sequence_and_is_not_stored(lines_file, stream):
-    s, wide = stream(lines_file, Bytes(bos_id=7)), stream(lines_file, Bytes(n_vocab=70_000))
-    rows = s.train(0, 100)
+def test_bos_opens_each_sequence_and_none_stands_in_the_middle(tmp_path, lines_file, stream):
+    rows = stream(lines_file, Bytes(bos_id=7)).train(0, 100)
     assert (rows[:, 0] == 7).all() and ids(rows[:, 1:]) == joined(texts(), False)[:1500]
-    assert ids(wide.train(0, 100)) == joined(texts(), False)[:1600] and wide.folder != s.folder
-    with pytest.raises(UserError, match="holds id 120, the model's tokenizer has 100 ids"):
+    (tmp_path / "b.jsonl").write_bytes(jsonl([text + "\7 \7" for text in texts()]))
+    rows = stream(tmp_path / "b.jsonl", Bytes(bos_id=7)).train(0, 100)
+    assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
+    np.array([7, 1, 2, 3] * 2000, np.uint16).tofile(tmp_path / "c.bin")
+    rows = stream(tmp_path / "c.bin", Bytes(bos_id=7), train=900).train(0, 50)
+    assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
+
+
+def test_ids_that_the_tokenizer_lacks(lines_file, stream):
+    wide = stream(lines_file, Bytes(n_vocab=70_000, fingerprint="wide"))
+    assert ids(wide.train(0, 100)) == joined(texts(), False)[:1600]
+    with pytest.raises(UserError, match="holds id 120: give --data that is tokenised"):
         stream(lines_file, Bytes(n_vocab=100)).train(0, 9)
 
 
+PARAGRAPH = "word " * 400 + "\n\n"
+ONE_LINE = "".join(f"{i} of one line, " for i in range(200_000))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", ONE_LINE),
+        ("a.txt", ONE_LINE.replace(", ", "\r")),
+        ("a.txt", ONE_LINE.replace(", ", "\r\n")),
+        ("a.txt", ONE_LINE.replace(" ", "x")),
+        ("a.txt", PARAGRAPH * 1000),
+        ("a.txt", "<|endoftext|>\n".join([ONE_LINE] * 2)),
+        ("a.jsonl", json.dumps({"text": ONE_LINE})),
+    ],
+    ids=["one line", "CR", "CRLF", "one word", "paragraphs", "marks", "json"],
+)
+def test_a_text_of_any_form_is_cut_into_documents(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    found = list(documents(str(tmp_path / name)))
+    plain = content.replace("\r\n", "\n").replace("\r", "\n").replace("<|endoftext|>\n", "")
+    assert "".join(found) == (ONE_LINE if "json" in name else plain)
+    assert len(found) > 30 and max(map(len, found)) <= 1 << 16
+
+
 def test_forms_of_text(tmp_path):
-    paragraph = "word " * 400 + "\n\n"
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n" + paragraph * 9)
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress((paragraph * 12).encode()))
-    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfx = '\xff'\r\n\n\n")
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n" + PARAGRAPH * 9)
+    (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress((PARAGRAPH * 12).encode()))
+    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfx = 1\r\n\n\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    assert list(documents(str(tmp_path / "a.txt"))) == ["one\n", "two\n" + paragraph * 9]
-    cut = list(documents(str(tmp_path / "b.txt.gz")))
-    assert "".join(cut) == paragraph * 12 and [len(c) // len(paragraph) for c in cut] == [5, 5, 2]
-    assert list(documents(str(tmp_path / "c.py"))) == ["x = '\ufffd'\r\n\n\n"]
-    assert len(list(documents(str(tmp_path)))) == 6
-    (tmp_path / "long.txt").write_text("no blank line\n" * 10_000)
-    assert max(map(len, documents(str(tmp_path / "long.txt")))) < 66_000
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "e.txt").write_text("no")
+    os.mkfifo(tmp_path / "f.txt")
+    assert list(documents(str(tmp_path / "a.txt"))) == ["one\n", "two\n" + PARAGRAPH * 9]
+    cut = list(documents(str(tmp_path / "b.TXT.GZ")))
+    assert "".join(cut) == PARAGRAPH * 12 and all(piece.endswith("\n") for piece in cut)
+    assert list(documents(str(tmp_path / "c.py"))) == ["x = 1\n\n\n"]
+    assert len(list(documents(str(tmp_path)))) == 2 + len(cut) + 1
+
+
+def test_links_are_followed_once(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("text")
+    for name in ("round", "around"):
+        (tmp_path / "real" / name).symlink_to(tmp_path / "real")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    assert list(documents(str(tmp_path / "data"))) == ["text"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(documents("~/real")) == ["text"]
+
+
+def test_memory_stays_bounded_and_nothing_hangs(tmp_path):
+    """200 MB of blank lines; a packed file of 200 MB of one letter."""
+    with gzip.open(tmp_path / "blank.txt.gz", "wb", 1) as file:
+        for _ in range(50):
+            file.write(b"\n" * 4_000_000)
+    code = """
+def peak(): return [int(l.split()[1]) for l in open("/proc/self/status") if "VmHWM" in l][0] // 1024
+before = peak(); start = time.monotonic()
+found = sum(len(text) for text in L.documents(sys.argv[1]))
+print(json.dumps([found, peak() - before, time.monotonic() - start]))
+"""
+    found, megabytes, seconds = child(code, tmp_path / "blank.txt.gz")
+    assert found == 0 and megabytes < 100 and seconds < 60
+    zstandard = pytest.importorskip("zstandard")
+    packer = zstandard.ZstdCompressor().compressobj()
+    packed = b"".join(packer.compress(b"x" * 2**20) for _ in range(200)) + packer.flush()
+    (tmp_path / "x.txt.zst").write_bytes(packed)
+    found, megabytes, seconds = child(code, tmp_path / "x.txt.zst")
+    assert found == 200 * 2**20 and megabytes < 500 and seconds < 60
 
 
 def test_zstd_of_several_frames(tmp_path, monkeypatch):
@@ -1244,11 +3945,24 @@ def test_zstd_of_several_frames(tmp_path, monkeypatch):
             list(documents(str(path)))
 
 
-def test_standard_library_without_tests_or_packages_and_the_split():
-    files = [path for path, _ in model_loaders.source_files("stdlib")]
-    assert len(files) > 200 and files != sorted(files) and any("argparse" in f for f in files)
-    assert not any({"test", "tests", "site-packages"} & set(Path(f).parts[4:]) for f in files)
+@pytest.mark.parametrize("packed", ["zst", "gz"])
+@pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
+def test_a_truncated_file_is_no_end_of_the_data(tmp_path, packed, kept):
+    data = jsonl([os.urandom(200).hex() for _ in range(300)])
+    if packed == "zst":
+        data = pytest.importorskip("zstandard").compress(data)
+    else:
+        data = gzip.compress(data)
+    (tmp_path / f"a.jsonl.{packed}").write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(UserError, match="cannot read .*(ends in the middle|ended before)"):
+        list(documents(str(tmp_path)))
+
+
+def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tmp_path):
     assert 0.03 < np.mean([held_out(line) for line in [*texts(4000), "\ud800 alone"]]) < 0.07
+    (path := tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(jsonl(["embedded"])))
+    monkeypatch.setitem(model_loaders.DATASETS, "tiny", str(path))
+    assert list(documents("tiny")) == ["embedded"]
 
 
 @pytest.mark.parametrize(
@@ -1256,21 +3970,35 @@ def test_standard_library_without_tests_or_packages_and_the_split():
     [
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "line 3: no JSON object"),
         ("a.jsonl", b'["text"]\n', "line 1"),
-        ("a.jsonl.gz", gzip.compress(jsonl([os.urandom(999).hex()]))[:-20], "cannot read"),
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
+        ("a.txt", "é".encode("latin-1") * 99, "can't decode .* invalid"),
+        ("a.txt", "text".encode("utf-16"), "utf-8"),
+        ("a.txt", "text".encode("utf-16-le"), "NUL characters, as in UTF-16"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
-        ("a.bin", b"123" * 9, "must be a multiple of element size"),
+        ("a.bin", b"123" * 9, "is not of ids under 256"),
+        ("a.bin", np.full(99, 300, np.uint16).tobytes(), "is not of ids under 256"),
         ("none.txt", None, "no text in"),
-        ("c5", None, "owner/name on the Hub, stdlib, c4, pile"),
+        ("c5", None, "owner/name on the Hub, c4, pile"),
+        ("", None, "no text in ''"),
+        ("~nosuchuser/x/y", None, "no text in '~nosuchuser"),
+        ("nul\0/x", None, "no text in"),
     ],
 )
-def test_bad_sources_are_user_errors(tmp_path, stream, name, content, message):
+def test_bad_sources_are_user_errors(tmp_path, stream, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    data = name if name == "c5" else str(tmp_path / name)
+    data = str(tmp_path / name) if content is not None or "none" in name else name
     with pytest.raises(UserError, match=message) as error:
         stream(data).train(0, 1)
-    assert "\n" not in str(error.value) and data in str(error.value)
+    assert "\n" not in str(error.value) and repr(data)[1:-1] in str(error.value)
+
+
+def test_a_fifo_is_no_data(tmp_path, stream):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="no text in"):
+        stream(tmp_path / "a.txt")
 
 
 def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, stream, monkeypatch):
@@ -1288,7 +4016,24 @@ def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, str
     assert stream(lines_file).folder != big.folder
 
 
-@pytest.mark.parametrize("meta", [None, b"[[1, 2], [3", b"[]", b"[[9e9, 0], [0, 0]]"])
+def test_a_new_version_of_the_data_is_noticed_and_the_old_one_told(lines_file, stream):
+    old, told = stream(lines_file), []
+    old.train(0, 9), old.close()
+    lines_file.write_bytes(lines_file.read_bytes()[::-1].replace(b"x", b"y", 1)[::-1])
+    os.utime(lines_file, ns=(0, os.stat(lines_file).st_mtime_ns + 1))  # of the same size
+    new = stream(lines_file, report=told.append)
+    assert new.folder != old.folder and old.folder.exists()
+    assert told[0].startswith("older tokens of") and f"rm -r {old.folder.parent}" in told[0]
+    new.close(), told.clear()
+    stream(lines_file, report=told.append).close()
+    assert told == []
+
+
+META = [None, b"", b"[1, 2, [3", b"[]", b"{}", b"null", b"text", b"[9e9, 0, 0, 0]", b"[1, 2, 3]"]
+META += [b"[-1, 0, 0, 0]", b"[9000000, 0, 1, 1]", b'["1", 0, 0, 0]', b"[" * 100_000, b"\xff"]
+
+
+@pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
 def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path, meta):
     monkeypatch.setattr(model_loaders, "BATCH", 20)
     s = stream(lines_file, train=4000)
@@ -1303,6 +4048,53 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
     stream(lines_file, fresh := Bytes(), train=12_800, cache=tmp_path / "other").train(0, 800)
     resumed.close()
     assert (whole.calls < fresh.calls) == (meta is None)  # what was done is not done again
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkeypatch, side):
+    monkeypatch.setattr(model_loaders, "BATCH", 20)
+    append, seen = TokenStream._append, []
+
+    def dies(self, *args):
+        append(self, *args)
+        seen.append(args[0])
+        if len(seen) == 3 + side:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TokenStream, "_append", dies)
+        stream(lines_file, train=9600).train(0, 600)
+    s = stream(lines_file, train=9600, val=320)
+    assert ids(s.train(0, 600)) == joined(texts(), False)[:9600]
+    assert ids(s.validation()) == joined(texts(), True)[:320]
+
+
+@pytest.mark.parametrize("damage", ["folder", "file", "cut"])
+def test_a_cache_that_goes_away_is_one_line(lines_file, stream, damage):
+    s = stream(lines_file, train=4000)
+    s.train(0, 250)
+    s.validation()
+    if damage == "folder":
+        s.close()
+        shutil.rmtree(s.folder)
+    elif damage == "file":
+        s.files[0].unlink()
+    else:
+        os.truncate(s.files[0], 5)
+    fails(["cannot read", str(s.files[0])], s.train, 0, 250)
+
+
+@pytest.mark.parametrize("damage", ["folder", "cut"])
+def test_a_cache_that_goes_away_meanwhile_is_one_line(tmp_path, stream, monkeypatch, damage):
+    monkeypatch.setattr(model_loaders, "BATCH", 1)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(20_000, 300)))
+    s = stream(tmp_path / "a.jsonl", train=5_000_000)
+    s.train(0, 5)
+    for path in s.files[:1] if damage == "cut" else s.folder.glob("[!.]*"):
+        os.truncate(path, 0) if damage == "cut" else path.unlink()
+    with pytest.raises(UserError, match="cannot (write|read) ") as error:
+        s.train(s.n_train - 1, 1)
+    assert str(s.folder) in str(error.value)
 
 
 def test_several_streams_on_one_cache(lines_file, stream):
@@ -1334,47 +4126,307 @@ def test_short_data(tmp_path, lines_file, stream):
 
 def test_ids_in_a_bin(tmp_path, stream):
     stored = np.random.default_rng(0).integers(1, 256, 10_000, np.uint16)
-    stored[[5000, 9400, 9700, 9900]] = 0  # validation starts after the last before 9,500
+    stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
     stored.tofile(path := tmp_path / "ids.bin")
     s = stream(path, train=8000)
     assert s.train(0, 500).flatten().tolist() == stored[:8000].tolist()
-    assert s.validation().flatten().tolist() == stored[9401:9561].tolist()
-    with pytest.raises(UserError, match="has 9,401 training tokens, 10,000 were"):
+    assert s.validation().flatten().tolist() == stored[9701:9861].tolist()
+    with pytest.raises(UserError, match="has 9,500 training tokens, 10,000 were"):
         (long := stream(path, train=10_000)).train(long.n_train - 1, 1)
     short = stream(path, train=10_000, allow_short=True)
-    assert ids(short.train(0, short.n_train)) == bytes(stored[: 9401 // 16 * 16].tolist())
-    with pytest.raises(UserError, match="holds id 255, the model's tokenizer has 100 ids"):
-        stream(path, Bytes(n_vocab=100)).train(0, 9)
-    stored.astype(np.uint32).tofile(tmp_path / "wide.bin")
-    wide = stream(tmp_path / "wide.bin", Bytes(n_vocab=70_000))
-    assert torch.equal(wide.train(0, 9), s.train(0, 9))
+    assert ids(short.train(0, short.n_train)) == bytes(stored[: 9500 // 16 * 16].tolist())
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
+@pytest.mark.parametrize("n_vocab", [256, 70_000])
+def test_the_width_of_ids_is_found_by_looking(tmp_path, stream, dtype, n_vocab):
+    stored = np.random.default_rng(0).integers(1, n_vocab if dtype != "<u2" else 256, 10_000)
+    stored.astype(dtype).tofile(tmp_path / "IDS.BIN")
+    s = stream(tmp_path / "IDS.BIN", Bytes(n_vocab=n_vocab, fingerprint=str(n_vocab)))
+    assert s.train(0, 100).flatten().tolist() == stored[:1600].tolist()
 
 
 def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream):
-    with pytest.raises(ZeroDivisionError):
-        stream(lines_file, Bytes(fail=ZeroDivisionError())).train(0, 1)
-    with pytest.raises(ZeroDivisionError):
-        stream(lines_file, Bytes(fail=ZeroDivisionError()), allow_short=True)
+    class Panic(BaseException):
+        """As tiktoken's, which is no Exception."""
+
+    for error in (ZeroDivisionError, Panic):
+        with pytest.raises(error):
+            stream(lines_file, Bytes(fail=error())).train(0, 1)
+        with pytest.raises(error):
+            stream(lines_file, Bytes(fail=error()), allow_short=True)
     with pytest.raises(UserError, match="cannot write .*XDG_CACHE_HOME"):
         stream(lines_file, cache=lines_file).train(0, 1)
 
 
-def test_close_stops_an_endless_source(lines_file, stream, monkeypatch):
+class Endless(Bytes):
+    """A tokenizer that takes its time."""
+
+    def encode_batch(self, texts, threads):
+        time.sleep(0.05)
+        return super().encode_batch(texts, threads)
+
+
+def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stream, monkeypatch):
     monkeypatch.setattr(model_loaders, "documents", lambda data: iter(lambda: texts(1)[0], None))
-    s = stream(lines_file, train=10**12)
-    s.train(0, 10)
+    told = []
+    s = stream(lines_file, Endless(), train=2 * 10**6, report=told.append)
+    signal.signal(signal.SIGALRM, lambda *args: 1 / 0)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    with pytest.raises(ZeroDivisionError):
+        s.train(0, s.n_train)
+    assert re.fullmatch(r"tokenising: 0\.\dM of 2\.0M tokens", told[0])
     start = time.monotonic()
     s.close()
-    assert time.monotonic() - start < 2 and not s.thread.is_alive() and s.thread.daemon
+    assert time.monotonic() - start < 2 and s.thread.done()
 
 
-# --- Against a loopback Hub, with the real client ------------------------------------------------
+def test_a_lock_that_another_process_holds_is_reported(tmp_path, lines_file, stream):
+    s = stream(lines_file)
+    s.validation(), s.close()
+    (s.folder / "meta.json").unlink()
+    code = """
+with L.hf.utils.WeakFileLock(sys.argv[1]): print(0, flush=True); time.sleep(60)
+"""
+    start = f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    command = [sys.executable, "-c", f"{start}import model_loaders as L{code}", s.folder / "lock"]
+    other, told = subprocess.Popen(command, stdout=subprocess.PIPE), []
+    try:
+        other.stdout.readline()
+        other.send_signal(signal.SIGSTOP)
+        threading.Timer(1.5, other.kill).start()
+        s = stream(lines_file, report=told.append)
+        assert ids(s.train(0, 100)) == joined(texts(), False)[:1600]
+    finally:
+        other.kill()
+        other.wait()
+    assert told == [f"waiting for another process that tokenises into {s.folder}"]
+
+
+# ---- A loopback Hub ---------------------------------------------------------------------------
+
+GOOD, OTHER = "hf_good", "hf_other"  # a token that may read gated repos, and one that may not
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """A loopback Hub, enough for the real huggingface_hub client.
+
+        with Hub(models={"o/m": {"config.json": b"{}"}}, datasets={"o/d": {"a.gz": b"..."}}) as hub:
+            subprocess.run([...], env={**os.environ, **hub.env(tmp_path)})
+            hub.sent["a.gz"], hub.requests  # body bytes by file, [(method, path, status), ...]
+
+    gated: repo ids that want the token GOOD: none -> 401 GatedRepo, OTHER -> 403 GatedRepo, else 401.
+    cut {file: (n, k)}: its first k GETs end after n bytes. fail {file: status}: the answer, e.g. 503.
+    stall {file: seconds}: every request of the file waits first. slow {file}: ten bytes a second.
+    All can change while it runs.
+    """
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None, stall=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos = {"models": models or {}, "datasets": datasets or {}}
+        self.gated, self.cut = set(gated), dict(cut or {})
+        self.fail, self.stall, self.slow = dict(fail or {}), dict(stall or {}), set()
+        self.listing = {}  # in place of the true one, by repo
+        self.requests, self.sent, self.lock = [], Counter(), threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def env(self, home, **more):
+        """Environment of a client process: this endpoint, an empty HF_HOME below `home`, no proxy."""
+        env = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
+        return env | {f"HF_HUB_DISABLE_{x}": "1" for x in ("PROGRESS_BARS", "TELEMETRY")} | more
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *args):
+        pass  # a client that hangs up is part of the tests
+
+
+# /api/<kind>/<owner/name>[/<what>/<revision>[/<path>]], or without /api and models/ for the files
+URL = r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/([^/]+)/[^/]+(?:/(.+))?)?"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.form = parse_qs(self.rfile.read(int(self.headers["Content-Length"] or 0)).decode())
+        url = re.fullmatch(URL, unquote(urlsplit(self.path).path))
+        kind, repo, what, path = url.groups() if url else ("models", "", "", "")
+        files = self.server.repos[kind or "models"].get(repo)
+        if what == "resolve":
+            self.resolve(files, repo, path)
+        elif files is None:
+            self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        else:
+            self.reply(200, {}, json.dumps(self.api(files, repo, what, path or "")).encode())
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, headers, body=b"", file=None):
+        hub, cut = self.server, None
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with hub.lock:  # counted before the last byte leaves: a client that has it all may look
+            hub.requests.append((self.command, urlsplit(self.path).path, status))
+            if file and self.command == "GET":
+                after, times = hub.cut.get(file, (0, 0))
+                if times:
+                    hub.cut[file], cut = (after, times - 1), after
+                hub.sent[file] += len(body[:cut])
+        if self.command != "HEAD" and file not in hub.slow:
+            self.wfile.write(body[:cut])
+        for byte in body if file in hub.slow and self.command != "HEAD" else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.1)
+        self.close_connection |= cut is not None
+
+    def api(self, files, repo, what, folder):
+        if repo in self.server.listing:
+            return self.server.listing[repo]
+        if what in (None, "revision"):
+            return dict(id=repo, sha=COMMIT, private=False, downloads=0, likes=0, tags=[])
+        listed = self.form.get("paths") if what == "paths-info" else sorted(files)
+        found = [file for file in listed if file in files and file.startswith(folder)]
+        keys = {"type": "file", "oid": COMMIT}
+        return [{"path": file, "size": len(files[file]), **keys} for file in found]
+
+    def resolve(self, files, repo, file):
+        hub, asked = self.server, self.headers["Range"]
+        revision = re.search("/resolve/([^/]+)/", unquote(self.path))[1]
+        if f"{revision}/{file}" in (files or ()):
+            file = f"{revision}/{file}"
+        time.sleep(hub.stall.get(file, 0))
+        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+        for wrong, status, code in (
+            (token not in ("", GOOD, OTHER), 401, "Invalid credentials in Authorization header"),
+            (repo in hub.gated and token != GOOD, 403 if token else 401, "GatedRepo"),
+            (files is None, 404, "RepoNotFound"),
+            (file in hub.fail, hub.fail.get(file), "Failure"),
+            (file not in (files or ()), 404, "EntryNotFound"),
+        ):
+            if wrong:
+                return self.reply(status, {"X-Error-Code": code, "X-Error-Message": code})
+        commit = COMMIT if revision in ("main", COMMIT) else revision[::-1].zfill(40)
+        body, headers = files[file], {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+        start, stop = re.match(r"bytes=(\d+)-(\d*)", asked or "bytes=0-").groups()
+        part = body[int(start) : int(stop or len(body)) + 1]
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{int(start) + len(part) - 1}/{len(body)}"
+        self.reply((206 if part else 416) if asked else 200, headers, part, file)
+
+
+SAE_CFG = {"architecture": "topk", "d_in": 6, "d_sae": 20, "k": 3}
+ASK = """
+if sys.argv[2] == "False": time.sleep = lambda seconds: None
+def ask(call, name, what, token):
+    os.environ["HF_TOKEN"] = token
+    if call == "fetch": return [L.fetch(name, what).read_text()]
+    if call == "weights": return sorted(L.load_weights(name, "cpu", torch.float32))
+    if call == "sae": return sorted(L.read_sae(name)[0])
+    with L.opened(f"hf://datasets/{name}/{what}") as file:
+        return [file.seek(50_000), len(file.read(1000))]
+answers = []
+for case in json.load(open(sys.argv[1])):
+    L.PATIENCE = 2 if "drip" in f"{case}" else 60
+    try: answers.append(ask(*case))
+    except L.UserError as error: answers.append(str(error))
+print(json.dumps(answers))
+"""
+
+
+def test_hub_through_the_real_client(tmp_path):
+    x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
+    index = json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}).encode()
+    models = {"o/two": {"1.safetensors": x, "2.safetensors": y}, "o/old": {"weights.bin": b"x"}}
+    models["o/two"]["model.safetensors.index.json"] = index
+    models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
+    models["o/sick"] = {
+        f"{fault}.json": fault[0].encode() * 999
+        for fault in ("fail", "slow", "cut", "mend", "drip")
+    }
+    models["o/sae"] = {"a/cfg.json": json.dumps(SAE_CFG).encode(), "x/a/cfg.json": b"3"}
+    tensors = {name: torch.ones(shape) for name, shape in SAE_SHAPES.items()}
+    models["o/sae"]["a/sae_weights.safetensors"] = safetensors.save(tensors)
+    models["EleutherAI/pythia-14m"] = {"config.json": b'{"a": 1}', "step8/config.json": b'{"a": 2}'}
+    data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
+    data |= {"o/drip": {"y.bin": bytes(60_000), "x.bin": bytes(51_234)}, "o/list": {"x.bin": b"x"}}
+
+    def check(cases, nap, **env):
+        """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
+        (tmp_path / "ask").write_text(json.dumps([case[:-1] for case in cases]))
+        answers = child(ASK, tmp_path / "ask", nap, **env)
+        for case, answer in zip(cases, answers, strict=True):
+            words = case[-1].split("|") if isinstance(case[-1], str) else []
+            assert all(word in answer for word in words) and "\n" not in answer, (case, answer)
+            assert words or answer == case[-1], (case, answer)
+
+    loads = [("weights", "o/one", "", "", ["a"]), ("weights", "o/two", "", "", ["a", "b"])]
+    gemma, terms = ("fetch", "gemma-2-2b", "config.json"), "its licence at https://huggingface.co/"
+    refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
+    cases = [
+        ("weights", "o/old", "", "", "o/old has no model.safetensors"),
+        ("fetch", "o/none", "config.json", "", "no Hub repository 'o/none'"),
+        ("fetch", "o--o/x", "config.json", "", "no Hub repository 'o--o/x'"),
+        ("fetch", "o/old", "none.json", "", "o/old has no none.json"),
+        *[(*gemma, token, f"{refused}{n}") for token, n in (("", 401), (OTHER, 403), ("hf_", 401))],
+        (*gemma, GOOD, ["{}"]),
+        ("fetch", "o/sick", "fail.json", "", "cannot fetch o/sick|503|--model tiny"),
+        ("fetch", "o/sick", "slow.json", "", "cannot fetch o/sick|imed out|--model tiny"),
+        ("fetch", "o/sick", "drip.json", "", "cannot fetch o/sick|Timeout|--model tiny"),
+        ("fetch", "pythia-14m", "config.json", "", ['{"a": 1}']),
+        ("fetch", "pythia-14m@step8", "config.json", "", ['{"a": 2}']),
+        ("fetch", "EleutherAI/pythia-14m@step8", "config.json", "", ['{"a": 2}']),
+        ("fetch", "EleutherAI/pythia-14m@step8", "no.json", "", "has no no.json|revision"),
+        ("sae", "o/sae:a", "", "", sorted(SAE_SHAPES)),
+        ("sae", "o/sae@x:a", "", "", "cfg.json|'int'"),
+        ("sae", "o/sae:b", "", "", "o/sae has no b/cfg.json"),
+        ("fetch", "o/sick", "cut.json", "", "cannot fetch o/sick|100 |--model tiny"),
+        ("dataset", "o/data", "d/x.bin", "", [50_000, 1000]),
+        ("dataset", "o/data", "d/y.bin", "", "datasets/o/data has no d/y.bin"),
+        ("dataset", "o/none", "x.bin", "", "no Hub repository 'datasets/o/none'"),
+        ("dataset", "o/drip", "x.bin", "", "cannot fetch datasets/o/drip|Timeout"),
+        ("dataset", "o/list", "x.bin", "", "cannot fetch datasets/o/list|KeyError"),
+        ("dataset", "o/gated", "x.bin", "", f"{terms}datasets/o/gated|401"),
+    ]
+    if int(huggingface_hub.__version__[0]) >= 2:  # which tries a cut download again
+        cases.append(("fetch", "o/sick", "mend.json", "", ["m" * 999]))
+    with Hub(models, data, {"google/gemma-2-2b", "o/gated"}, fail={"fail.json": 503}) as hub:
+        hub.cut, hub.stall = {"cut.json": (100, 99), "mend.json": (100, 1)}, {"slow.json": 12}
+        hub.slow, hub.listing = {"drip.json", "x.bin"}, {"o/list": {"sha": COMMIT}}
+        env = hub.env(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="1")
+        check(loads + cases, nap=False, **env)
+        assert 1000 <= hub.sent["d/x.bin"] <= 4000  # of 100,000: a byte range
+    for word, more in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
+        gone = [("fetch", "pythia-70m", "config.json", "", f"cannot fetch EleutherAI/|{word}")]
+        words = f"cannot fetch datasets/o/data|{word}|--data tiny"
+        gone += [("dataset", "o/data", "d/x.bin", "", words)]
+        start = time.monotonic()
+        check(loads + gone, nap=True, **env, **more)
+        assert time.monotonic() - start < 20  # the client alone would try for half a minute
+
 
 CLIENT = """
 import json, sys, time
+import numpy as np
 time.sleep = lambda seconds: None  # the client's waits between its tries
-from test_saeft import Bytes
 from model_loaders import TokenStream, UserError
+"""
+RUN = """
 for data, train, val, vocab in json.loads(sys.argv[1]):
     try:
         s = TokenStream(data, Bytes(n_vocab=vocab), 64, train, val, sys.argv[2])
@@ -1389,7 +4441,8 @@ def client(hub, tmp_path, *cases, **env):
     """For each (data, train, val, vocab): [train ids, val ids] or the error, from one process."""
     paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
     env = {**os.environ, **hub.env(tmp_path / "hf", **env), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", CLIENT, json.dumps(cases), str(tmp_path / "cache")]
+    code = CLIENT + inspect.getsource(Bytes) + RUN
+    command = [sys.executable, "-c", code, json.dumps(cases), str(tmp_path / "cache")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -1436,146 +4489,10 @@ def test_pythia_ids_by_byte_range(tmp_path):
     cases = [("pythia", tokens, 640, 50_277) for tokens in (6400, 32_000, 640_000)]
     with Hub(datasets={"EleutherAI/pile-standard-pythia-preshuffled": files}) as hub:
         small = client(hub, tmp_path, cases[0])[0]
-        assert [hub.sent[name] for name in names] == [12_800, 0, 1280]  # not a byte more
+        first = 4096  # to find the width of the ids
+        assert [hub.sent[name] for name in names] == [first + 12_800, 0, 1280]  # not a byte more
         more, short, other = client(hub, tmp_path, *cases[1:], ("pythia", 6400, 640, 256))
         assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
         assert more == [stored[0, :32_000].tolist(), small[1]]
         assert "has 100,000 training tokens, 640,000 were asked for" in short
-        assert "the model's tokenizer has 256 ids" in other
-
-
-# ---- Whole runs, from the command line -------------------------------------------------------
-
-SMALL = "--tokens 40k --kl-tokens 16k --eval-tokens 4k --d-sae 64 --k 4 --batch 512 --log-every 5"
-
-
-def command(line, out, extra=SMALL):
-    """saeft.py's exit status for a command line, with runs in `out`."""
-    return saeft.main(f"--data stdlib {extra} {line} --out {out}".split())
-
-
-def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
-
-
-def test_a_run_leaves_settings_metrics_report_and_sae(tmp_path, capsys):
-    assert command("--name a --method kl mse", tmp_path) == 0
-    table = capsys.readouterr().out.splitlines()[-6:]
-    folder = tmp_path / "a"
-    report, settings = read_report(folder), json.loads((folder / "config.json").read_text())
-    assert settings["k"] == 4 and settings["seed"] == 0 and settings["kl_tokens"] == 16_000
-    assert report["gap_mse"] == pytest.approx(report["ce_mse"] - report["ce_original"])
-    assert report["gap_closed"] == pytest.approx(1 - report["gap_final"] / report["gap_mse"])
-    assert f"{report['ce_final']:.4f}" in table[-2] and report["l0"] <= 4
-    for name in "model layer k d_sae seed tokens kl_tokens ce_zero fvu_mse fvu_final dead".split():
-        assert name in report
-    assert set(report["seconds"]) == {"MSE", "kl", "mse"}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["phase"] for line in lines} == {"MSE", "kl", "mse"}
-    kl = [line for line in lines if line["phase"] == "kl"]
-    assert all(m["beta"] * m["kl"] == pytest.approx(m["mse"], rel=1e-3) for m in kl)
-    for saved in (folder, folder / "before", folder / "mse"):
-        tensors = safetensors.load_file(saved / "sae_weights.safetensors")
-        cfg = json.loads((saved / "cfg.json").read_text())
-        assert tensors["W_enc"].shape == (128, 64) and cfg["architecture"] == "topk"
-    assert command("--name b --method kl mse", tmp_path) == 0  # the same seed, the same figures
-    assert read_report(tmp_path / "b")["ce_final"] == report["ce_final"]
-    assert command("--name c --method mse kl --seed 1", tmp_path) == 0
-    assert read_report(tmp_path / "c")["ce_final"] != report["ce_final"]
-
-
-def test_several_k_share_a_run_and_each_gets_its_own_folder(tmp_path):
-    assert command("--name alone", tmp_path) == 0
-    assert command("--k 4 8 --name both", tmp_path) == 0
-    assert read_report(tmp_path / "both-k8")["l0"] > 4 >= read_report(tmp_path / "both-k4")["l0"]
-
-
-@pytest.mark.parametrize("kind", ["relu", "batchtopk"])
-def test_other_saes_and_end_to_end(tmp_path, kind):
-    assert command(f"--sae {kind} --name mixed", tmp_path) == 0
-    assert command(f"--sae {kind} --kl-tokens 40k --name end", tmp_path) == 0
-    end = read_report(tmp_path / "end")
-    assert end["ce_mse"] is None and end["gap_closed"] is None and end["fvu_final"] < 1
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--k 0", "--k 0 is not between 1 and"),
-        ("--k 65", "--k 65 is not between 1 and d_sae = 64"),
-        ("--layer 6", "--layer 6: tiny has layers 0 to 5"),
-        ("--layer -1", "--layer: invalid count value: '-1'"),
-        ("--kl-tokens 50k", "--kl-tokens 50000 is above --tokens 40000"),
-        ("--tokens 5x", "5x"),
-        ("--sae nonsense", "nonsense"),
-        ("--method kl+nonsense", "nonsense"),
-        ("--device cuda:99", "--device cuda:99"),
-        ("--device nonsense", "--device nonsense"),
-        ("--model pythia-161m", "pythia-161m"),
-        ("--tokens 90M", "training tokens, 90,000,000 were asked for"),
-        ("--data /nowhere/at/all", "/nowhere/at/all"),
-        ("--lr nan", "the loss of phase MSE is nan at step 1"),
-        ("--batch 0", "--batch 0"),
-    ],
-)
-def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, line, words):
-    assert command(line, tmp_path, f"{SMALL} --name x") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error and error.startswith("saeft: ")
-    left = [path.name for path in (tmp_path / "x").glob("*")]
-    assert left == [] or "nan" in line and "sae_weights.safetensors" in left
-
-
-def test_a_loss_that_is_not_finite_keeps_the_last_good_sae(tmp_path, capsys):
-    assert command("--kl-lr nan --name x", tmp_path) == 2
-    assert "phase kl is nan at step 1" in capsys.readouterr().err
-    before, kept = [
-        safetensors.load_file(folder / "sae_weights.safetensors")
-        for folder in (tmp_path / "x" / "before", tmp_path / "x")
-    ]
-    assert all(kept[name].isfinite().all() for name in kept) and kept.keys() == before.keys()
-
-
-def test_a_folder_with_another_run_is_left_alone(tmp_path, capsys):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "thesis.txt").write_text("mine")
-    for flags in ("", "--overwrite"):  # not a run of ours: not even then
-        assert command(f"--name x {flags}", tmp_path) == 2
-        assert "holds another run" in capsys.readouterr().err
-    assert command("--name y", tmp_path) == 0 and command("--name y", tmp_path) == 2
-    assert command("--name y --overwrite", tmp_path) == 0
-    assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
-
-
-def test_allow_short_trains_on_what_there_is(tmp_path):
-    text = "".join(f"def f{i}(x):\n    return x * {i * i} + {i}\n\n" for i in range(6_000))
-    (tmp_path / "data.txt").write_text(text)
-    line = f"--data {tmp_path / 'data.txt'} --tokens 90M --kl-tokens 30M --eval-tokens 1k"
-    assert command(f"{line} --name x", tmp_path, SMALL) == 2
-    assert command(f"{line} --allow-short --name x", tmp_path, SMALL) == 0
-    report = read_report(tmp_path / "x")
-    assert 30_000 < report["tokens"] < 1_000_000
-    assert report["kl_tokens"] == pytest.approx(report["tokens"] / 3, rel=0.05)
-
-
-def test_no_network_and_nothing_cached_ends_in_one_helpful_line(tmp_path):
-    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    here = Path(saeft.__file__).parent
-    line = [sys.executable, "saeft.py", "--model", "pythia-160m", "--k", "80"]
-    run = subprocess.run(line, env=env, cwd=here, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert "EleutherAI/pythia-160m" in run.stderr and "--model tiny" in run.stderr
-
-
-@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
-def test_saelens_reads_what_we_save(tmp_path, kind):
-    sae_lens = pytest.importorskip("sae_lens")
-    sae = SAE(32, 128, 5, kind)
-    x = 3 * torch.randn(200, 32) + 1
-    sae.start_from(x)
-    sae.b_enc.data = 0.1 * torch.randn(128)
-    sae.train()(x)  # sets BatchTopK's threshold
-    saeft.save(sae.eval(), tmp_path, Config(layer=2, context=64))
-    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
-    with torch.no_grad():
-        assert torch.allclose(theirs(x), sae(x)[0], rtol=1e-5, atol=1e-5)
+        assert "is not of ids under 256" in other
