@@ -519,11 +519,11 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
 
 
 def _gemma_split(tokens: list[str]) -> str:
-    """Pieces for speed: words with the spaces before them. None ends after a character that some
-    token has before a space."""
+    """Pieces for speed: words with the spaces before them, together with the next word where they
+    end in a character that some token has before a space."""
     before = {*re.findall("([^ ▁])▁", " ".join(tokens))}
     chars = "".join(f"\\x{{{ord(char):x}}}" for char in before)
-    return f" *[^ ]+(?:(?<=[{chars}]) +[^ ]*)*| +" if before else " *[^ ]+| +"
+    return (f" *(?:[^ ]*[{chars}] +)+[^ ]*|" if before else "") + " *[^ ]+| +"
 
 
 def _any_of(texts: list[str]) -> re.Pattern:
@@ -548,8 +548,11 @@ class Tokenizer:
         text = json.dumps(spec, ensure_ascii=False)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.n_vocab, self.bos_id = len(ids), ids.get("<bos>")
-        usual = [token for token in ("<|endoftext|>", "<eos>", "</s>") if token in ids]
-        self.eos_id = eos if eos in ids.values() else ids[eos or usual[0]]
+        names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
+        known = [ids.get(name, name) for name in names if ids.get(name, name) in range(len(ids))]
+        if not known:
+            raise ValueError(f"it has no end of text, {' or '.join(map(str, names))}")
+        self.eos_id = known[0]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
         letters = {*"".join(made)}

@@ -246,7 +246,7 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
 
 
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
-    line = "--sae batchtopk --k 4 16 --tokens 256k --kl-tokens 204800 --eval-tokens 25k --kl-batch 8 --method kl"
+    line = "--sae batchtopk --k 4 16 --tokens 256k --kl-tokens 204800 --eval-tokens 15k --kl-batch 8 --method kl"
     assert command(f"{line} --name x", tmp_path) == 0
     for k in (4, 16):
         results = report_of(tmp_path / "x" / f"k{k}")["results"]
@@ -4112,7 +4112,7 @@ def test_short_data(tmp_path, lines_file, stream):
     s = stream(lines_file, train=2_000_000)
     with pytest.raises(UserError) as error:
         s.train(s.n_train - 1, 1)
-    advice = "lower --tokens, or pass --allow-short to train on what there is"
+    advice = "lower --tokens"
     counts = f"{have:,} training tokens, 2,000,000 were asked for"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
     with pytest.raises(UserError, match="validation tokens, 9,000,000 .*--eval-tokens"):
