@@ -148,8 +148,8 @@ def require(config: dict, key: str, *supported) -> None:
         raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
 
 
-def rope_settings(config: dict, layer_type: str, base: float, share: float) -> dict:
-    """base, share of a head's dimensions, and factor of rotary positions, in either spelling:
+def rope_settings(config: dict, layer_type: str, head_dim: int, base: float, share: float) -> dict:
+    """dim (of a head's dimensions), base and factor of rotary positions, in either spelling:
     `rope_parameters`, for each layer type or for all, or older keys (`base`, `share`), of which
     rope_scaling is about full attention alone. UserError for other kinds of scaling."""
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
@@ -163,8 +163,8 @@ def rope_settings(config: dict, layer_type: str, base: float, share: float) -> d
     kind = rope.get("rope_type", rope.get("type", "default"))
     require({"rope_type": kind}, "rope_type", "default", "linear")
     return {
+        "dim": int(head_dim * number(rope, "partial_rotary_factor", share)),
         "base": number(rope, "rope_theta", base),
-        "share": number(rope, "partial_rotary_factor", share),
         "factor": number(rope, "factor") if kind == "linear" else 1.0,
     }
 
@@ -328,30 +328,37 @@ def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = No
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write_sae(folder, tensors: dict, architecture: str, k: float, metadata: dict):
-    """Write an SAE in SAELens's layout, which `read_sae` reads; metadata: what it was trained on.
-    Raises UserError."""
+def write_sae(folder, sae: dict, kind: str, k: float, metadata: dict):
+    """Write an SAE for raw activations, its `state_dict`, in SAELens's layout, which `read_sae`
+    reads; metadata: what it was trained on. Raises UserError."""
+    architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(kind, kind)
+    tensors = {name: sae[name] for name in ("b_enc", "W_dec", "b_dec")}
+    tensors["W_enc"] = sae["W_enc"].T
+    if architecture == "jumprelu":
+        tensors["threshold"] = sae["threshold"].expand(len(sae["b_enc"]))
     cfg = {
         "architecture": architecture,
-        "d_in": len(tensors["b_dec"]),
-        "d_sae": len(tensors["b_enc"]),
+        "d_in": len(sae["b_dec"]),
+        "d_sae": len(sae["b_enc"]),
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        # Without a version SAELens takes the file for an old one, and drops the other metadata.
-        "metadata": {"sae_lens_version": "6.54.0", **metadata},
     }
-    if architecture == "topk":
+    if kind == "topk":
         cfg.update(k=k, rescale_acts_by_decoder_norm=False)
+    own = {**metadata.get("saeft", {}), "kind": kind, "k": k}
+    # Without a version SAELens takes the file for an old one, and drops the other metadata.
+    cfg["metadata"] = {"sae_lens_version": "6.54.0", **metadata, "saeft": own}
     write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"}, cfg)
 
 
-def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors in float32, cfg) in SAELens's layout: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec
-    [D], of jumprelu also threshold [F]. `source`: a folder, or on the Hub owner/name:path or
-    owner/name@revision:path. UserError also for what our equations cannot express."""
+def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
+    """The float32 tensors of an SAE for raw activations as our `state_dict` has them, and its
+    cfg.json with kind, k, scale, median_norm and metadata. `source`: a folder in SAELens's layout,
+    or on the Hub owner/name:path or owner/name@revision:path. UserError also for what our equations
+    cannot express."""
     source = str(source)
     name, _, inside = source.partition(":")
     if os.path.isdir(os.path.expanduser(source)):
@@ -363,9 +370,9 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
             raise UserError(f"{source}: {key} {cfg[key]!r:.60} cannot be read as it is: {advice}")
     path = fetch(name, os.path.join(inside, "sae_weights.safetensors"))
     tensors = read_safetensors(path, dtype=torch.float32)
-    D, F = cfg.get("d_in"), cfg.get("d_sae")
+    D, F, architecture = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("architecture", "standard")
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
-    if cfg.get("architecture") == "jumprelu":
+    if architecture == "jumprelu":
         shapes["threshold"] = [F]
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
@@ -373,17 +380,37 @@ def read_sae(source: str) -> tuple[dict[str, torch.Tensor], dict]:
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{path}: {name} is not of finite numbers")
-    metadata = cfg.get("metadata")
-    return tensors, cfg | {"metadata": metadata if isinstance(metadata, dict) else {}}
+
+    metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
+    own = metadata["saeft"] if isinstance(metadata.get("saeft"), dict) else {}
+    kind = {"standard": "relu"}.get(architecture, architecture)
+    if kind == "jumprelu" and own.get("kind") == "batchtopk":  # one threshold for all latents
+        kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
+    tensors["W_enc"] = tensors["W_enc"].T
+    told = {"kind": kind, "k": cfg.get("k") or own.get("k") or 0, "metadata": metadata}
+    told["scale"], told["median_norm"] = own.get("scale", 1.0), own.get("median_norm", 0.0)
+    return tensors, {**cfg, **told}
+
+
+def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
+    """What cfg.json says about the origin of an SAE, for SAELens and for `sae_settings`;
+    first_sequence: that of its data from which on it has seen none."""
+    model = settings["model"]
+    return {
+        "model_name": model if model == "tiny" else MODELS.get(model, model),
+        "hook_name": f"blocks.{settings['layer']}.hook_resid_post",
+        "context_size": settings["context"],
+        "prepend_bos": prepend_bos,
+        "dataset_path": settings["data"],
+        "first_sequence": first_sequence,
+    }
 
 
 def sae_settings(source: str) -> dict:
     """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
     _, cfg = read_sae(source)
     metadata = cfg["metadata"]
-    own = metadata.get("saeft", {})
-    kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
-    told = {"sae": kind, "d_sae": cfg["d_sae"], "k": [cfg.get("k", own.get("k", 1))]}
+    told = {"sae": cfg["kind"], "d_sae": cfg["d_sae"], "k": [cfg["k"] or 1]}
     told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
     hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
     told["layer"] = int(hook[1]) if hook else None
@@ -948,14 +975,17 @@ IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.p
 class RunFolder:
     """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
     checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, SAEs in `parts`.
-    An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it."""
+    An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it. Of several
+    processes the one of rank 0 writes; others write checkpoints alone."""
 
-    def __init__(self, path: Path, parts: list[str]):
-        self.path, self.parts = path, parts
-        self.begun, self.waiting, self.lock = False, [], ExitStack()
+    def __init__(self, path: Path, parts: list[str], rank: int = 0):
+        self.path, self.parts, self.rank = path, parts, rank
+        self.begun, self.waiting, self.lock = rank > 0, [], ExitStack()
 
     def take(self, resume: bool, overwrite: bool):
         """Make it, for this process alone. UserError where something else is in it."""
+        if self.rank > 0:
+            return
         path = self.path
         with file_errors(f"cannot write {path}: choose another --out or --name"):
             path.mkdir(parents=True, exist_ok=True)
@@ -996,41 +1026,66 @@ class RunFolder:
     def log(self, lines: list[str]):
         """Add lines to metrics.jsonl."""
         self.waiting += lines
-        if self.begun:
+        if self.begun and self.rank == 0:
             path = self.path / "metrics.jsonl"
             with file_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in self.waiting)
             self.waiting.clear()
 
-    def logged(self) -> int:
-        """Bytes of metrics.jsonl, for `go_on`."""
-        return (self.path / "metrics.jsonl").stat().st_size
+    def save_state(self, state: dict, tag: str = ""):
+        """A checkpoint. Of several processes each writes its own, under a tag; the first one's, which
+        says which of the others' are valid, comes last."""
+        if self.rank > 0:
+            self._write(f"checkpoint{self.rank}{tag}.pt", state)
+        _wait_for_all_processes()
+        if self.rank == 0:
+            logged = (self.path / "metrics.jsonl").stat().st_size
+            self._write("checkpoint.pt", {**state, "tag": tag, "logged": logged})
+        _wait_for_all_processes()
+        for file in self.path.glob(f"checkpoint{self.rank}-*.pt"):
+            if tag not in file.name:
+                file.unlink(missing_ok=True)
 
-    def go_on(self, logged: int):
-        """Instead of `begin`: with the run that is there, metrics.jsonl as long as it was."""
-        with file_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
-            os.truncate(self.path / "metrics.jsonl", logged)
-        self.begun = True
-
-    def save_state(self, name: str, state: dict):
+    def _write(self, name: str, state: dict):
         with replacing(self.path / name) as file:
             torch.save(state, file)
 
-    def load_state(self, name: str, device) -> dict:
+    def load_state(self, device) -> dict | None:
+        """The last checkpoint, if there is one."""
+        if not (self.path / "checkpoint.pt").exists():
+            return None
+        saved = self._read("checkpoint.pt", device)
+        if self.rank > 0:
+            saved = self._read(f"checkpoint{self.rank}{saved['tag']}.pt", device)
+        return saved
+
+    def _read(self, name: str, device) -> dict:
         with file_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
             return torch.load(self.path / name, map_location=device, weights_only=True)
 
-    def remove(self, pattern: str, but: str = "no file"):
-        for file in self.path.glob(pattern):
-            if but not in file.name:
-                file.unlink()
+    def go_on(self, saved: dict):
+        """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was."""
+        if self.rank == 0:
+            with file_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
+                os.truncate(self.path / "metrics.jsonl", saved["logged"])
+        self.begun = True
+
+    def finish(self):
+        """The run is whole: no checkpoint is needed any more."""
+        for file in self.path.glob("checkpoint*.pt") if self.rank == 0 else ():
+            file.unlink(missing_ok=True)
 
     def leave(self):
         """Give it back; remove it where there is nothing to keep, and nothing else in it."""
         kept = [*self.path.glob("**/sae_weights.safetensors"), *self.path.glob("checkpoint*.pt")]
-        if self.path.is_dir() and not kept:
+        if self.rank == 0 and self.path.is_dir() and not kept:
             self.clear()
             (self.path / MARK).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         self.lock.close()
+
+
+def _wait_for_all_processes():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

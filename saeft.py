@@ -245,34 +245,25 @@ class SAE(nn.Module):
     def save(self, folder: str | Path, metadata: dict) -> None:
         """Writes the SAE in SAELens's layout, for raw activations: scale goes into the biases.
         metadata: model_name, hook_name, ... UserError where the folder cannot be written."""
-        architectures = {"relu": "standard", "batchtopk": "jumprelu"}
-        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec}
-        tensors["b_enc"], tensors["b_dec"] = self.b_enc * self.scale, self.b_dec * self.scale
-        if self.kind in ("batchtopk", "jumprelu"):
-            tensors["threshold"] = (self.threshold * self.scale).expand(len(self.b_enc))
-        own = {"kind": self.kind, "k": self.k, "scale": self.scale.item()}
-        own["median_norm"] = self.median_norm.item()
+        raw = copy.deepcopy(self)
+        raw.rescale(1.0)
+        own = {"scale": self.scale.item(), "median_norm": self.median_norm.item()}
         metadata = {**metadata, "saeft": own}
-        architecture = architectures.get(self.kind, self.kind)
-        model_loaders.write_sae(folder, tensors, architecture, self.k, metadata)
+        model_loaders.write_sae(folder, raw.state_dict(), self.kind, self.k, metadata)
 
     @classmethod
     @torch.no_grad()
     def load(cls, source: str | Path) -> SAE:
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub, in
         raw units. UserError where there is none, or one that cannot be followed exactly."""
-        tensors, cfg = model_loaders.read_sae(source)
-        own = cfg["metadata"].get("saeft", {})
-        kind = own.get("kind", {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"]))
-        if kind == "batchtopk":
-            tensors["threshold"] = tensors["threshold"][0]
-        sae = cls(cfg["d_in"], cfg["d_sae"], cfg.get("k", own.get("k", 0)), kind)
-        sae.load_state_dict({**tensors, "W_enc": tensors["W_enc"].T}, strict=False)
-        sae.median_norm.fill_(own.get("median_norm", 0))
+        tensors, told = model_loaders.read_sae(source)
+        sae = cls(told["d_in"], told["d_sae"], told["k"], told["kind"])
+        sae.load_state_dict(tensors, strict=False)
+        sae.median_norm.fill_(told["median_norm"])
         norms = sae.W_dec.norm(dim=-1)
-        sae.unit_norm = kind != "relu" and bool((norms - 1).abs().max() < 1e-3)
-        if kind == "relu":  # its lambda stands beside scaled activations
-            sae.rescale(own.get("scale", 1.0))
+        sae.unit_norm = sae.kind != "relu" and bool((norms - 1).abs().max() < 1e-3)
+        if sae.kind == "relu":  # its lambda stands beside scaled activations
+            sae.rescale(told["scale"])
         return sae.eval()
 
 
@@ -503,13 +494,12 @@ def set_threshold(t: Trainee, x: Tensor) -> None:
     published running mean of the smallest activation kept lags behind in short runs.)"""
     t.trained.eval()
     low, high = 0.0, 2 * t.sae.encode(x[:512]).max().item() / t.sae.scale.item()
+    keep = torch.ones(2048, dtype=torch.bool, device=x.device)
     for _ in range(20):  # bisection
         middle = (low + high) / 2
         t.sae.threshold.fill_(middle)
-        chunks = [
-            (chunk, torch.ones_like(chunk[:, 0], dtype=torch.bool)) for chunk in x.split(2048)
-        ]
-        active = sum(t.insert(*chunk)[1].counts.sum().item() for chunk in chunks)
+        active = [t.insert(part, keep[: len(part)])[1] for part in x.split(2048)]
+        active = sum(activity.counts.sum().item() for activity in active)
         low, high = (middle, high) if active > t.sae.k * len(x) else (low, middle)
 
 
@@ -892,9 +882,8 @@ class PythiaBlock(nn.Module):
         self.n_heads = size(config, "num_attention_heads")
         share = number(config, "rotary_pct", 0.25)
         base = number(config, "rotary_emb_base", 10_000)
-        rope = rope_settings(config, "full_attention", base, share)
-        dim = int(d_model // self.n_heads * rope["share"])
-        self.rope = Rope(dim, rope["base"], rope["factor"])
+        head_dim = d_model // self.n_heads
+        self.rope = Rope(**rope_settings(config, "full_attention", head_dim, base, share))
         self.input_layernorm = nn.LayerNorm(d_model, eps)
         self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
         self.attention = nn.ModuleDict()
@@ -958,8 +947,7 @@ class GemmaBlock(nn.Module):
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
-        rope = rope_settings(config, layer_type, base, share=1.0)
-        self.rope = Rope(self.head_dim, rope["base"], rope["factor"])
+        self.rope = Rope(**rope_settings(config, layer_type, self.head_dim, base, share=1.0))
         d_q = size(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
         self.self_attn = nn.ModuleDict()
@@ -1026,15 +1014,12 @@ class Gemma(LanguageModel):
 # ---- From a checkpoint to a model --------------------------------------------------------------
 FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma, "gemma3_text": Gemma}  # model_type -> class
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
-IGNORED = (
-    r"\.(attention\.(masked_)?bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_projector\."
-)
+IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 
 
 def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
     """The model that a parsed config.json describes, on the meta device; has_head: whether it has
-    an unembedding of its own, if config.json does not decide. UserError for what it cannot follow.
-    """
+    an unembedding of its own, if config.json leaves that open. UserError for what is not ours."""
     text = config.get("text_config")
     if config.get("model_type") == "gemma3" and isinstance(text, dict):
         config = {**config, **text, "model_type": "gemma3_text"}
@@ -1162,10 +1147,8 @@ def check(config: Config, methods: dict) -> LanguageModel:
     refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    refuse(
-        0 < n_mse < mse_step and not config.start,
-        f"{n_mse} tokens by MSE are below a step (--batch {config.batch})",
-    )
+    too_few = 0 < n_mse < mse_step and not config.start
+    refuse(too_few, f"{n_mse} tokens by MSE are below a step (--batch {config.batch})")
     short = f"--kl-tokens {config.kl_tokens} is below a step of {step} (--kl-batch x --context)"
     refuse(0 < config.kl_tokens < step, short)
     several = config.sae == "batchtopk" and world_size() > 1
@@ -1211,7 +1194,8 @@ class Run:
             kinds = f"{config.sae}-k{'-'.join(map(str, config.k))}-seed{config.seed}"
             name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
         refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
-        self.folder = RunFolder(Path(config.out).expanduser() / name, ["before", *methods])
+        path = Path(config.out).expanduser() / name
+        self.folder = RunFolder(path, ["before", *methods], rank())
         several = len(config.k) > 1
         self.sae_folders = [self.folder.path / (f"k{k}" if several else "") for k in config.k]
 
@@ -1220,14 +1204,13 @@ class Run:
         """The whole run; a report for each K, as in its report.json."""
         settings = {} if self.config.overwrite else asdict(self.config)
         with self.closing:
-            if rank() == 0:
-                self.folder.take(self.config.resume, self.config.overwrite)
-                self.closing.callback(self.folder.leave)
+            self.folder.take(self.config.resume, self.config.overwrite)
+            self.closing.callback(self.folder.leave)
             self.prepare()
             if not self.restore() and settings:
                 self.folder.begin(settings)
             reports = self.train()
-            self.folder.remove(f"checkpoint{rank() or ''}*.pt")
+            self.folder.finish()
             return reports
 
     def prepare(self) -> None:
@@ -1372,21 +1355,12 @@ class Run:
 
     def save(self, phase: Phase, part: str) -> None:
         """Writes what a phase trains into a part of each SAE's folder."""
-        config = self.config
-        short = config.model == "tiny" or config.model not in MODELS
-        metadata = {
-            "model_name": config.model if short else MODELS[config.model],
-            "hook_name": f"blocks.{config.layer}.hook_resid_post",
-            "context_size": config.context,
-            "prepend_bos": self.lm.n_skip > 0,
-            "dataset_path": config.data,
-            "first_sequence": self.n_mse if part == "before" else self.n,  # where --start goes on
-        }
-        if rank() == 0:
-            self.folder.begin(asdict(config))
-            for t, folder in zip(phase.trainees, self.sae_folders):
-                t.trained.eval()
-                t.save(folder / part, metadata)
+        settings, seen = asdict(self.config), self.n_mse if part == "before" else self.n
+        metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
+        self.folder.begin(settings)
+        for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
+            t.trained.eval()
+            t.save(folder / part, metadata)
 
     def report(self, i: int) -> dict:
         """Writes report.json and prints the closing table of SAE i; returns the report."""
@@ -1448,8 +1422,7 @@ class Run:
         for k, row, loss in zip(config.k, figures, losses.mean(0)):
             row = {**line, "k": k, **{name: float(value) for name, value in row.items()}}
             lines.append(json.dumps({**row, "loss": float(loss)}))
-        if rank() == 0:
-            self.folder.log(lines)
+        self.folder.log(lines)
         whole, done = sum(self.operations.values()), self.operations[phase.name] * share
         done += sum(self.operations[name] for name in self.state["results"])
         minutes = sum(self.state["seconds"].values()) * (whole / done - 1) / 60
@@ -1459,37 +1432,26 @@ class Run:
 
     # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
-        """Saves all that `restore` needs; of several processes each its own, and the first one's,
-        which says which of the others' are valid, last."""
+        """Saves all that `restore` needs, of several processes each its own."""
         tag = f"-{len(self.state['results'])}-{phase.step if phase else 0}"
-        state = {"state": self.state, "phase": phase.state_dict() if phase else {}, "tag": tag}
+        state = {"state": self.state, "phase": phase.state_dict() if phase else {}}
         state.update(losses=self.losses, config=asdict(self.config), world=world_size())
-        if rank() > 0:
-            self.folder.save_state(f"checkpoint{rank()}{tag}.pt", state)
-        if world_size() > 1:
-            dist.barrier()
-        if rank() == 0:
-            self.folder.begin(asdict(self.config))
-            self.folder.save_state("checkpoint.pt", {**state, "logged": self.folder.logged()})
-        else:
-            self.folder.remove(f"checkpoint{rank()}-*.pt", but=tag)
+        self.folder.begin(asdict(self.config))
+        self.folder.save_state(state, tag)
         self.saved = time.monotonic()
 
     def restore(self) -> bool:
         """Goes back to the last checkpoint, if there is one. UserError if its settings differ."""
-        if not self.config.resume or not (self.folder.path / "checkpoint.pt").exists():
+        saved = self.folder.load_state(self.device) if self.config.resume else None
+        if saved is None:
             return False
-        saved = self.folder.load_state("checkpoint.pt", self.device)
-        if rank() > 0:
-            saved = self.folder.load_state(f"checkpoint{rank()}{saved['tag']}.pt", self.device)
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in asdict(self.config).items():
             was = saved["config"].get(name)
             differs = was != value and name not in may_differ
             refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
         refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
-        if rank() == 0:
-            self.folder.go_on(saved["logged"])
+        self.folder.go_on(saved)
         self.state, self.losses, self.saved_phase = saved["state"], saved["losses"], saved["phase"]
         return True
 

@@ -3463,8 +3463,10 @@ def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
 def test_saes_are_read_as_they_were_written(tmp_path, architecture):
     threshold = {"threshold": torch.rand(20)} if architecture == "jumprelu" else {}
     tensors, cfg = sae_folder(tmp_path, threshold, architecture=architecture)
-    read, read_cfg = model_loaders.read_sae(str(tmp_path))
-    assert same(read, tensors) and read_cfg == cfg
+    read, told = model_loaders.read_sae(str(tmp_path))
+    assert same(read, {**tensors, "W_enc": tensors["W_enc"].T}) and told == {**told, **cfg}
+    assert told["kind"] == {"standard": "relu"}.get(architecture, architecture)
+    assert (told["k"], told["scale"], told["median_norm"]) == (3, 1.0, 0.0)
     half, _ = sae_folder(tmp_path, {"b_dec": torch.ones(6).half()})
     assert model_loaders.read_sae(str(tmp_path))[0]["b_dec"].dtype == torch.float32
 

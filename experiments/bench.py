@@ -140,7 +140,6 @@ def plain_steps(t: saeft.Trainee, step) -> dict:
         "all plain": {"FAST": False},
         "no oneDNN": {"ONEDNN": False},
         "no sparse autograd": {"sparse_autoencode": plain(saeft.autoencode)},
-        "no clipping in Adam": {"update": plain(saeft.update)},
     }.items():
         steps[name] = patch.multiple(saeft, **changes)(lambda: step())
         difference = (gradients(steps[name]) - ours).norm() / ours.norm()
@@ -295,10 +294,11 @@ class Stages:
         state, name = self.phase(t, buffer).state_dict(), "checkpoint.pt"
         with tempfile.TemporaryDirectory() as path:
             folder = model_loaders.RunFolder(Path(path), [])
-            folder.save_state(name, state)
+            folder.begin({})
+            folder.save_state(state)
             size = f"{Path(path, name).stat().st_size / 2**20:,.0f} MiB"
-            steps = {f"checkpoint of {size}": lambda: folder.save_state(name, state)}
-            steps["restore"] = lambda: folder.load_state(name, self.args.device)
+            steps = {f"checkpoint of {size}": lambda: folder.save_state(state)}
+            steps["restore"] = lambda: folder.load_state(self.args.device)
             yield "", len(rows), steps
 
 

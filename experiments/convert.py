@@ -279,14 +279,12 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
         L, tensors = block(cfg, files, layer), build(tensors, cfg)
     metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
     metadata["hook_name"] = None if L is None else f"blocks.{L}.hook_resid_post"
-    architecture, k = cfg["architecture"], cfg["k"]
-    if architecture == "batchtopk":  # for others a JumpReLU SAE
-        architecture = "jumprelu"
-        metadata["saeft"] = {"kind": "batchtopk", "k": k}
+    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+    tensors["W_enc"] = tensors["W_enc"].T
     with model_loaders.file_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
-            model_loaders.write_sae(Path(new, "sae"), tensors, architecture, k, metadata)
+            model_loaders.write_sae(Path(new, "sae"), tensors, kind, cfg["k"], metadata)
             os.replace(Path(new, "sae"), target)
     hook = metadata["hook_name"] or "an unknown hook (--layer)"
     model = metadata.get("model_name", "an unknown model (--model)")
