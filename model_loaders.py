@@ -41,6 +41,8 @@ for name in ("gemma-2-2b", "gemma-2-9b"):
     MODELS[name] = f"google/{name}"
 for name in ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b"):
     MODELS[name] = f"google/{name}-pt"
+# Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
+IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 PATIENCE = 60  # seconds for the Hub to answer, or to send BLOCK bytes
 BLOCK = 1 << 22
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
@@ -170,7 +172,21 @@ def rope_settings(config: dict, layer_type: str, head_dim: int, base: float, sha
 
 
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors by name, of the shards an index lists or of model.safetensors. Raises UserError."""
+    """A language model's tensors by name; of a model that also sees, named as where it does not.
+    Raises UserError, also where they are not finite."""
+    weights = {}
+    for key, tensor in _all_weights(name, device, dtype).items():
+        if not re.search(IGNORED, key):
+            key = key.replace("language_model.model.", "model.").replace("language_model.", "")
+            weights[key] = tensor
+            if not tensor.isfinite().all():
+                what = f"{name}: {key} is not finite in {dtype}"
+                raise UserError(f"{what}: a damaged file, or too large")
+    return weights
+
+
+def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Of the shards that an index lists, or of model.safetensors."""
     try:
         index = fetch(name, "model.safetensors.index.json")
     except UserError:  # none, or out of reach: then the next line says why
@@ -629,8 +645,9 @@ class Tokenizer:
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode(errors="replace")
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model: a short name, a Hub owner/name or a folder. Raises UserError."""
+def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
+    """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes its
+    <bos> away, "yes" lets the end of text serve where there is none. Raises UserError."""
     path, eos = fetch(str(name), "tokenizer.json"), None
     for filename, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         with suppress(UserError):  # there is no such file
@@ -638,7 +655,12 @@ def load_tokenizer(name: str) -> Tokenizer:
             said = said.get("content") if isinstance(said, dict) else said
             eos = eos if said is None else said
     with file_errors(f"cannot read {path}"):
-        return Tokenizer(read_json(path), eos[0] if isinstance(eos, list) else eos)
+        tokenizer = Tokenizer(read_json(path), eos[0] if isinstance(eos, list) else eos)
+    if bos == "yes" and tokenizer.bos_id is None:
+        tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
+    if bos == "no":
+        tokenizer.bos_id = None
+    return tokenizer
 
 
 # ---- Documents and token streams --------------------------------------------------------------
@@ -654,6 +676,12 @@ LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a document; in one of a .txt 
 BATCH = 64  # documents tokenised at a time
 OTHER_IDS = "give --data that is tokenised for the model, or text"
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
+
+
+def usual_data(model: str) -> str:
+    """The source of tokens where none is given: Pythia's own, or c4."""
+    deduped = "-deduped" if "-deduped" in model else ""
+    return f"pythia{deduped}" if "pythia" in model else "c4"
 
 
 def held_out(text: str) -> bool:
@@ -1033,8 +1061,8 @@ class RunFolder:
             self.waiting.clear()
 
     def save_state(self, state: dict, tag: str = ""):
-        """A checkpoint. Of several processes each writes its own, under a tag; the first one's, which
-        says which of the others' are valid, comes last."""
+        """A checkpoint. Of several processes each writes its own, under a tag; the first one's,
+        which says which of the others' are valid, comes last."""
         if self.rank > 0:
             self._write(f"checkpoint{self.rank}{tag}.pt", state)
         _wait_for_all_processes()

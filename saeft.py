@@ -34,7 +34,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -56,18 +55,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import (
-    MODELS,
-    RunFolder,
-    TokenStream,
-    UserError,
-    load_tokenizer,
-    number,
-    require,
-    rope_settings,
-    size,
-    soft_cap_of,
-)
+from model_loaders import TokenStream, UserError, load_tokenizer, number, require, size
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -125,7 +113,7 @@ class Config:
 
 GEMMA = "--dtype bfloat16 --kl-batch 2"
 PRESETS = {  # flags that a model starts with
-    **{name: GEMMA for name in MODELS if name.startswith("gemma")},
+    **{name: GEMMA for name in model_loaders.MODELS if name.startswith("gemma")},
     "gemma-2-2b": f"{GEMMA} --layer 12",
     "pythia-160m": "--layer 8",
     "tiny": "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k --context 128"
@@ -171,8 +159,7 @@ class SAE(nn.Module):
     batchtopk  the K N largest of N tokens in training, later those above `threshold`, which
                leaves K a token on average (arXiv 2412.06410)
     relu       all that are positive
-    jumprelu   those above a threshold of the latent's own [F], which does not train (2407.14435)
-    """
+    jumprelu   those above a threshold of the latent's own [F], which does not train (2407.14435)"""
 
     def __init__(self, d_model: int, d_sae: int, k: float, kind: str = "topk", seed: int = 0):
         super().__init__()
@@ -312,8 +299,7 @@ class SlicedKL(torch.autograd.Function):
 
     Takes lm, weight [N], and the last block's output [N, D] for p and for each q. The gradient goes
     back through soft cap, unembedding and final norm slice by slice, in the forward pass: for each
-    token one product with W_U for p, and two for each q.
-    """
+    token one product with W_U for p, and two for each q."""
 
     @staticmethod
     def forward(ctx, lm: LanguageModel, weight: Tensor, last_p: Tensor, *lasts_q: Tensor) -> Tensor:
@@ -417,8 +403,7 @@ class Trainee:
 
     `insert` maps x [N, D] and keep [N] to x_hat [N, D] and Activity, in place of the output of
     block L of `lm`: the SAE itself, or an SAE with an adapter. Parameters of `trained` that require
-    a gradient train, on `loss`: "kl" (KL+MSE), "kl-only" or "mse".
-    """
+    a gradient train, on `loss`: "kl" (KL+MSE), "kl-only" or "mse"."""
 
     sae: SAE
     lm: LanguageModel
@@ -528,9 +513,6 @@ def update(t: Trainee, lr: float) -> None:
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
-DEAD_EVERY = 20  # steps between looks for dead latents: a look waits for the device
-
-
 def train_mse(phase: Phase, config: Config, after_step) -> None:
     """Phase one. loss = mean_n ||x - x_hat||^2 + AuxK / 32, on x / scale; ReLU SAEs have lambda
     sum_i f_i ||W_dec[i]|| in place of AuxK. All SAEs see the same batches."""
@@ -556,7 +538,7 @@ def train_mse(phase: Phase, config: Config, after_step) -> None:
 
             counts = sum_over_ranks(active.counts)  # [F]
             t.idle = torch.where(counts > 0, 0, t.idle + n)
-            if step % DEAD_EVERY == 0:
+            if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
                 t.dead = (t.idle > config.dead_after).nonzero()[:, 0]
             fvu = (mse * sae.scale**2 / variance).detach()
             figures.append({"loss": loss.detach(), "fvu": fvu, "l0": counts.sum() / n})
@@ -641,8 +623,7 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
 
     ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
     unexplained. l0: active latents per token. dead: latents that never fired. Positions without
-    content (`content`) do not count; their share is `left_out`.
-    """
+    content (`content`) do not count; their share is `left_out`."""
     device, (d_sae, d_model) = lm.W_U.device, trainees[0].sae.W_enc.shape
     zeros = functools.partial(torch.zeros, dtype=torch.double, device=device)
     ce_kl, errors, counts = zeros(2 + len(trainees), 2), zeros(len(trainees)), zeros(3)
@@ -728,8 +709,7 @@ class SparseAutoencode(torch.autograd.Function):
     With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
     dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
     f' and h' are lists of a few entries, sorted by latent once; h falls out of f' g, since
-    d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>.
-    """
+    d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select, keep):
@@ -882,8 +862,8 @@ class PythiaBlock(nn.Module):
         self.n_heads = size(config, "num_attention_heads")
         share = number(config, "rotary_pct", 0.25)
         base = number(config, "rotary_emb_base", 10_000)
-        head_dim = d_model // self.n_heads
-        self.rope = Rope(**rope_settings(config, "full_attention", head_dim, base, share))
+        shape = d_model // self.n_heads, base, share
+        self.rope = Rope(**model_loaders.rope_settings(config, "full_attention", *shape))
         self.input_layernorm = nn.LayerNorm(d_model, eps)
         self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
         self.attention = nn.ModuleDict()
@@ -942,12 +922,13 @@ class GemmaBlock(nn.Module):
         self.head_dim = size(config, "head_dim", 256)
         self.n_kv = size(config, "num_key_value_heads")
         self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
-        self.score_cap = soft_cap_of(config, "attn_logit_softcapping")
+        self.score_cap = model_loaders.soft_cap_of(config, "attn_logit_softcapping")
         self.window = size(config, "sliding_window", 4096) if sliding else None
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
-        self.rope = Rope(**rope_settings(config, layer_type, self.head_dim, base, share=1.0))
+        rope = model_loaders.rope_settings(config, layer_type, self.head_dim, base, share=1.0)
+        self.rope = Rope(**rope)
         d_q = size(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
         self.self_attn = nn.ModuleDict()
@@ -1003,7 +984,7 @@ class Gemma(LanguageModel):
         require(config, "use_bidirectional_attention", False, None)
         blocks = [GemmaBlock(config, kinds[i]) for i in range(n_layers)]
         super().__init__(config, blocks, RMSNorm(size(config, "hidden_size"), config), has_head)
-        self.logit_cap = soft_cap_of(config, "final_logit_softcapping")
+        self.logit_cap = model_loaders.soft_cap_of(config, "final_logit_softcapping")
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = super().embed(tokens)
@@ -1013,8 +994,6 @@ class Gemma(LanguageModel):
 
 # ---- From a checkpoint to a model --------------------------------------------------------------
 FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma, "gemma3_text": Gemma}  # model_type -> class
-# Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
-IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 
 
 def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
@@ -1041,21 +1020,14 @@ def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
 def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     """A frozen language model, `lm(tokens [B, T]) -> logits [B, T, V]`, from a short name, a Hub
     owner/name[@revision] or a folder. UserError where its tensors do not fit or are not finite."""
-    config, weights = model_loaders.load_config(name), {}
-    for key, w in model_loaders.load_weights(name, device, dtype).items():
-        if "language_model." in key:  # Gemma 3 with vision
-            key = key.replace("language_model.model.", "model.").replace("language_model.", "")
-        if not re.search(IGNORED, key):
-            weights[key] = w
+    config = model_loaders.load_config(name)
+    weights = model_loaders.load_weights(name, device, dtype)
     lm = build_lm(config, not weights.keys().isdisjoint(("embed_out.weight", "lm_head.weight")))
     try:
         lm.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())
         raise UserError(f"{name}: weights do not fit config.json: {details:.300}") from None
-    for key, w in weights.items():
-        if not w.isfinite().all():
-            raise UserError(f"{name}: {key} is not finite in {dtype}: a damaged file, or too large")
     return lm.eval().requires_grad_(False)
 
 
@@ -1134,9 +1106,7 @@ def check(config: Config, methods: dict) -> LanguageModel:
     last = len(lm.blocks) - 1
     config.layer = (last + 1) // 2 if config.layer is None else config.layer
     config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14) if config.lr is None else config.lr
-    if config.data is None:  # Pythia's own data, or c4
-        deduped = "-deduped" if "-deduped" in config.model else ""
-        config.data = f"pythia{deduped}" if "pythia" in config.model else "c4"
+    config.data = model_loaders.usual_data(config.model) if config.data is None else config.data
     config.k, config.method = [*dict.fromkeys(config.k)], [*dict.fromkeys(config.method)]
     k, method, context = config.k, config.method, config.context
     unknown = [name for name in method if name not in methods]
@@ -1163,7 +1133,8 @@ def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
     prefix += 3 * n * config.d_sae * lm.W_U.shape[1]  # and the SAEs
     parts = {"MSE": 0 if config.start else (config.tokens - config.kl_tokens) * prefix}
     for method in config.method:
-        parts[method] = config.kl_tokens * (prefix + (method != "mse") * whole * (1 + 3 * n))
+        later = 0 if method == "mse" else whole * (1 + 3 * n)
+        parts[method] = config.kl_tokens * (prefix + later)
     evaluations = config.eval_tokens * (1 + len(config.method))
     return {**parts, "evaluation": evaluations * whole * (2 + n)}
 
@@ -1177,8 +1148,7 @@ class Run:
 
     The folder: config.json, metrics.jsonl, report.json, and the SAE after the first method; that of
     phase one in `before`, those of other methods in folders of their own. Of several K each has a
-    folder with all of that but config.json and metrics.jsonl: k8, k16, ...
-    """
+    folder with all of that but config.json and metrics.jsonl: k8, k16, ..."""
 
     def __init__(self, config: Config, methods: dict = METHODS):
         self.config, self.methods = config, methods
@@ -1195,20 +1165,19 @@ class Run:
             name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
         refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
         path = Path(config.out).expanduser() / name
-        self.folder = RunFolder(path, ["before", *methods], rank())
+        self.folder = model_loaders.RunFolder(path, ["before", *methods], rank())
         several = len(config.k) > 1
         self.sae_folders = [self.folder.path / (f"k{k}" if several else "") for k in config.k]
 
     # ---- The course of a run
     def run(self) -> list[dict]:
         """The whole run; a report for each K, as in its report.json."""
-        settings = {} if self.config.overwrite else asdict(self.config)
         with self.closing:
             self.folder.take(self.config.resume, self.config.overwrite)
             self.closing.callback(self.folder.leave)
             self.prepare()
-            if not self.restore() and settings:
-                self.folder.begin(settings)
+            if not self.restore() and not self.config.overwrite:
+                self.folder.begin(asdict(self.config))
             reports = self.train()
             self.folder.finish()
             return reports
@@ -1218,15 +1187,10 @@ class Run:
         config = self.config
         ks = f", K {', '.join(map(str, config.k))}" if "topk" in config.sae else ""
         what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
-        budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for "
-        budget += ", ".join(config.method)
         say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
-        say(f"{budget}; roughly {self.guess():.0f} minutes")
-        tokenizer = load_tokenizer(config.model)
-        if config.bos == "yes" and tokenizer.bos_id is None:
-            tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
-        if config.bos == "no":
-            tokenizer.bos_id = None
+        budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
+        say(f"{budget} {', '.join(config.method)}; roughly {self.guess():.0f} minutes")
+        tokenizer = load_tokenizer(config.model, config.bos)
         say("loading the model", renew=True)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         lm = self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
@@ -1234,8 +1198,7 @@ class Run:
         rows = f"{tokenizer.n_vocab} ids in the tokenizer, {len(lm.W_U)} rows in the embedding"
         refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model} has {rows}")
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        report = functools.partial(say, renew=True)
-        self.stream = TokenStream(*source, report=report)
+        self.stream = TokenStream(*source, report=functools.partial(say, renew=True))
         self.closing.callback(self.stream.close)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context

@@ -197,11 +197,7 @@ def make_page(args) -> str:
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
         before = SAE.load(folder / "before").to(device)
-    tokenizer = model_loaders.load_tokenizer(args.model)
-    if args.bos == "yes" and tokenizer.bos_id is None:
-        tokenizer.bos_id = tokenizer.eos_id
-    if args.bos == "no":
-        tokenizer.bos_id = None
+    tokenizer = model_loaders.load_tokenizer(args.model, args.bos)
     lm = saeft.load_lm(args.model, device)
     lm.n_skip = int(tokenizer.bos_id is not None)
     source = args.data, tokenizer, args.context, args.context, args.tokens
