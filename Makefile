@@ -32,7 +32,7 @@ bench: .venv/main
 	touch $@
 
 .venv/test: .venv/main
-	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout
 	touch $@
 
 .PHONY: demo test compare bench

@@ -1053,8 +1053,10 @@ class RunFolder:
 
     def log(self, lines: list[str]):
         """Add lines to metrics.jsonl."""
+        if self.rank > 0:
+            return
         self.waiting += lines
-        if self.begun and self.rank == 0:
+        if self.begun:
             path = self.path / "metrics.jsonl"
             with file_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in self.waiting)

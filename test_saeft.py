@@ -246,7 +246,7 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
 
 
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
-    line = "--sae batchtopk --k 4 16 --tokens 256k --kl-tokens 204800 --eval-tokens 15k --kl-batch 8 --method kl"
+    line = "--sae batchtopk --k 4 16 --tokens 153600 --kl-tokens 102400 --eval-tokens 15k --kl-batch 8"
     assert command(f"{line} --name x", tmp_path) == 0
     for k in (4, 16):
         results = report_of(tmp_path / "x" / f"k{k}")["results"]
