@@ -1,159 +1,264 @@
-"""Damaged and hostile files against the reference readers: what they refuse must end in UserError,
-what is accepted must mean the same. Seeds are fixed; the counts are printed.
+"""Damaged and hostile files for our readers, beside the reference libraries.
 
-    python experiments/fuzz.py                    all of it, about 10 minutes
-    python experiments/fuzz.py tokenizers 200     one part, with another number of files
-    python experiments/fuzz.py tokenizers 2000 ../shared/tokenizers/neox.json gemma/tokenizer.json
+    python experiments/fuzz.py                                     # all of it, about 4 minutes
+    python experiments/fuzz.py config tokenizer --cases 200 --seed 1 --tokenizers neox.json
+
+The tensors of safetensors files; the logits of small Pythia, Gemma 2 and Gemma 3 models by their
+config.json; the ids by tokenizer.json. What ours refuses must end in UserError, one line; what both
+accept must mean the same; exit status 1 where that is not so. Files that fail are kept.
 """
 
+import argparse
+import copy
 import json
-import os
+import logging
+import math
+import operator
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
-from model_loaders import UserError
+import saeft
+from model_loaders import DTYPES, GPT2_BYTES, UserError
 
-WRONG = ("exception", "wrong")  # outcomes that must not occur
-JUNK = [None, True, False, 0, 1, -1, 2.5, float("nan"), 2**31, 2**63, 2**70, "", "x", "\ud800"]
-JUNK += [[], {}, [[]], ["x"], {"x": 1}, "NFC", "F32", "BF16", [0, 0], [4, 2], "▁", " "]
+SECONDS = 20  # that a reader may take for a file
+FAILURES = {"exception", "wrong"}  # outcomes that must not occur
+JUNK = [None, True, False, 0, 1, -1, 2, 0.5, float("nan"), float("inf"), 10**9, 2**31, 2**63]
+JUNK += [2**70, "", "x", "16", " ", "▁", "\ud800", "NFC", "F32", "BF16", "gelu", "relu", "linear"]
+JUNK += ["yarn", "full_attention", [], {}, [[]], [1], ["x"], {"x": 1}, [0, 0], [4, 2]]
 
 
-def places(value, found=None):
+# ---- What a file leads to ------------------------------------------------------------------------
+def attempt(call):
+    """What a call returns, or the exception that it ends in."""
+    signal.alarm(SECONDS)
+    try:
+        return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the panics of Rust libraries are no Exception
+        return error
+    finally:
+        signal.alarm(0)
+
+
+def too_long(number, frame):
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def outcome(ours, theirs, same) -> str:
+    """Of one file, which both read; theirs: None where the reference is not asked."""
+    reference = attempt(theirs) if theirs else None
+    mine = attempt(ours)
+    refused = isinstance(mine, UserError) and "\n" not in str(mine) and len(str(mine)) < 600
+    if isinstance(mine, BaseException) and not refused:
+        print(f"  {mine!r:.300}")
+        return "exception"
+    if theirs is None:
+        return "refused" if refused else "too large to run"
+    if isinstance(reference, BaseException):
+        return "refused by both" if refused else "accepted by ours alone"
+    if refused:
+        return "refused by ours alone"
+    return "equal" if same(mine, reference) else "wrong"
+
+
+def fuzz(part: str, make_cases, n_cases: int, seed: int) -> Counter:
+    """The outcomes of the first files that a part makes."""
+    counts = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = make_cases(random.Random(seed), Path(folder))
+        for number, case in enumerate(islice(cases, n_cases)):
+            result = outcome(*case)
+            counts[result] += 1
+            if result in FAILURES:
+                kept = Path(tempfile.gettempdir(), f"fuzz-{part}-{seed}-{number}")
+                shutil.copytree(folder, kept, dirs_exist_ok=True)
+                print(f"  {result}: {kept}", flush=True)
+    return counts
+
+
+# ---- Mutations -----------------------------------------------------------------------------------
+def places(value) -> list[tuple]:
     """Every (container, key) in a JSON value."""
-    found = [] if found is None else found
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            found.append((value, key))
-            places(value[key], found)
-    return found
+    keys = range(len(value)) if isinstance(value, list) else value
+    own = [(value, key) for key in keys] if isinstance(value, (dict, list)) else []
+    return own + [place for _, key in own for place in places(value[key])]
 
 
-def mutate_json(value, rng: random.Random):
-    """Change, drop, double or exchange something anywhere in a JSON value, in place."""
-    container, key = rng.choice(places(value))
-    kind = rng.randrange(4)
+def mutate_json(root, rng: random.Random):
+    """Drop, double, exchange or change something anywhere in a JSON value, in place."""
+    container, key = rng.choice(places(root))
+    other, other_key = rng.choice(places(root))
+    value, kind = container[key], rng.randrange(6)
     if kind == 0:
-        container[key] = rng.choice(JUNK)
-    elif kind == 1:
         del container[key]
-    elif kind == 2 and isinstance(container, list):
-        container.insert(rng.randrange(len(container) + 1), container[key])
+    elif kind == 1 and isinstance(container, list):
+        container.insert(rng.randrange(len(container) + 1), value)
+    elif kind < 4 and isinstance(value, (int, float)):
+        near = [value + 1, value - 1, value * 2, value / 2, -value, float(value), str(value)]
+        container[key] = rng.choice(near)
+    elif kind < 5 and not places(value) and not places(other[other_key]):
+        container[key], other[other_key] = other[other_key], value
     else:
-        other, other_key = rng.choice(places(value))
-        if not places(other[other_key]) and not places(container[key]):
-            container[key], other[other_key] = other[other_key], container[key]
+        container[key] = copy.deepcopy(rng.choice(JUNK))
 
 
 def mutate_bytes(data: bytes, rng: random.Random, upto: int) -> bytes:
     """Change, drop or insert bytes, in the first `upto` most of the time; or cut or lengthen it."""
-    data, kind = bytearray(data), rng.randrange(5)
-    at = rng.randrange(max(1, min(upto, len(data)) if rng.random() < 0.8 else len(data)))
-    if kind == 0:
-        data[at] = rng.randrange(256)
-    elif kind == 1:
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        del data[at : at + rng.randint(1, 9)]
-    elif kind == 3:
-        data[at:at] = rng.randbytes(rng.randint(1, 9))
-    else:
-        data = data[:at] if rng.random() < 0.5 else data + rng.randbytes(rng.randint(1, 9))
-    return bytes(data)
+    at = rng.choice([*rng.choices(range(upto), k=4), rng.randrange(len(data)), len(data)])
+    n = rng.randint(1, 9)
+    dropped, added = rng.choice([(1, 1), (n, 0), (0, n), (len(data), 0)])
+    return data[:at] + rng.randbytes(added) + data[at + dropped :]
 
 
-def outcome(ours, reference, same) -> str:
-    """What a file led to: `ours` and `reference` read it, `same` compares what they read."""
-    try:
-        mine = ours()
-    except UserError as error:
-        mine = error
-    except BaseException as error:
-        print(f"  {error!r:.200}")
-        return "exception"
-    try:
-        theirs = reference()
-    except BaseException:  # its panics are no Exception
-        return "both refuse" if isinstance(mine, UserError) else "ours alone accepts"
-    if isinstance(mine, UserError):
-        return "ours alone refuses"
-    return "both accept, equal" if same(mine, theirs) else "wrong"
+# ---- safetensors ---------------------------------------------------------------------------------
+def safetensors_cases(rng: random.Random, folder: Path):
+    path = folder / "x.safetensors"
+    ours = partial(content, model_loaders.read_safetensors, path)
+    theirs = partial(content, load_file, path)
+    while True:
+        path.write_bytes(mutated_safetensors(rng))
+        yield ours, theirs, operator.eq
 
 
-# ---- safetensors -------------------------------------------------------------------------------
-
-
-def fuzz_safetensors(n_files: int, seed: int = 0) -> Counter:
-    import safetensors.torch
-
-    rng, counts = random.Random(seed), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "x.safetensors")
-        for _ in range(n_files):
-            path.write_bytes(mutated_safetensors(rng))
-            counts[
-                outcome(
-                    lambda: model_loaders.read_safetensors(path),
-                    lambda: safetensors.torch.load_file(path),
-                    equal_tensors,
-                )
-            ] += 1
-    return counts
+def content(read, path: Path) -> dict:
+    """What a reader finds in a file, bit by bit."""
+    found = {}
+    for name, tensor in read(path).items():
+        data = tensor.reshape(-1).view(torch.uint8)
+        data = data > 0 if tensor.dtype == torch.bool else data
+        found[name] = tensor.dtype, tensor.shape, data.tolist()
+    return found
 
 
 def mutated_safetensors(rng: random.Random) -> bytes:
     header, data = {"__metadata__": {"format": "pt"}}, b""
-    codes = list(model_loaders.DTYPES)
     for name in "abcd"[: rng.randint(1, 4)]:
-        dtype = rng.choice(codes)
-        shape = [rng.randint(0, 3) for _ in range(rng.randint(0, 3))]
-        tensor = torch.ones(shape, dtype=model_loaders.DTYPES[dtype])
-        span = [len(data), len(data) + tensor.nbytes]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
-        data += tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    as_json, twice = rng.random() < 0.6, rng.random() < 0.05
+        dtype = rng.choice([*DTYPES])
+        shape = rng.choices(range(4), k=rng.randint(0, 3))
+        start = len(data)
+        data += rng.randbytes(math.prod(shape) * DTYPES[dtype].itemsize)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(data)]}
+    as_json = rng.random() < 0.6
     for _ in range(rng.randint(1, 2) if as_json else 0):
         mutate_json(header, rng)
     text = json.dumps(header).encode()
-    if twice:  # a key that appears twice
-        text = text[:-1] + b"," + text[1:]
+    if rng.random() < 0.05:
+        text = text[:-1] + b"," + text[1:]  # each key twice
     if rng.random() < 0.2:
         text = rng.choice([b" ", b"\n", b""]) + text + rng.choice([b"   ", b"\0", b"x", b"\n"])
     whole = len(text).to_bytes(8, "little") + text + data
     return whole if as_json else mutate_bytes(whole, rng, 8 + len(text))
 
 
-def equal_tensors(mine: dict, theirs: dict) -> bool:
-    return mine.keys() == theirs.keys() and all(
-        mine[name].dtype == theirs[name].dtype
-        and torch.equal(mine[name].view(torch.uint8), theirs[name].view(torch.uint8))
-        if mine[name].dim()
-        else torch.equal(mine[name], theirs[name])
-        for name in mine
-    )
+# ---- config.json ---------------------------------------------------------------------------------
+LARGEST = 300_000  # parameters of a model that is run; of deep ones float32 is too coarse
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+PYTHIA = SIZES | {
+    "model_type": "gpt_neox", "num_hidden_layers": 2, "max_position_embeddings": 64,
+    "hidden_act": "gelu", "use_parallel_residual": True, "layer_norm_eps": 1e-5,
+}  # fmt: skip
+GEMMA = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA_2 = GEMMA | CAPS | {"model_type": "gemma2", "sliding_window": 8}
+GEMMA_3 = GEMMA | {"model_type": "gemma3_text", "sliding_window": 8}
+TWO_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+ROPES = {"sliding_attention": PLAIN, "full_attention": {"rope_theta": 1e6, **LINEAR}}
+CONFIGS = [  # each family in both spellings
+    PYTHIA | {"rotary_pct": 0.25, "rotary_emb_base": 10000, "tie_word_embeddings": False},
+    PYTHIA | {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}},
+    GEMMA_2 | {"query_pre_attn_scalar": 24, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+               "hidden_activation": "gelu_pytorch_tanh"},
+    GEMMA_2 | TWO_TYPES | {"rope_parameters": PLAIN},
+    GEMMA_3 | {"num_hidden_layers": 7, "query_pre_attn_scalar": 168, "sliding_window_pattern": 6,
+               "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
+    GEMMA_3 | TWO_TYPES | {"rope_parameters": ROPES, "use_bidirectional_attention": False,
+                           "tie_word_embeddings": True},
+]  # fmt: skip
 
 
-# ---- tokenizer.json ----------------------------------------------------------------------------
+def config_cases(rng: random.Random, folder: Path):
+    logging.disable()
+    transformers.logging.disable_progress_bar()
+    for base in CONFIGS:
+        assert outcome(*config_case(base, folder)) == "equal", base
+    while True:
+        config = copy.deepcopy(rng.choice(CONFIGS))
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            mutate_json(config, rng)
+        if rng.random() < 0.2:  # a setting of another family or spelling beside its own
+            key, value = rng.choice([*rng.choice(CONFIGS).items()])
+            config[key] = value
+        yield config_case(config, folder)
 
 
-REFERENCE = """
-import json, sys, tokenizers
+def config_case(config: dict, folder: Path) -> tuple:
+    (folder / "config.json").write_text(json.dumps(config))
+    lm = attempt(partial(our_model, folder))
+    if isinstance(lm, BaseException) or sum(p.numel() for p in lm.parameters()) > LARGEST:
+        return partial(our_model, folder), None, None  # the reference might fill the memory
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, p in lm.named_parameters():
+        weights[name] = torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
+    save_file(weights, folder / "model.safetensors")
+    return partial(our_logits, folder), partial(their_logits, folder), equal_logits
+
+
+def our_model(folder: Path) -> saeft.LanguageModel:
+    return saeft.build_lm(model_loaders.load_config(str(folder)))
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    lm = saeft.load_lm(str(folder))
+    logits = lm(torch.arange(20)[None] % len(lm.W_U))
+    assert logits.isfinite().all()
+    return logits
+
+
+@torch.no_grad()
+def their_logits(folder: Path) -> torch.Tensor | None:
+    """None where the weights are not just what the model wants."""
+    options = {"attn_implementation": "eager", "output_loading_info": True}
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    logits = model(torch.arange(20)[None] % len(model.get_output_embeddings().weight)).logits
+    return None if any(found.values()) else logits
+
+
+def equal_logits(mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
+    if theirs is None or mine.shape != theirs.shape:
+        return False
+    return torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+# ---- tokenizer.json ------------------------------------------------------------------------------
+REFERENCE = f"""
+import json, signal, sys, tokenizers
 for line in sys.stdin:
     path, texts = json.loads(line)
+    signal.alarm({SECONDS // 2})  # ends the process
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
         found = tokenizer.encode_batch(texts, add_special_tokens=False)
         print(json.dumps([encoding.ids for encoding in found]), flush=True)
     except BaseException as error:
-        print(json.dumps(f"{error!r:.200}"), flush=True)
+        print(json.dumps(repr(error)), flush=True)
+    signal.alarm(0)
 """
 
 
@@ -164,217 +269,183 @@ class Reference:
 
     def encode(self, path: Path, texts: list[str]) -> list[list[int]]:
         if self.process is None or self.process.poll() is not None:
-            pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
             command = [sys.executable, "-c", REFERENCE]
-            self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, **pipes)
+            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
         self.process.stdin.write(json.dumps([str(path), texts]) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline() or '"the process has ended"')
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+        answer = json.loads(line)
         if isinstance(answer, str):
-            if "ended" in answer:
-                self.process.wait()
             raise ValueError(answer)
         return answer
 
 
-def fuzz_tokenizers(n_files: int, seed: int = 0, paths: list = ()) -> Counter:
+def our_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    return list(map(model_loaders.load_tokenizer(str(folder)).encode, texts))
+
+
+def tokenizer_cases(rng: random.Random, folder: Path, paths: list):
     """Mutations of the embedded model's file and of `paths`, which are made smaller first."""
-    rng, counts, reference = random.Random(seed), Counter(), Reference()
-    embedded = Path(model_loaders.MODELS["tiny"], "tokenizer.json")
-    bases = [smaller(json.loads(Path(path).read_text("utf-8"))) for path in (embedded, *paths)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "tokenizer.json")
-        for _ in range(n_files):
-            base = rng.choice(bases)
-            data, texts = mutated_tokenizer(base, rng)
-            path.write_bytes(data)
+    paths = [Path(model_loaders.MODELS["tiny"], "tokenizer.json"), *paths]
+    bases = [smaller(json.loads(Path(path).read_text("utf-8"))) for path in paths]
+    reference = Reference()
 
-            def ours():
-                tokenizer = model_loaders.load_tokenizer(folder)
-                return [tokenizer.encode(text) for text in texts]
+    def case(data: bytes, texts: list[str]) -> tuple:
+        path = folder / "tokenizer.json"
+        path.write_bytes(data)
+        return partial(our_ids, folder, texts), partial(reference.encode, path, texts), operator.eq
 
-            result = outcome(ours, partial(reference.encode, path, texts), list.__eq__)
-            counts[result] += 1
-            if result in WRONG:
-                kept = Path(tempfile.gettempdir(), f"fuzz-{os.getpid()}-{sum(counts.values())}")
-                kept.write_bytes(data)
-                print(f"  {result}: {kept}")
-    return counts
+    for base, path in zip(bases, paths):
+        unchanged = case(json.dumps(base).encode(), texts_for(base, [], rng))
+        assert outcome(*unchanged) == "equal", path
+    while True:
+        yield case(*mutated_tokenizer(rng.choice(bases), rng))
 
 
-def smaller(spec: dict, n_tokens: int = 1000, n_added: int = 60) -> dict:
+def smaller(spec: dict) -> dict:
     """The same tokenizer with its first merged tokens only, and ids without a gap."""
-    model, merges = (
-        spec["model"],
-        [
-            tuple(merge.split(" ") if isinstance(merge, str) else merge)
-            for merge in spec["model"]["merges"]
-        ],
-    )
-    made = list(dict.fromkeys(left + right for left, right in merges))
-    added = spec["added_tokens"][:n_added]
-    short = [token for token in model["vocab"] if len(token) == 1][:600]
-    named = [token for token in model["vocab"] if token.startswith("<0x")]
-    letters = {*"".join(short)}
-    kept = {*[t for t in made if letters >= {*t}][:n_tokens], *short, *named}
-    kept |= {token["content"] for token in added} & model["vocab"].keys()
-    vocab = {token: i for i, token in enumerate(t for t in model["vocab"] if t in kept)}
+    model, added = spec["model"], spec["added_tokens"][:60]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    letters = {*[token for token in model["vocab"] if len(token) == 1][:600]}
+    made = dict.fromkeys(map("".join, merges))
+    made = [token for token in made if letters >= {*token}]
+    kept = {*letters, *made[:1000], *(token["content"] for token in added)}
+    tokens = [token for token in model["vocab"] if token in kept or token.startswith("<0x")]
+    vocab = {token: i for i, token in enumerate(tokens)}
     ids = dict(vocab)
-    added = [t | {"id": ids.setdefault(t["content"], len(ids))} for t in added]
-    merges = [list(pair) for pair in merges if vocab.keys() >= {*pair, pair[0] + pair[1]}]
+    added = [token | {"id": ids.setdefault(token["content"], len(ids))} for token in added]
+    merges = [pair for pair in merges if vocab.keys() >= {*pair, "".join(pair)}]
     return spec | {"added_tokens": added, "model": model | {"vocab": vocab, "merges": merges}}
 
 
 def mutated_tokenizer(base: dict, rng: random.Random) -> tuple[bytes, list[str]]:
     """A changed file, and texts in which the change shows."""
-    spec = json.loads(json.dumps(base))
-    model = spec["model"]
-    at = rng.randrange(len(model["merges"]))
-    near = model["merges"][max(0, at - 3) : at + 4]
-    change = rng.choice([mutate_merges, mutate_ids, mutate_added, mutate_settings, mutate_top])
-    near = near + (change(spec, at, rng) or [])
-    tokens = ["".join(pair) for pair in near] + rng.choices(list(base["model"]["vocab"]), k=40)
-    tokens += [token["content"] for token in base["added_tokens"][-9:]]
-    texts = [readable(token) for token in tokens]
-    texts += [f" {text}" for text in texts]
-    texts += ["".join(rng.choices(texts, k=rng.randint(2, 9))) for _ in range(60)]
-    texts += [c * n for c in "\n\t e=" for n in (1, 2, 3, 5, 33)] + ["é e\u0301 日本 \u0001 <0x41>"]
+    spec = copy.deepcopy(base)
+    change = rng.choice([mutate_merges, mutate_ids, mutate_added, mutate_rest, mutate_rest])
+    texts = texts_for(base, change(spec, rng), rng)
     data = json.dumps(spec).encode()
     return (mutate_bytes(data, rng, len(data)) if rng.random() < 0.1 else data), texts
 
 
+def texts_for(base: dict, tokens: list[str], rng: random.Random) -> list[str]:
+    """Texts that hold the given tokens, some others, and what is special to some reader."""
+    tokens = tokens + rng.choices([*base["model"]["vocab"]], k=40)
+    tokens += [token["content"] for token in base["added_tokens"][-9:]]
+    texts = [*tokens, *map(readable, tokens)]
+    texts += [f" {text}" for text in texts]
+    for length in [*range(2, 10)] * 8:
+        texts.append("".join(rng.choices(texts, k=length)))
+    texts += [char * n for char in "\n\t e=" for n in (1, 2, 3, 5, 33)]
+    return [*texts, "é e\u0301 日本 \u0001 <0x41>"]
+
+
 def readable(token: str) -> str:
-    if {*token} <= model_loaders.GPT2_BYTES.keys():
-        raw = b"".join(model_loaders.GPT2_BYTES[char] for char in token)
-        return raw.decode(errors="ignore")
-    return token.replace("▁", " ")
+    if not GPT2_BYTES.keys() >= {*token}:
+        return token.replace("▁", " ")
+    return b"".join(map(GPT2_BYTES.get, token)).decode(errors="ignore")
 
 
-def mutate_merges(spec: dict, at: int, rng: random.Random):
+def mutate_merges(spec: dict, rng: random.Random) -> list[str]:
+    """Changes a specification, as all that follow do; returns tokens that this may concern."""
     merges = spec["model"]["merges"]
-    kind = rng.randrange(7)
-    pair = merges[at]
-    whole = "".join(pair)
-    if kind == 0:
-        del merges[at : at + rng.choice([1, 1, 1, 5])]
-    elif kind == 1:
-        merges.insert(rng.randrange(len(merges)), merges.pop(at))
-    elif kind == 2:
-        merges.insert(rng.randrange(len(merges)), pair)
-    elif kind == 3:
-        other = rng.randrange(len(merges))
-        merges[at], merges[other] = merges[other], merges[at]
-    elif kind == 4:
-        cut = rng.randrange(1, len(whole))
-        merges[at] = [whole[:cut], whole[cut:]]
-    elif kind == 5:
-        merges[at] = [pair[1], pair[0]]
-    else:
-        merges[at] = rng.choice([pair * 2, pair[:1], "a b c", " ".join(pair), *JUNK])
+    at, other = rng.sample(range(len(merges)), 2)
+    near = ["".join(pair) for pair in merges[max(0, at - 3) : at + 4]]
+    pair, whole = merges[at], "".join(merges[at])
+    cut = rng.randrange(1, len(whole))
+    odd = rng.choice([pair * 2, pair[:1], "a b c", " ".join(pair), *JUNK])
+    changed = [pair, pair[::-1], [whole[:cut], whole[cut:]], merges[other], odd]
+    merges[at : at + 1] = rng.choice([[], [rng.choice(changed)]])
+    if rng.random() < 0.5:  # the pair moves, or is there twice
+        merges.insert(other, pair)
+    return near
 
 
-def mutate_ids(spec: dict, at: int, rng: random.Random):
+def mutate_ids(spec: dict, rng: random.Random) -> list[str]:
     vocab = spec["model"]["vocab"]
-    one, other = rng.sample(list(vocab), 2)
-    kind = rng.randrange(5)
-    if kind == 0:
-        vocab[one], vocab[other] = vocab[other], vocab[one]
-    elif kind == 1:
-        vocab[one] = rng.choice([vocab[other], len(vocab), len(vocab) + 7, *JUNK])
-    elif kind == 2:
-        del vocab[one]
-    elif kind == 3:
-        vocab[one + rng.choice(["x", " ", "▁"])] = vocab.pop(one)
-    else:
-        vocab[one + other] = len(vocab)
-    return [[one], [other], [one, other]]
+    one, other = rng.sample([*vocab], 2)
+    longer = one + rng.choice(["x", " ", "▁", other])
+    n, own = len(vocab), vocab.pop(one)
+    wrong = rng.choice([vocab[other], n, n + 7, *JUNK])
+    changes = [{}, {one: wrong}, {longer: own}, {one: own, longer: n}]
+    vocab.update(rng.choice([*changes, {one: vocab[other], other: own}]))
+    return [one, other, longer]
 
 
-def mutate_added(spec: dict, at: int, rng: random.Random):
-    added = spec["added_tokens"]
-    one = rng.choice(added)
-    kind = rng.randrange(6)
-    if kind == 0:
-        one["id"] = rng.choice([one["id"] + 1, len(spec["model"]["vocab"]), *JUNK])
-    elif kind == 1:
-        added.append(dict(one, **rng.choice([{}, {"id": one["id"] + 1}, {"normalized": True}])))
-    elif kind == 2:
-        key = rng.choice(["single_word", "lstrip", "rstrip", "normalized", "special"])
-        one[key] = rng.choice([True, True, False, *JUNK])
-    elif kind == 3:
-        one["content"] = rng.choice(["", "x", " ", "▁▁", "é", "<td>", *spec["model"]["vocab"]])
-    elif kind == 4:
-        added.remove(one)
-    else:
+def mutate_added(spec: dict, rng: random.Random) -> list[str]:
+    added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+    at = rng.randrange(len(added))
+    one = added[at]
+    flag = rng.choice(["single_word", "lstrip", "rstrip", "normalized", "special"])
+    values = {
+        "id": [one["id"] + 1, len(vocab), *JUNK],
+        "content": ["", "x", " ", "▁▁", "é", "<td>", *rng.sample([*vocab], 20)],
+        flag: [True, True, False, *JUNK],
+    }
+    key = rng.choice([*values])
+    changed = one | {key: rng.choice(values[key])}
+    added[at : at + rng.randint(0, 1)] = rng.choice([[], [one], [changed], [changed]])
+    if rng.random() < 0.2:
         rng.shuffle(added)
-    return [[token["content"]] for token in added[:5]] + [[str(one["content"])]]
+    return [token["content"] for token in [one, changed, *added[:5]]]
 
 
-def mutate_settings(spec: dict, at: int, rng: random.Random):
-    nfc, replace = {"type": "NFC"}, {"type": "Replace", "pattern": {"String": " "}}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    sequence = {"type": "Sequence", "normalizers": []}
-    key, value = rng.choice(
-        [
-            ("truncation", {"max_length": 3, "strategy": "LongestFirst", "stride": 0}),
-            ("truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
-            ("padding", {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None,
-                         "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}),
-            ("normalizer", None),
-            ("normalizer", nfc),
-            ("normalizer", sequence),
-            ("normalizer", sequence | {"normalizers": [nfc]}),
-            *(("normalizer", {"type": name}) for name in ("NFD", "NFKC", "Lowercase", "Nmt")),
-            ("normalizer", replace | {"content": "▁"}),
-            ("normalizer", replace | {"content": "_"}),
-            ("normalizer", {"type": "Prepend", "prepend": "▁"}),
-            ("pre_tokenizer", None),
-            ("pre_tokenizer", level),
-            ("pre_tokenizer", level | {"use_regex": False}),
-            ("pre_tokenizer", level | {"add_prefix_space": True}),
-            ("pre_tokenizer", {"type": "Whitespace"}),
-            ("pre_tokenizer", {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": True}),
-            ("pre_tokenizer", {"type": "Digits", "individual_digits": True}),
-            ("decoder", None),
-            ("post_processor", None),
-        ]
-    )  # fmt: skip
-    if rng.random() < 0.4:
-        key = rng.choice(["dropout", "unk_token", "continuing_subword_prefix", "fuse_unk"])
-        key = rng.choice([key, "end_of_word_suffix", "byte_fallback", "ignore_merges", "type"])
-        spec["model"][key] = rng.choice([0.5, "##", True, False, "WordPiece", *JUNK])
-    else:
-        spec[key] = value
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPACE = {"pattern": {"String": " "}}
+PAD = {"direction": "Right", "strategy": {"Fixed": 99}, "pad_to_multiple_of": None}
+SETTINGS = [
+    ("truncation", {"max_length": 3, "strategy": "LongestFirst", "stride": 0}),
+    ("padding", PAD | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}),
+    ("normalizer", SPACE | {"type": "Replace", "content": "▁"}),
+    ("pre_tokenizer", BYTES | {"use_regex": False}),
+    ("pre_tokenizer", BYTES | {"add_prefix_space": True}),
+    ("pre_tokenizer", SPACE | {"type": "Split", "behavior": "Isolated", "invert": True}),
+]
+SETTINGS += [("normalizer", {"type": name}) for name in ("NFC", "NFD", "Lowercase")]
+SETTINGS += [(key, None) for key in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]
 
 
-def mutate_top(spec: dict, at: int, rng: random.Random):
-    """Junk anywhere but in the two long lists."""
-    vocab, merges = spec["model"].pop("vocab"), spec["model"].pop("merges")
+def mutate_rest(spec: dict, rng: random.Random) -> list[str]:
+    """Another setting, or a change anywhere; of the two long lists only as a whole."""
     model = spec["model"]
-    mutate_json(spec, rng)
-    model.update(rng.choice([{"vocab": vocab}] * 9 + [{"vocab": rng.choice(JUNK)}]))
-    model.update(rng.choice([{"merges": merges}] * 9 + [{"merges": rng.choice(JUNK)}]))
+    long = {key: model.pop(key) for key in ("vocab", "merges")}
+    if rng.random() < 0.4:
+        spec.update([rng.choice(SETTINGS)])
+    else:
+        mutate_json(spec, rng)
+    model.update(long)
+    if rng.random() < 0.1:
+        model[rng.choice([*long])] = rng.choice(JUNK)
+    return []
 
 
-# ---- config.json: the language models -----------------------------------------------------------
-
-
-# ---- All of it ----------------------------------------------------------------------------------
-
-PARTS = {"safetensors": (fuzz_safetensors, 5000), "tokenizers": (fuzz_tokenizers, 2000)}
-
-
-def main(argv: list[str]) -> int:
-    failed = 0
-    for name in argv[:1] or PARTS:
-        fuzz, n_files = PARTS[name]
-        n_files = int(argv[1]) if argv[1:] else n_files
-        counts = fuzz(n_files, 0, argv[2:]) if argv[2:] else fuzz(n_files)
-        listed = ", ".join(f"{number:,} {what}" for what, number in sorted(counts.items()))
-        print(f"{name}: {n_files:,} files: {listed}")
-        failed += sum(counts[what] for what in WRONG)
-    return 1 if failed else 0
+# ---- All of it -----------------------------------------------------------------------------------
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", help="default: safetensors config tokenizer")
+    parser.add_argument("--cases", type=int, help="files of each (default: 5000, 3000, 2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizers", nargs="+", default=[], help="more tokenizer.json files")
+    args = parser.parse_args()
+    parts = {
+        "safetensors": (safetensors_cases, 5000),
+        "config": (config_cases, 3000),
+        "tokenizer": (partial(tokenizer_cases, paths=args.tokenizers), 2000),
+    }
+    if not parts.keys() >= {*args.parts}:
+        parser.error(f"the parts are {', '.join(parts)}")
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, too_long)
+    total = Counter()
+    for part in args.parts or parts:
+        make_cases, n_cases = parts[part]
+        counts = fuzz(part, make_cases, args.cases or n_cases, args.seed)
+        listed = ", ".join(f"{number:,} {result}" for result, number in counts.most_common())
+        print(f"{part}: {counts.total():,} files: {listed}", flush=True)
+        total += counts
+    return 1 if FAILURES & total.keys() else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
