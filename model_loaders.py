@@ -52,6 +52,12 @@ class UserError(Exception):
     """What the user asked for cannot be done: one line that names the value and says what to do."""
 
 
+def refuse(wrong: bool, message: str):
+    """UserError where something is wrong."""
+    if wrong:
+        raise UserError(message)
+
+
 @contextmanager
 def hub_errors(repo: str, filename: str = "such file"):
     """Turn the Hub client's exceptions into UserError; `repo`: owner/name, datasets/owner/name."""
@@ -403,7 +409,10 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     if kind == "jumprelu" and own.get("kind") == "batchtopk":  # one threshold for all latents
         kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
     tensors["W_enc"] = tensors["W_enc"].T
-    told = {"kind": kind, "k": cfg.get("k") or own.get("k") or 0, "metadata": metadata}
+    k = cfg.get("k") or own.get("k") or 0
+    known = type(k) in (int, float) and 0 < k <= F
+    refuse(kind in ("topk", "batchtopk") and not known, f"{source}: cfg.json has k = {k!r:.60}")
+    told = {"kind": kind, "k": k, "l1": own.get("l1"), "metadata": metadata}
     told["scale"], told["median_norm"] = own.get("scale", 1.0), own.get("median_norm", 0.0)
     return tensors, {**cfg, **told}
 
@@ -418,7 +427,9 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
         "context_size": settings["context"],
         "prepend_bos": prepend_bos,
         "dataset_path": settings["data"],
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
+        "saeft": {"l1": settings["l1"]},
     }
 
 
@@ -430,7 +441,8 @@ def sae_settings(source: str) -> dict:
     told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
     hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
     told["layer"] = int(hook[1]) if hook else None
-    told["tokens"] = metadata.get("first_sequence", 0) * metadata.get("context_size", 0)
+    told["tokens"] = (metadata.get("first_sequence") or 0) * (metadata.get("context_size") or 0)
+    told["l1"] = cfg["l1"] if cfg["kind"] == "relu" else None
     names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
     told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
     return {name: value for name, value in told.items() if value is not None}
@@ -1065,6 +1077,7 @@ class RunFolder:
     def save_state(self, state: dict, tag: str = ""):
         """A checkpoint. Of several processes each writes its own, under a tag; the first one's,
         which says which of the others' are valid, comes last."""
+        _wait_for_all_processes()  # the first one may be removing an earlier run's
         if self.rank > 0:
             self._write(f"checkpoint{self.rank}{tag}.pt", state)
         _wait_for_all_processes()
@@ -1085,7 +1098,7 @@ class RunFolder:
         if not (self.path / "checkpoint.pt").exists():
             return None
         saved = self._read("checkpoint.pt", device)
-        if self.rank > 0:
+        if 0 < self.rank < saved["world"]:
             saved = self._read(f"checkpoint{self.rank}{saved['tag']}.pt", device)
         return saved
 

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import TokenStream, UserError, load_tokenizer, number, require, size
+from model_loaders import TokenStream, UserError, load_tokenizer, number, refuse, require, size
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -192,7 +192,7 @@ class SAE(nn.Module):
         if self.kind == "batchtopk" and self.training:
             largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
             last = (self.k * n).round().long().clamp_min(1) - 1
-            return None, largest.gather(0, last[None])  # indexing would wait for the device
+            return None, largest.gather(0, last[None])  # n is on the device: look it up there
         return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     @torch.no_grad()
@@ -235,7 +235,7 @@ class SAE(nn.Module):
         raw = copy.deepcopy(self)
         raw.rescale(1.0)
         own = {"scale": self.scale.item(), "median_norm": self.median_norm.item()}
-        metadata = {**metadata, "saeft": own}
+        metadata = {**metadata, "saeft": {**metadata.get("saeft", {}), **own}}
         model_loaders.write_sae(folder, raw.state_dict(), self.kind, self.k, metadata)
 
     @classmethod
@@ -266,7 +266,8 @@ def auxk_loss(sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
     e = error.detach()
     k = min(x.shape[1] // 2, len(dead))
     weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], torch.zeros_like(sae.b_dec)
-    e_hat, _ = autoencode(x / sae.scale - sae.b_dec, *weights, lambda pre, n: (k, None))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=sae.bfloat16):
+        e_hat, _ = autoencode(x / sae.scale - sae.b_dec, *weights, lambda pre, n: (k, None))
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
     return (e - e_hat).pow(2).sum() / mean_over_ranks(variance)
 
@@ -412,7 +413,7 @@ class Trainee:
     trained: nn.Module | None = None  # default: what is inserted
     own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
     l1: float | Tensor = 0.0  # lambda of a ReLU SAE
-    l0_target: float = 0.0  # what lambda holds in the fine-tune
+    l0_target: float | None = None  # what lambda moves to in the fine-tune
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
 
     def __post_init__(self):
@@ -489,7 +490,7 @@ def set_threshold(t: Trainee, x: Tensor) -> None:
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Rises over `warmup` steps or a tenth, falls linearly to 0 over the last share `decay`."""
+    """Rises for `warmup` steps, at most a tenth of all; falls to 0 over the last share `decay`."""
     rise = (step + 1) / max(1, min(warmup, steps // 10))
     return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
 
@@ -580,10 +581,11 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
             loss = {"kl": (beta * kl + mse) / 2, "kl-only": kl, "mse": mse}[kind]
             l0 = sum_over_ranks(active.counts).sum() / (n * world_size())
             if t.sae.kind == "relu":
-                # lambda was set beside the squared norm of x / scale: D / scale^2 times this MSE.
+                # Phase one's MSE, of x / scale and summed over D, is D / scale^2 times this one.
                 penalty = (active.sums * t.sae.W_dec.norm(dim=-1)).sum() / n
                 loss = loss * x.shape[1] / t.sae.scale**2 + t.l1 * penalty
-                t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
+                if t.l0_target is not None:
+                    t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
             losses.append(loss)
             row = {"loss": loss, "mse": mse, "fvu": mse * x.shape[1] / variance, "l0": l0}
             figures.append(row if kind == "mse" else {**row, "kl": kl, "beta": beta})
@@ -628,10 +630,9 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
     zeros = functools.partial(torch.zeros, dtype=torch.double, device=device)
     ce_kl, errors, counts = zeros(2 + len(trainees), 2), zeros(len(trainees)), zeros(3)
     fired, x_sum = zeros(len(trainees), d_sae), zeros(d_model)
-    limit = sink_limit(trainees[0].sae, config)
     for batch in tokens[rank() :: world_size()].to(device).split(8):
         resid = lm.prefix(batch, config.layer)  # [B, T, D]
-        keep = content(resid, lm.n_skip, limit)  # [B, T]
+        keep = content(resid, lm.n_skip, sink_limit(trainees[0].sae, config))  # [B, T]
         spliced = [resid, torch.where(keep[..., None], 0, resid)]  # the model's own, and ablated
         for i, t in enumerate(trainees):
             x, x_hat, active, with_x_hat = t.splice(batch, resid, keep, config.layer)
@@ -1089,11 +1090,6 @@ def say(text: str, renew: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
-
-
 def check(config: Config, methods: dict) -> LanguageModel:
     """Fills in what depends on the model, and returns that without weights. UserError for settings
     that cannot be, with the value, before anything is loaded or written."""
@@ -1111,14 +1107,15 @@ def check(config: Config, methods: dict) -> LanguageModel:
     k, method, context = config.k, config.method, config.context
     unknown = [name for name in method if name not in methods]
     n_mse, step = config.tokens - config.kl_tokens, config.kl_batch * context * world_size()
-    mse_step = config.batch * world_size() * context / (context - 1)
+    sequences = config.tokens // context - config.kl_tokens // context  # of phase one
     refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
     refuse(config.layer > last, f"--layer {config.layer}: {config.model} has layers 0 to {last}")
     refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    too_few = 0 < n_mse < mse_step and not config.start
-    refuse(too_few, f"{n_mse} tokens by MSE are below a step (--batch {config.batch})")
+    too_few = sequences * (context - 1) < config.batch * world_size()  # one may be <bos>
+    short = f"{n_mse} tokens by MSE are below a step (--batch {config.batch})"
+    refuse(n_mse > 0 and too_few and not config.start, short)
     short = f"--kl-tokens {config.kl_tokens} is below a step of {step} (--kl-batch x --context)"
     refuse(0 < config.kl_tokens < step, short)
     several = config.sae == "batchtopk" and world_size() > 1
@@ -1158,18 +1155,19 @@ class Run:
         self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
         # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
         self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}, "l1": config.l1}
-        self.losses, self.saved_phase = [], {}
+        self.losses, self.saved_phase, self.published = [], {}, False
         name = config.name
         if name is None:
             kinds = f"{config.sae}-k{'-'.join(map(str, config.k))}-seed{config.seed}"
             name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
         refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
         path = Path(config.out).expanduser() / name
+        start = Path(config.start or os.sep).expanduser().resolve()
+        inside = path.resolve() in (start, *start.parents)
+        refuse(inside, f"--start {config.start} lies in this run's own folder: give a --name")
         self.folder = model_loaders.RunFolder(path, ["before", *methods], rank())
-        several = len(config.k) > 1
-        self.sae_folders = [self.folder.path / (f"k{k}" if several else "") for k in config.k]
+        self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
 
-    # ---- The course of a run
     def run(self) -> list[dict]:
         """The whole run; a report for each K, as in its report.json."""
         with self.closing:
@@ -1187,12 +1185,12 @@ class Run:
         config = self.config
         ks = f", K {', '.join(map(str, config.k))}" if "topk" in config.sae else ""
         what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
         budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
         say(f"{budget} {', '.join(config.method)}; roughly {self.guess():.0f} minutes")
         tokenizer = load_tokenizer(config.model, config.bos)
         say("loading the model", renew=True)
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         lm = self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         lm.n_skip = int(tokenizer.bos_id is not None)
         rows = f"{tokenizer.n_vocab} ids in the tokenizer, {len(lm.W_U)} rows in the embedding"
@@ -1206,7 +1204,7 @@ class Run:
             lm.compile_parts()
 
     def guess(self) -> float:
-        """Minutes that the run may take: twice what its products alone would, as fast as one is."""
+        """Minutes that the run may take: twice its products' time, at the speed of one of 1024."""
         x = torch.rand(1024, 1024, device=self.device, dtype=getattr(torch, self.config.dtype))
         (x @ x).sum().item()
         start = time.perf_counter()
@@ -1218,6 +1216,7 @@ class Run:
         config, lm, state = self.config, self.lm, self.state
         if config.start:
             saes = [SAE.load(config.start)]
+            self.published = saes[0].median_norm == 0  # by others
         else:
             shape = lm.W_U.shape[1], config.d_sae
             try:
@@ -1251,7 +1250,7 @@ class Run:
     @torch.no_grad()
     def measure(self, saes: list[SAE]) -> None:
         """From the first activations: the median norm where an SAE has none yet, scale and b_dec of
-        new SAEs. The first process's hold for all."""
+        new SAEs. All processes take what the first one measured."""
         tokens = self.stream.train(0, min(self.n_mse or self.n, 32_768 // self.config.context + 1))
         resid = collect(self.lm, tokens.to(self.device), self.config.layer)  # [B, T, D]
         median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
@@ -1260,22 +1259,23 @@ class Run:
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
             if not self.config.start:
                 sae.start_from(x)
-            elif sae.kind == "relu" and sae.scale == 1:  # somebody else's
+            elif sae.kind == "relu" and self.published:
                 sae.rescale(x.pow(2).sum(-1).mean().sqrt())
-                self.state["l1"] = sae.stationary_l1(x)
+                self.state["l1"] = sae.stationary_l1(x[:4096])
             for values in sae.state_dict().values() if world_size() > 1 else []:
                 dist.broadcast(values, 0)
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
         """What a method trains, from a copy of SAE i of phase one."""
-        sae, l0 = copy.deepcopy(sae), self.state["results"]["MSE"][i]["l0"]
-        if sae.kind == "batchtopk" and abs(l0 - sae.k) > 0.05 * sae.k:
-            sae.k = l0  # of a published SAE with a threshold from elsewhere: what it has here
+        sae, l0 = copy.deepcopy(sae).eval(), self.state["results"]["MSE"][i]["l0"]
+        if sae.kind == "batchtopk" and self.published:
+            sae.k = l0  # its threshold may leave another L0 on this text: train at that
         if sae.kind != "relu":
             sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         trainee = self.methods[method](self.lm, sae, self.config)
-        trainee.l1, trainee.l0_target = self.state["l1"], l0
+        end_to_end = self.n_mse == 0 and not self.config.start  # then there is no L0 to keep
+        trainee.l1, trainee.l0_target = self.state["l1"], None if end_to_end else l0
         return trainee
 
     def run_phase(self, phase: Phase, loop, *args) -> None:
@@ -1318,12 +1318,14 @@ class Run:
 
     def save(self, phase: Phase, part: str) -> None:
         """Writes what a phase trains into a part of each SAE's folder."""
-        settings, seen = asdict(self.config), self.n_mse if part == "before" else self.n
+        settings = {**asdict(self.config), "l1": self.state["l1"]}
+        seen = self.n_mse if part == "before" else self.n
         metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
-        self.folder.begin(settings)
-        for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
+        self.folder.begin(asdict(self.config))
+        for t, folder in zip(phase.trainees, self.sae_folders):
             t.trained.eval()
-            t.save(folder / part, metadata)
+            if rank() == 0:
+                t.save(folder / part, metadata)
 
     def report(self, i: int) -> dict:
         """Writes report.json and prints the closing table of SAE i; returns the report."""
@@ -1351,15 +1353,13 @@ class Run:
             say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
         return out
 
-    # ---- After each step
     def after_step(self, phase: Phase, figures: list[dict]) -> None:
         """Figures to metrics.jsonl and the progress line, every log_every steps; a checkpoint when
         it is time for one, or when a signal asks for the end."""
-        config = self.config
         self.losses.append(torch.stack([row["loss"] for row in figures]))
-        if phase.step % config.log_every == 0 or phase.step == phase.steps:
+        if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
-        due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
+        due = time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([self.signal or 0, int(due)])
         if world_size() > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)  # all processes stop at the same step
@@ -1393,7 +1393,6 @@ class Run:
         if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
             say(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
 
-    # ---- Checkpoints and signals
     def checkpoint(self, phase: Phase | None = None) -> None:
         """Saves all that `restore` needs, of several processes each its own."""
         tag = f"-{len(self.state['results'])}-{phase.step if phase else 0}"
@@ -1460,10 +1459,13 @@ def parse(argv: list[str] | None = None) -> Config:
     for name in ("model", "layer") if "start" in given else ():
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     model = Path(given.get("model", told.get("model", Config().model)))
-    preset = PRESETS.get(model.name.split("@")[0].removesuffix("-deduped"), "")
+    short = model.name.split("@")[0].removesuffix("-deduped").removesuffix("-pt")
+    preset = PRESETS.get(short, "")
     config = Config(**{**vars(parser.parse_args(preset.split())), **told, **given})
     if config.start:
-        config.tokens = told["tokens"] + config.kl_tokens
+        refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
+        seen = told["tokens"] if config.data in (None, told.get("data")) else 0
+        config.tokens = seen + config.kl_tokens
     return config
 
 
@@ -1481,7 +1483,7 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if world_size() == 1:
+        if world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         print(f"saeft: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1

@@ -245,8 +245,75 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
         assert torch.allclose(value, b.state_dict()[name], rtol=1e-3, atol=1e-4), name
 
 
+def test_start_says_what_it_cannot_mean(tmp_path, capsys):
+    """--tokens beside it; a folder that the run itself would clear. Other data start at their first
+    token, and so do the settings of a model that the SAE knows by its Hub name."""
+    assert command("--sae relu --l1 0.03 --name own", tmp_path) == 0
+    line = ["--start", str(tmp_path / "own"), "--out", str(tmp_path), "--kl-tokens", "5k"]
+    assert saeft.main([*line, "--name", "x", "--tokens", "1M"]) == 2
+    assert "--tokens: with --start" in capsys.readouterr().err
+    before = weights_of(tmp_path / "own")
+    for start in (tmp_path / "own", tmp_path / "own" / "before"):
+        assert saeft.main([*line, "--name", "own", "--overwrite", "--start", str(start)]) == 2
+        assert "lies in this run's own folder" in capsys.readouterr().err
+    assert weights_of(tmp_path / "own") == before
+    config = saeft.parse(line)
+    assert (config.l1, config.sae, config.tokens) == (0.03, "relu", 187 * 64 + 5000)
+    assert saeft.parse([*line, "--data", "c4"]).tokens == 5000
+    for model in ("gemma-3-1b", "google/gemma-3-1b-pt", "google/gemma-3-1b-pt@main"):
+        config = saeft.parse(["--model", model])
+        assert (config.dtype, config.kl_batch) == ("bfloat16", 2)
+
+
+def test_end_to_end_relu_keeps_its_lambda(tmp_path):
+    argv = "--sae relu --kl-tokens 12k --l1 0.3 --name end".split()
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv, "--out", str(tmp_path)]))
+    seen = []
+    finish = run.finish
+    run.finish = lambda phase: (seen.extend(float(t.l1) for t in phase.trainees), finish(phase))
+    run.run()
+    assert seen[-1] == pytest.approx(0.3)
+
+
+def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
+    argv = f"--k 4 --method lora-sae --rank 2 --name x --out {tmp_path}".split()
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
+    evaluated = []
+    evaluate = saeft.evaluate
+
+    def watched(lm, tokens, trainees, config):
+        evaluated.extend(t.trained.training for t in trainees)
+        return evaluate(lm, tokens, trainees, config)
+
+    monkeypatch.setattr(saeft, "evaluate", watched)
+    save = run.save
+
+    def save_as_second(phase, part):  # what a process that writes nothing does there
+        with monkeypatch.context() as patch:
+            patch.setattr(saeft, "rank", lambda: 1)
+            save(phase, part)
+
+    run.save = save_as_second
+    run.run()
+    assert evaluated == [False, False]
+    assert not (tmp_path / "x" / "sae_weights.safetensors").exists()
+
+
+def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
+    """Also after --resume, where the SAEs of phase one are new."""
+    argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
+    run.lm, run.state["results"] = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
+    trainee = run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk").train())
+    assert not trainee.sae.training and trainee.sae.k == 4
+    run.published = True
+    assert run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk")).sae.k == 5.0
+
+
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
-    line = "--sae batchtopk --k 4 16 --tokens 153600 --kl-tokens 102400 --eval-tokens 15k --kl-batch 8"
+    line = (
+        "--sae batchtopk --k 4 16 --tokens 153600 --kl-tokens 102400 --eval-tokens 15k --kl-batch 8"
+    )
     assert command(f"{line} --name x", tmp_path) == 0
     for k in (4, 16):
         results = report_of(tmp_path / "x" / f"k{k}")["results"]
@@ -2026,7 +2093,8 @@ def lm_folder(folder: Path, family: str) -> str:
 
 def device_run(folder: Path, *flags: str) -> dict:
     """A whole run on the device; its report."""
-    sizes = "--device cuda --context 32 --tokens 6k --kl-tokens 2k --eval-tokens 500 --batch 256"
+    sizes = "--device cuda --context 32 --kl-tokens 2k --eval-tokens 500 --batch 256"
+    sizes += "" if "--start" in flags else " --tokens 6k"
     sizes += " --d-sae 64 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
     argv = [*sizes.split(), "--data", str(folder / "text.jsonl"), "--out", str(folder / "runs")]
     config = saeft.parse([*argv, *flags])
@@ -3486,6 +3554,9 @@ def test_saes_are_read_as_they_were_written(tmp_path, architecture):
         ),
         ({}, {"d_sae": 21}, "[6, 21]"),
         ({}, {"d_in": None}, "None"),
+        ({}, {"k": None}, "k = 0"),
+        ({}, {"k": "many"}, "k = 'many'"),
+        ({}, {"k": 21}, "k = 21"),
         ({}, {"architecture": "jumprelu"}, "'threshold': [20]"),
         ({"b_enc": torch.ones(19)}, {}, "[19]"),
         ({"extra": torch.ones(1)}, {}, "extra"),

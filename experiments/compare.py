@@ -54,6 +54,8 @@ def compare(out: Path, ks: list[int], seed: int, flags: list[str]) -> list[dict]
     """All rows of one seed."""
     flags, rows = [*flags, "--seed", str(seed)], []
     tokens, kl_tokens = saeft.parse(flags).tokens, saeft.parse(flags).kl_tokens
+    at = flags.index("--tokens") if "--tokens" in flags else len(flags)
+    rest = flags[:at] + flags[at + 2 :]  # --start tells how many tokens its SAE has seen
     for k in ks:
         name, cell = f"k{k}-seed{seed}", [*flags, "--k", str(k)]
         full = k == ks[len(ks) // 2]
@@ -65,12 +67,12 @@ def compare(out: Path, ks: list[int], seed: int, flags: list[str]) -> list[dict]
         whole = run(out, f"{name}-end", [*cell, "--kl-tokens", str(tokens), "--method", "kl"])
         rows += rows_of(whole, {"kl": "end to end"}, base)
         if full:
-            start = [*flags, "--start", str(out / name / "before"), "--kl-tokens", str(kl_tokens)]
+            start = [*rest, "--start", str(out / name / "before"), "--kl-tokens", str(kl_tokens)]
             lora = run(out, f"{name}-lora", [*start, "--method", "lora-sae", "--rank", "2"])
             rows += rows_of(lora, {"lora-sae": "lora-sae r 2"}, base)
             half = ["--kl-tokens", str(kl_tokens // 2)]
             run(out, f"{name}-half", [*start, *half, "--method", "kl"])
-            start = [*flags, "--start", str(out / f"{name}-half"), *half]
+            start = [*rest, "--start", str(out / f"{name}-half"), *half]
             then = run(out, f"{name}-then", [*start, "--method", "linear-adapter", "--rank", "16"])
             rows += rows_of(then, {"linear-adapter": "kl, then linear-adapter r 16"}, base)
     relu = run(out, f"relu-seed{seed}", [*flags, "--sae", "relu", "--method", "kl"])
