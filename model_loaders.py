@@ -146,6 +146,12 @@ def size(config: dict, key: str, default: int | None = None, high: int = 2**31 -
 
 
 def soft_cap_of(config: dict, key: str) -> float | None:
+    """A soft cap, if there is one. Of Gemma 2 where config.json is silent: its own."""
+    if config["model_type"] == "gemma2":
+        usual = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        config = {**usual, **config}
+    elif key == "attn_logit_softcapping":
+        require(config, key, None)
     return None if config.get(key) is None else number(config, key)
 
 
@@ -156,22 +162,29 @@ def require(config: dict, key: str, *supported) -> None:
         raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
 
 
-def rope_settings(config: dict, layer_type: str, head_dim: int, base: float, share: float) -> dict:
+def rope_settings(
+    config: dict, layer_type: str, head_dim: int, base: float, share: float | None
+) -> dict:
     """dim (of a head's dimensions), base and factor of rotary positions, in either spelling:
-    `rope_parameters`, for each layer type or for all, or older keys (`base`, `share`), of which
-    rope_scaling is about full attention alone. UserError for other kinds of scaling."""
+    `rope_parameters`, of Gemma 3 for each layer type, or older keys (`base`, `share`), of which
+    rope_scaling is in Gemma 3 about full attention alone. share: None where it is always all.
+    UserError for other kinds of scaling, and for what the reference library would not follow."""
+    by_type = config.get("model_type") == "gemma3_text"
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if rope and old and rope != old:
-        raise UserError("config.json has rope_parameters and another rope_scaling")
+    refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
-        rope = (old or {}) if layer_type == "full_attention" else {}
-    rope = rope.get(layer_type, rope) if isinstance(rope, dict) else rope
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json has rope_parameters or rope_scaling {rope!r:.80}: no object")
+        rope = {} if by_type and layer_type == "sliding_attention" else old or {}
+    elif by_type and isinstance(rope, dict):
+        rope = rope.get(layer_type, f"{rope} without {layer_type}")
+    flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
+    refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require({"rope_type": kind}, "rope_type", "default", "linear")
+    require(config, "head_dim", head_dim, None)
+    if share is None:
+        require(rope, "partial_rotary_factor", 1.0, None)
     return {
-        "dim": int(head_dim * number(rope, "partial_rotary_factor", share)),
+        "dim": int(head_dim * number(rope, "partial_rotary_factor", share or 1.0)),
         "base": number(rope, "rope_theta", base),
         "factor": number(rope, "factor") if kind == "linear" else 1.0,
     }

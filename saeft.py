@@ -928,7 +928,7 @@ class GemmaBlock(nn.Module):
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if gemma_3 and sliding:
             base = number(config, "rope_local_base_freq", 10_000)
-        rope = model_loaders.rope_settings(config, layer_type, self.head_dim, base, share=1.0)
+        rope = model_loaders.rope_settings(config, layer_type, self.head_dim, base, share=None)
         self.rope = Rope(**rope)
         d_q = size(config, "num_attention_heads") * self.head_dim
         d_kv = self.n_kv * self.head_dim
@@ -976,7 +976,7 @@ class Gemma(LanguageModel):
 
     def __init__(self, config: dict, has_head: bool):
         n_layers = size(config, "num_hidden_layers", high=1000)
-        every = size(config, "sliding_window_pattern", 2 if config["model_type"] == "gemma2" else 6)
+        every = 2 if config["model_type"] == "gemma2" else size(config, "sliding_window_pattern", 6)
         pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
         kinds = config.get("layer_types") or pattern * n_layers
         if not isinstance(kinds, list) or len(kinds) < n_layers or not {*kinds} <= {*pattern}:

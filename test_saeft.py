@@ -304,6 +304,7 @@ def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
     run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
     run.lm, run.state["results"] = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
+    run.n_mse = 5
     trainee = run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk").train())
     assert not trainee.sae.training and trainee.sae.k == 4
     run.published = True
@@ -954,6 +955,24 @@ def test_older_spellings_of_rotary_settings_and_layer_types(name, tmp_path):
     compare(model, tmp_path)
 
 
+UNUSUAL = {  # what to leave out of Gemma 2's config.json, what to add; transformers knows what it means
+    "no word of caps": (["attn_logit_softcapping", "final_logit_softcapping"], {}),
+    "older linear scaling": (
+        ["rope_parameters"],
+        {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "a pattern of layers": (["layer_types"], {"sliding_window_pattern": 3}),
+}
+
+
+@pytest.mark.parametrize("drop, changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_config_of_gemma_2(drop, changes, tmp_path):
+    reference("gemma2").save_pretrained(tmp_path)
+    edit(tmp_path, drop=drop, **changes)
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options), tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
 def test_gemma_3_with_vision(prefix, tmp_path):
     """The text part stands under text_config and a prefix; what sees is left alone."""
@@ -1101,6 +1120,11 @@ BAD_TOGETHER = [  # each value could be right, not beside the others: UserError,
     ("gemma2", {"num_key_value_heads": 3}),
     ("gemma2", {"num_key_value_heads": 8}),
     ("gemma2", {"layer_types": ["full_attention"]}),
+    ("pythia", {"rope_parameters": {"full_attention": rope(1e4)}}),
+    ("pythia", {"head_dim": 24}),
+    ("gemma2", {"rope_parameters": rope(1e4, partial_rotary_factor=0.5)}),
+    ("gemma3", {"rope_parameters": rope(1e4)}),
+    ("gemma3", {"attn_logit_softcapping": 50.0}),
     ("gemma3", {"rope_parameters": {"full_attention": "x"}}),
     ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}),
 ]
@@ -1761,8 +1785,8 @@ def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(
 
 def test_the_finetune_of_saes_with_unit_norm_is_in_raw_units(monkeypatch):
     for kind, scale in [("topk", 1.0), ("batchtopk", 1.0), ("relu", small_sae("relu").scale)]:
-        run = SimpleNamespace(lm=None, config=LOOP, methods=saeft.METHODS)
-        run.state = {"results": {"MSE": [{"l0": 4.5}]}, "l1": LOOP.l1}
+        run = SimpleNamespace(lm=None, config=LOOP, methods=saeft.METHODS, published=False)
+        run.n_mse, run.state = 5, {"results": {"MSE": [{"l0": 4.5}]}, "l1": LOOP.l1}
         sae = small_sae(kind)
         trainee = saeft.Run.trainee(run, "kl", 0, sae)
         assert trainee.sae.scale == scale and trainee.sae is not sae and sae.scale != 1
