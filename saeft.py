@@ -767,7 +767,7 @@ class Rope(NamedTuple):
 
     def tables(self, length: int, device) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, dim]."""
-        inv_freq = self.base ** -(torch.arange(0, self.dim, 2, device=device).float() / self.dim)
+        inv_freq = 1 / self.base ** (torch.arange(0, self.dim, 2, device=device) / self.dim)
         positions = torch.arange(length, device=device).float() / self.factor
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
         return angles.cos(), angles.sin()
