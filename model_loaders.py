@@ -175,7 +175,8 @@ def rope_settings(
     if rope is None:
         rope = {} if by_type and layer_type == "sliding_attention" else old or {}
     elif by_type and isinstance(rope, dict):
-        rope = rope.get(layer_type, f"{rope} without {layer_type}")
+        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
+        rope = rope[layer_type]
     flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
     refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))

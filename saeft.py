@@ -1216,7 +1216,7 @@ class Run:
         config, lm, state = self.config, self.lm, self.state
         if config.start:
             saes = [SAE.load(config.start)]
-            self.published = saes[0].median_norm == 0  # by others
+            self.published = saes[0].median_norm.item() == 0  # by others
         else:
             shape = lm.W_U.shape[1], config.d_sae
             try:
