@@ -17,6 +17,7 @@ import unicodedata
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
@@ -145,16 +146,6 @@ def size(config: dict, key: str, default: int | None = None, high: int = 2**31 -
     return value
 
 
-def soft_cap_of(config: dict, key: str) -> float | None:
-    """A soft cap, if there is one. Of Gemma 2 where config.json is silent: its own."""
-    if config["model_type"] == "gemma2":
-        usual = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        config = {**usual, **config}
-    elif key == "attn_logit_softcapping":
-        require(config, key, None)
-    return None if config.get(key) is None else number(config, key)
-
-
 def require(config: dict, key: str, *supported) -> None:
     """UserError where a config.json asks for what is not supported; the first is the default."""
     value = config.get(key, supported[0])
@@ -188,6 +179,108 @@ def rope_settings(
         "dim": int(head_dim * number(rope, "partial_rotary_factor", share or 1.0)),
         "base": number(rope, "rope_theta", base),
         "factor": number(rope, "factor") if kind == "linear" else 1.0,
+    }
+
+
+@dataclass
+class Architecture:
+    """What a config.json says of a language model, in our names."""
+
+    model_type: str  # gpt_neox, gemma2 or gemma3_text
+    n_vocab: int
+    d_model: int
+    d_mlp: int
+    n_layers: int
+    n_heads: int
+    max_context: int
+    tied: bool  # whether the embedding unembeds, too
+    eps: float  # of the norms
+    ropes: list[dict]  # of each block: dim, base and factor
+    parallel: bool = True  # Pythia: attention and MLP side by side
+    n_kv: int = 0  # Gemma: heads of keys and values
+    head_dim: int = 0
+    score_scale: float = 1.0
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    windows: list[int | None] = field(default_factory=list)  # of each block; None: all before
+
+
+def describe_model(config: dict) -> Architecture:
+    """The model that a parsed config.json describes. UserError, with key and value, for what we
+    do not support and for what cannot be."""
+    text = config.get("text_config")
+    if config.get("model_type") == "gemma3" and isinstance(text, dict):
+        config = {**config, **text, "model_type": "gemma3_text"}
+    require({"model_type": None, **config}, "model_type", "gpt_neox", "gemma2", "gemma3_text")
+    gemma = config["model_type"] != "gpt_neox"
+    require(config, "tie_word_embeddings", gemma, not gemma)
+    own = _gemma(config) if gemma else _gpt_neox(config)
+    return Architecture(
+        model_type=config["model_type"],
+        n_vocab=size(config, "vocab_size"),
+        d_model=size(config, "hidden_size"),
+        d_mlp=size(config, "intermediate_size"),
+        n_layers=n_blocks(config),
+        n_heads=size(config, "num_attention_heads"),
+        max_context=size(config, "max_position_embeddings", 8192),
+        tied=config.get("tie_word_embeddings", gemma),
+        **own,
+    )
+
+
+def n_blocks(config: dict) -> int:
+    return size(config, "num_hidden_layers", high=1000)
+
+
+def _gpt_neox(config: dict) -> dict:
+    require(config, "hidden_act", "gelu")
+    require(config, "use_parallel_residual", True, False)
+    head_dim = size(config, "hidden_size") // size(config, "num_attention_heads")
+    base, share = number(config, "rotary_emb_base", 10_000), number(config, "rotary_pct", 0.25)
+    rope = rope_settings(config, "full_attention", head_dim, base, share)
+    return {
+        "eps": number(config, "layer_norm_eps", 1e-5),
+        "ropes": [rope] * n_blocks(config),
+        "parallel": config.get("use_parallel_residual", True),
+    }
+
+
+def _soft_cap(config: dict, key: str) -> float | None:
+    return None if config.get(key) is None else number(config, key)
+
+
+def _gemma(config: dict) -> dict:
+    gemma_3 = config["model_type"] == "gemma3_text"
+    require(config, "hidden_activation", "gelu_pytorch_tanh")
+    require(config, "use_bidirectional_attention", False, None)
+    if gemma_3:
+        require(config, "attn_logit_softcapping", None)
+    else:  # where it is silent
+        config = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **config}
+    every = size(config, "sliding_window_pattern", 6) if gemma_3 else 2
+    pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
+    n_layers = n_blocks(config)
+    kinds = config.get("layer_types") or pattern * n_layers
+    known = isinstance(kinds, list) and len(kinds) >= n_layers and {*kinds} <= {*pattern}
+    refuse(not known, f"config.json has layer_types = {kinds!r:.80}; supported: {pattern}")
+    kinds = kinds[:n_layers]
+    head_dim = size(config, "head_dim", 256)
+    windows, ropes = {"full_attention": None}, {}
+    for kind in {*kinds}:
+        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
+        if kind == "sliding_attention":
+            windows[kind] = size(config, "sliding_window", 4096)
+            base = number(config, "rope_local_base_freq", 10_000) if gemma_3 else base
+        ropes[kind] = rope_settings(config, kind, head_dim, base, share=None)
+    return {
+        "eps": number(config, "rms_norm_eps", 1e-6),
+        "n_kv": size(config, "num_key_value_heads"),
+        "head_dim": head_dim,
+        "score_scale": number(config, "query_pre_attn_scalar", 256) ** -0.5,
+        "windows": [windows[kind] for kind in kinds],
+        "ropes": [ropes[kind] for kind in kinds],
+        "score_cap": _soft_cap(config, "attn_logit_softcapping"),
+        "logit_cap": _soft_cap(config, "final_logit_softcapping"),
     }
 
 

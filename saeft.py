@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import TokenStream, UserError, load_tokenizer, number, refuse, require, size
+from model_loaders import Architecture, TokenStream, UserError, load_tokenizer, refuse
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -790,19 +790,22 @@ class LanguageModel(nn.Module):
     """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints:
     a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds."""
 
-    n_skip = 0  # leading positions without content (<bos>)
-    logit_cap: float | None = None
-    kl_and_gradient = staticmethod(kl_and_gradient)
+    block_kind = norm_kind = nn.Identity  # classes
     body = embedding = layers = norm = head = ""  # names of the parts in checkpoints
+    n_skip = 0  # leading positions without content (<bos>)
+    kl_and_gradient = staticmethod(kl_and_gradient)
 
-    def __init__(self, config: dict, blocks: list[nn.Module], norm: nn.Module, has_head: bool):
+    def __init__(self, arch: Architecture, has_head: bool):
         super().__init__()
-        shape = size(config, "vocab_size"), size(config, "hidden_size")
-        self.max_context = size(config, "max_position_embeddings", 8192)
-        parts = {self.embedding: nn.Embedding(*shape), self.layers: nn.ModuleList(blocks)}
-        self.add_module(self.body, nn.ModuleDict({**parts, self.norm: norm}))
+        self.max_context = arch.max_context
+        self.logit_cap = arch.logit_cap
+        body = nn.ModuleDict()
+        body[self.embedding] = nn.Embedding(arch.n_vocab, arch.d_model)
+        body[self.layers] = nn.ModuleList(self.block_kind(arch, i) for i in range(arch.n_layers))
+        body[self.norm] = self.norm_kind(arch.d_model, arch.eps)
+        self.add_module(self.body, body)
         if has_head:
-            self.add_module(self.head, nn.Linear(*shape[::-1], bias=False))
+            self.add_module(self.head, nn.Linear(arch.d_model, arch.n_vocab, bias=False))
 
     def part(self, name: str) -> nn.Module:
         return self.get_submodule(f"{self.body}.{name}")
@@ -824,10 +827,10 @@ class LanguageModel(nn.Module):
 
     def suffix(self, resid: Tensor, layer: int, stop: int | None = None) -> Tensor:
         """Output [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
-        blocks = self.blocks[layer + 1 : stop]
-        ropes = {block.rope for block in blocks}
-        tables = {rope: rope.tables(resid.shape[1], resid.device) for rope in ropes}
-        for block in blocks:
+        tables = {}
+        for block in self.blocks[layer + 1 : stop]:
+            if block.rope not in tables:
+                tables[block.rope] = block.rope.tables(resid.shape[1], resid.device)
             resid = block(resid, *tables[block.rope])
         return resid
 
@@ -842,7 +845,7 @@ class LanguageModel(nn.Module):
         """Logits [B, T, V] of tokens [B, T]."""
         return self.unembed(self.suffix(self.embed(tokens), -1))
 
-    def compile_parts(self) -> None:
+    def compile_parts(self):
         """torch.compile for the blocks and the KL, which are bound by elementwise traffic."""
         for block in self.blocks:
             block.compile(fullgraph=True)
@@ -853,58 +856,53 @@ class LanguageModel(nn.Module):
 class PythiaBlock(nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
 
-    def __init__(self, config: dict):
+    def __init__(self, arch: Architecture, i: int):
         super().__init__()
-        d_model, d_mlp = size(config, "hidden_size"), size(config, "intermediate_size")
-        eps = number(config, "layer_norm_eps", 1e-5)
-        require(config, "hidden_act", "gelu")
-        require(config, "use_parallel_residual", True, False)
-        self.parallel = config.get("use_parallel_residual", True)
-        self.n_heads = size(config, "num_attention_heads")
-        share = number(config, "rotary_pct", 0.25)
-        base = number(config, "rotary_emb_base", 10_000)
-        shape = d_model // self.n_heads, base, share
-        self.rope = Rope(**model_loaders.rope_settings(config, "full_attention", *shape))
-        self.input_layernorm = nn.LayerNorm(d_model, eps)
-        self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
+        self.rope = Rope(**arch.ropes[i])
+        self.n_heads = arch.n_heads
+        self.parallel = arch.parallel
+        self.input_layernorm = nn.LayerNorm(arch.d_model, arch.eps)
+        self.post_attention_layernorm = nn.LayerNorm(arch.d_model, arch.eps)
         self.attention = nn.ModuleDict()
-        self.attention["query_key_value"] = Linear(d_model, 3 * d_model)
-        self.attention["dense"] = Linear(d_model, d_model)
+        self.attention["query_key_value"] = Linear(arch.d_model, 3 * arch.d_model)
+        self.attention["dense"] = Linear(arch.d_model, arch.d_model)
         self.mlp = nn.ModuleDict()
-        self.mlp["dense_h_to_4h"] = Linear(d_model, d_mlp)
-        self.mlp["dense_4h_to_h"] = Linear(d_mlp, d_model)
+        self.mlp["dense_h_to_4h"] = Linear(arch.d_model, arch.d_mlp)
+        self.mlp["dense_4h_to_h"] = Linear(arch.d_mlp, arch.d_model)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # The weight's rows go head by head, the q, k and v of a head side by side.
-        qkv = self.attention.query_key_value(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=-1)  # each [B, H, T, head_dim]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.attention.query_key_value(x).unflatten(-1, (self.n_heads, -1))
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # each [B, H, T, head_dim]
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.attention.dense(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = x + self.attend(self.input_layernorm(x), cos, sin)
         h = self.post_attention_layernorm(x if self.parallel else y)
-        return y + self.mlp.dense_4h_to_h(F.gelu(self.mlp.dense_h_to_4h(h)))
+        h = F.gelu(self.mlp.dense_h_to_4h(h))
+        return y + self.mlp.dense_4h_to_h(h)
 
 
 class Pythia(LanguageModel):
-    body, embedding, layers, norm = "gpt_neox", "embed_in", "layers", "final_layer_norm"
+    block_kind = PythiaBlock
+    norm_kind = nn.LayerNorm
+    body = "gpt_neox"
+    embedding = "embed_in"
+    layers = "layers"
+    norm = "final_layer_norm"
     head = "embed_out"
-
-    def __init__(self, config: dict, has_head: bool):
-        blocks = [PythiaBlock(config) for _ in range(size(config, "num_hidden_layers", high=1000))]
-        eps = number(config, "layer_norm_eps", 1e-5)
-        super().__init__(config, blocks, nn.LayerNorm(size(config, "hidden_size"), eps), has_head)
 
 
 # ---- Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) ---------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), in float32 whatever the model's dtype."""
 
-    def __init__(self, dim: int, config: dict):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.eps = number(config, "rms_norm_eps", 1e-6)
+        self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -916,43 +914,39 @@ class GemmaBlock(nn.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Grouped-query attention to all
     before it, or to a window. Gemma 2 soft-caps the scores; Gemma 3 norms q and k instead."""
 
-    def __init__(self, config: dict, layer_type: str):
+    def __init__(self, arch: Architecture, i: int):
         super().__init__()
-        gemma_3, sliding = config["model_type"] == "gemma3_text", layer_type == "sliding_attention"
-        d_model, d_mlp = size(config, "hidden_size"), size(config, "intermediate_size")
-        self.head_dim = size(config, "head_dim", 256)
-        self.n_kv = size(config, "num_key_value_heads")
-        self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
-        self.score_cap = model_loaders.soft_cap_of(config, "attn_logit_softcapping")
-        self.window = size(config, "sliding_window", 4096) if sliding else None
-        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
-        if gemma_3 and sliding:
-            base = number(config, "rope_local_base_freq", 10_000)
-        rope = model_loaders.rope_settings(config, layer_type, self.head_dim, base, share=None)
-        self.rope = Rope(**rope)
-        d_q = size(config, "num_attention_heads") * self.head_dim
-        d_kv = self.n_kv * self.head_dim
+        self.rope = Rope(**arch.ropes[i])
+        self.window = arch.windows[i]
+        self.n_kv = arch.n_kv
+        self.head_dim = arch.head_dim
+        self.score_scale = arch.score_scale
+        self.score_cap = arch.score_cap
+        d_model, d_q, d_kv = arch.d_model, arch.n_heads * arch.head_dim, arch.n_kv * arch.head_dim
         self.self_attn = nn.ModuleDict()
         self.self_attn["q_proj"] = Linear(d_model, d_q, bias=False)
         self.self_attn["k_proj"] = Linear(d_model, d_kv, bias=False)
         self.self_attn["v_proj"] = Linear(d_model, d_kv, bias=False)
         self.self_attn["o_proj"] = Linear(d_q, d_model, bias=False)
-        self.self_attn["q_norm"] = RMSNorm(self.head_dim, config) if gemma_3 else nn.Identity()
-        self.self_attn["k_norm"] = RMSNorm(self.head_dim, config) if gemma_3 else nn.Identity()
+        for name in ("q_norm", "k_norm"):
+            gemma_3 = arch.model_type == "gemma3_text"
+            self.self_attn[name] = RMSNorm(arch.head_dim, arch.eps) if gemma_3 else nn.Identity()
         self.mlp = nn.ModuleDict()
-        self.mlp["gate_proj"] = Linear(d_model, d_mlp, bias=False)
-        self.mlp["up_proj"] = Linear(d_model, d_mlp, bias=False)
-        self.mlp["down_proj"] = Linear(d_mlp, d_model, bias=False)
-        self.input_layernorm = RMSNorm(d_model, config)
-        self.post_attention_layernorm = RMSNorm(d_model, config)
-        self.pre_feedforward_layernorm = RMSNorm(d_model, config)
-        self.post_feedforward_layernorm = RMSNorm(d_model, config)
+        self.mlp["gate_proj"] = Linear(d_model, arch.d_mlp, bias=False)
+        self.mlp["up_proj"] = Linear(d_model, arch.d_mlp, bias=False)
+        self.mlp["down_proj"] = Linear(arch.d_mlp, d_model, bias=False)
+        self.input_layernorm = RMSNorm(d_model, arch.eps)
+        self.post_attention_layernorm = RMSNorm(d_model, arch.eps)
+        self.pre_feedforward_layernorm = RMSNorm(d_model, arch.eps)
+        self.post_feedforward_layernorm = RMSNorm(d_model, arch.eps)
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         parts = self.self_attn
-        projections = parts.q_proj(x), parts.k_proj(x), parts.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in projections)
-        q, k = rotate(parts.q_norm(q), cos, sin), rotate(parts.k_norm(k), cos, sin)
+        q = parts.q_norm(self.heads(parts.q_proj(x)))  # [B, H, T, head_dim]
+        k = parts.k_norm(self.heads(parts.k_proj(x)))  # [B, n_kv, T, head_dim]
+        v = self.heads(parts.v_proj(x))
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
         q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)
         scores = single(soft_cap(q @ k.mT * self.score_scale, self.score_cap))
@@ -962,6 +956,9 @@ class GemmaBlock(nn.Module):
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
         return parts.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), cos, sin))
         h = self.pre_feedforward_layernorm(x)
@@ -970,22 +967,14 @@ class GemmaBlock(nn.Module):
 
 
 class Gemma(LanguageModel):
-    n_skip = 1
-    body, embedding, layers, norm = "model", "embed_tokens", "layers", "norm"
+    block_kind = GemmaBlock
+    norm_kind = RMSNorm
+    body = "model"
+    embedding = "embed_tokens"
+    layers = "layers"
+    norm = "norm"
     head = "lm_head"
-
-    def __init__(self, config: dict, has_head: bool):
-        n_layers = size(config, "num_hidden_layers", high=1000)
-        every = 2 if config["model_type"] == "gemma2" else size(config, "sliding_window_pattern", 6)
-        pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
-        kinds = config.get("layer_types") or pattern * n_layers
-        if not isinstance(kinds, list) or len(kinds) < n_layers or not {*kinds} <= {*pattern}:
-            raise UserError(f"config.json has layer_types = {kinds!r:.80}; supported: {pattern}")
-        require(config, "hidden_activation", "gelu_pytorch_tanh")
-        require(config, "use_bidirectional_attention", False, None)
-        blocks = [GemmaBlock(config, kinds[i]) for i in range(n_layers)]
-        super().__init__(config, blocks, RMSNorm(size(config, "hidden_size"), config), has_head)
-        self.logit_cap = model_loaders.soft_cap_of(config, "final_logit_softcapping")
+    n_skip = 1
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = super().embed(tokens)
@@ -994,22 +983,14 @@ class Gemma(LanguageModel):
 
 
 # ---- From a checkpoint to a model --------------------------------------------------------------
-FAMILIES = {"gpt_neox": Pythia, "gemma2": Gemma, "gemma3_text": Gemma}  # model_type -> class
-
-
 def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
     """The model that a parsed config.json describes, on the meta device; has_head: whether it has
     an unembedding of its own, if config.json leaves that open. UserError for what is not ours."""
-    text = config.get("text_config")
-    if config.get("model_type") == "gemma3" and isinstance(text, dict):
-        config = {**config, **text, "model_type": "gemma3_text"}
-    require({"model_type": config.get("model_type")}, "model_type", *FAMILIES)
-    family = FAMILIES[config["model_type"]]
-    tied = config.get("tie_word_embeddings", family is Gemma)
-    require({"tie_word_embeddings": tied}, "tie_word_embeddings", True, False)
     try:
+        arch = model_loaders.describe_model(config)
+        family = Pythia if arch.model_type == "gpt_neox" else Gemma
         with torch.device("meta"):
-            lm = family(config, has_head or not tied)
+            lm = family(arch, has_head or not arch.tied)
             lm(torch.zeros(1, 2, dtype=torch.long))
     except UserError:
         raise
