@@ -11,7 +11,9 @@ import math
 import os
 import random
 import re
+import shutil
 import stat
+import sys
 import threading
 import unicodedata
 import zlib
@@ -57,6 +59,24 @@ def refuse(wrong: bool, message: str):
     """UserError where something is wrong."""
     if wrong:
         raise UserError(message)
+
+
+def say(text: str, end: str = "\n"):
+    """A line for the reader. The first process speaks for all; a closed stdout ends nothing."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    try:
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(text: str):
+    """A line that, on a terminal, is cut to its width and gives way to the next."""
+    if sys.stdout.isatty():
+        say(text[: shutil.get_terminal_size().columns - 1], end="")
+    else:
+        say(text)
 
 
 @contextmanager
@@ -305,7 +325,7 @@ def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
     except UserError:  # none, or out of reach: then the next line says why
         return read_safetensors(fetch(name, "model.safetensors"), device, dtype)
     where, weights = read_json(index).get("weight_map"), {}
-    with file_errors(f"cannot read {index}"):
+    with user_errors(f"cannot read {index}"):
         files = sorted({*where.values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
             raise ValueError("weight_map must name plain *.safetensors files")
@@ -334,8 +354,8 @@ SAE_SETTINGS = {
 
 
 @contextmanager
-def file_errors(what: str):
-    """Turn whatever goes wrong with a file or its content into UserError: `what`, and why."""
+def user_errors(what: str):
+    """Turn whatever goes wrong inside into UserError: `what`, and why, in one line."""
     try:
         yield
     except UserError:
@@ -343,14 +363,15 @@ def file_errors(what: str):
     except ImportError as error:
         raise UserError(f"{what}: pip install {error.name}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
-        why = error if isinstance(error, UnicodeError) else repr(error)
-        raise UserError(f"{what} ({why!s:.300})") from error
+        why = str(error) if isinstance(error, UnicodeError) else repr(error)
+        why = re.sub(r"(\\n|\\t|\s)+", " ", why)
+        raise UserError(f"{what} ({why:.300})") from error
 
 
 @contextmanager
 def open_file(path):
     """The bytes of a regular file; UserError for whatever goes wrong while it is open."""
-    with file_errors(f"cannot read {path}"):
+    with user_errors(f"cannot read {path}"):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("not a regular file")
         with open(path, "rb") as file:
@@ -418,7 +439,7 @@ def replacing(path: Path):
     """A file to write, which takes the place of `path` when it is whole and on the disk; what an
     interrupted save has left is written over. Whatever goes wrong meanwhile is a UserError."""
     part = path.with_name(f".{path.name}.part")
-    with file_errors(f"cannot write {path}"):
+    with user_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -457,9 +478,10 @@ def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = No
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write_sae(folder, sae: dict, kind: str, k: float, metadata: dict):
+def write_sae(folder, sae: dict, own: dict, metadata: dict):
     """Write an SAE for raw activations, its `state_dict`, in SAELens's layout, which `read_sae`
-    reads; metadata: what it was trained on. Raises UserError."""
+    reads; own: kind, k and what else only we read. Raises UserError."""
+    kind = own["kind"]
     architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(kind, kind)
     tensors = {name: sae[name] for name in ("b_enc", "W_dec", "b_dec")}
     tensors["W_enc"] = sae["W_enc"].T
@@ -476,8 +498,8 @@ def write_sae(folder, sae: dict, kind: str, k: float, metadata: dict):
         "reshape_activations": "none",
     }
     if kind == "topk":
-        cfg.update(k=k, rescale_acts_by_decoder_norm=False)
-    own = {**metadata.get("saeft", {}), "kind": kind, "k": k}
+        cfg.update(k=own["k"], rescale_acts_by_decoder_norm=False)
+    own = {**metadata.get("saeft", {}), **own}
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     cfg["metadata"] = {"sae_lens_version": "6.54.0", **metadata, "saeft": own}
     write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"}, cfg)
@@ -540,8 +562,9 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
     }
 
 
-def sae_settings(source: str) -> dict:
-    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen."""
+def sae_settings(source: str, given: dict | None = None) -> dict:
+    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen.
+    UserError where `given` ones contradict it, or add no model and layer that it lacks."""
     _, cfg = read_sae(source)
     metadata = cfg["metadata"]
     told = {"sae": cfg["kind"], "d_sae": cfg["d_sae"], "k": [cfg["k"] or 1]}
@@ -552,7 +575,14 @@ def sae_settings(source: str) -> dict:
     told["l1"] = cfg["l1"] if cfg["kind"] == "relu" else None
     names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
     told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
-    return {name: value for name, value in told.items() if value is not None}
+    told = {name: value for name, value in told.items() if value is not None}
+    if given is None:
+        return told
+    for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
+        refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
+    for name in ("model", "layer"):
+        refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
+    return told
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
@@ -773,7 +803,7 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
             said = read_json(fetch(str(name), filename)).get(key)
             said = said.get("content") if isinstance(said, dict) else said
             eos = eos if said is None else said
-    with file_errors(f"cannot read {path}"):
+    with user_errors(f"cannot read {path}"):
         tokenizer = Tokenizer(read_json(path), eos[0] if isinstance(eos, list) else eos)
     if bos == "yes" and tokenizer.bos_id is None:
         tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
@@ -906,7 +936,7 @@ def _json_texts(blocks, path: str):
         for line in lines:
             number += 1
             if line.strip():
-                with file_errors(f'{path}, line {number}: no JSON object with a string as "text"'):
+                with user_errors(f'{path}, line {number}: no JSON object with a string as "text"'):
                     text = json.loads(line)["text"] + ""
                 yield text
 
@@ -968,7 +998,7 @@ class TokenStream:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         self._wait(side, (start + count) * self.stride)
         offset = start * self.stride * self.dtype.itemsize
-        with file_errors(f"cannot read {self.files[side]}, start again"):
+        with user_errors(f"cannot read {self.files[side]}, start again"):
             ids = np.fromfile(self.files[side], self.dtype, count * self.stride, offset=offset)
             ids = torch.from_numpy(ids.astype(np.int64)).view(count, self.stride)
         with_bos = (self.context - self.stride, 0)
@@ -1119,6 +1149,21 @@ IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
 IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
 
 
+def run_path(settings: dict) -> Path:
+    """The folder of a run under --out. UserError where it lies elsewhere, or around the SAE that
+    the run starts from."""
+    name, start = settings["name"], settings["start"]
+    if name is None:
+        kind = f"{settings['sae']}-k{'-'.join(map(str, settings['k']))}-seed{settings['seed']}"
+        name = f"{Path(settings['model']).name}-layer{settings['layer']}-{kind}"
+    refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
+    path = Path(settings["out"]).expanduser() / name
+    source = Path(start or os.sep).expanduser().resolve()
+    inside = path.resolve() in (source, *source.parents)
+    refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
+    return path
+
+
 class RunFolder:
     """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
     checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, SAEs in `parts`.
@@ -1134,7 +1179,7 @@ class RunFolder:
         if self.rank > 0:
             return
         path = self.path
-        with file_errors(f"cannot write {path}: choose another --out or --name"):
+        with user_errors(f"cannot write {path}: choose another --out or --name"):
             path.mkdir(parents=True, exist_ok=True)
             if not (path / MARK).exists() and any(path.iterdir()):
                 raise UserError(f"{path} is not empty and no run's folder: choose another --name")
@@ -1164,7 +1209,7 @@ class RunFolder:
     def begin(self, settings: dict):
         """There is something to keep: an earlier run's files give way to it."""
         if not self.begun:
-            with file_errors(f"cannot write {self.path}"):
+            with user_errors(f"cannot write {self.path}"):
                 self.clear()
             write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
             self.begun = True
@@ -1177,7 +1222,7 @@ class RunFolder:
         self.waiting += lines
         if self.begun:
             path = self.path / "metrics.jsonl"
-            with file_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
+            with user_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in self.waiting)
             self.waiting.clear()
 
@@ -1210,13 +1255,20 @@ class RunFolder:
         return saved
 
     def _read(self, name: str, device) -> dict:
-        with file_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
+        with user_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
             return torch.load(self.path / name, map_location=device, weights_only=True)
 
-    def go_on(self, saved: dict):
-        """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was."""
+    def go_on(self, saved: dict, settings: dict, n_processes: int):
+        """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
+        UserError if that run has other settings."""
+        may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
+        for name, value in settings.items():
+            was = saved["config"].get(name)
+            differs = was != value and name not in may_differ
+            refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
+        refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
-            with file_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
+            with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
                 os.truncate(self.path / "metrics.jsonl", saved["logged"])
         self.begun = True
 

@@ -28,18 +28,18 @@ K active latents, L the layer. Units: CE and KL in nats per token; FVU is a shar
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import Architecture, TokenStream, UserError, load_tokenizer, refuse
+from model_loaders import TokenStream, UserError, load_tokenizer, progress, refuse, say, user_errors
 
 FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
 
@@ -128,9 +128,10 @@ class Activity(NamedTuple):
 
     counts: Tensor  # [F], the tokens on which each latent is active
     sums: Tensor  # [F], each latent's activations, summed over tokens
+    floor: Tensor | float | None  # the least pre-activation that stayed, where that is known
 
 
-def activate(pre: Tensor, k: int | None, floor: Tensor | float | None) -> Tensor:
+def activate(pre, k, floor):
     """f [N, F] of pre-activations [N, F]: ReLU of the K largest of each token or, without K, of
     those that are at least `floor`, one number or one for each latent; all others 0."""
     if k is None:
@@ -139,16 +140,19 @@ def activate(pre: Tensor, k: int | None, floor: Tensor | float | None) -> Tensor
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
-def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None) -> tuple[Tensor, Activity]:
+def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None):
     """x_hat [N, D] of x [N, D], and what was active: nothing where keep [N] is False.
     select(pre, number kept) says which pre-activations stay, as K and floor of `activate`."""
     if FAST and x.is_cpu:
         return sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep)
     pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
-    keep = torch.ones(len(x), dtype=torch.bool, device=x.device) if keep is None else keep
+    if keep is None:
+        keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     pre = pre.masked_fill(~keep[:, None], -torch.inf)
-    f = activate(pre, *select(pre.detach(), keep.sum()))
-    return f @ W_dec + b_dec, Activity((f > 0).sum(0), f.sum(0))
+    k, floor = select(pre.detach(), keep.sum())
+    f = activate(pre, k, floor)
+    active = Activity((f > 0).sum(0), f.sum(0), floor)
+    return f @ W_dec + b_dec, active
 
 
 class SAE(nn.Module):
@@ -163,7 +167,8 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float, kind: str = "topk", seed: int = 0):
         super().__init__()
-        self.k, self.kind = k, kind
+        self.k = k
+        self.kind = kind
         self.bfloat16 = False  # whether products run in bfloat16; parameters stay float32
         self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
         generator = torch.Generator().manual_seed(seed)
@@ -176,14 +181,14 @@ class SAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))  # the root of the mean of ||x||^2
         self.register_buffer("median_norm", torch.zeros(()))  # of ||x||; 0: not yet measured
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Activity]:
+    def forward(self, x, keep=None):
         """x_hat [N, D] of x [N, D], and what was active, in units of x / scale."""
         weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             x_hat, active = autoencode(single(x) / self.scale, *weights, self.select, keep)
         return x_hat * self.scale, active
 
-    def select(self, pre: Tensor, n: Tensor) -> tuple[int | None, Tensor | float | None]:
+    def select(self, pre, n):
         """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
         if self.kind == "topk":
             return self.k, None
@@ -192,51 +197,55 @@ class SAE(nn.Module):
         if self.kind == "batchtopk" and self.training:
             largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
             last = (self.k * n).round().long().clamp_min(1) - 1
-            return None, largest.gather(0, last[None])  # n is on the device: look it up there
+            return None, largest.gather(0, last[None])[0]  # n is on the device: look it up there
         return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x):
         """f [N, F] of x [N, D], in units of x: x_hat = f W_dec + scale * b_dec."""
         pre = F.linear(single(x) / self.scale - self.b_dec, self.W_enc, self.b_enc)
-        return activate(pre, *self.select(pre, torch.tensor(len(x)))) * self.scale
+        k, floor = self.select(pre, torch.tensor(len(x)))
+        return activate(pre, k, floor) * self.scale
 
     @torch.no_grad()
-    def start_from(self, x: Tensor) -> None:
-        """Sets scale, and b_dec to the mean, from first activations x [N, D] without sinks."""
-        self.scale.copy_(x.pow(2).sum(-1).mean().sqrt())
-        self.b_dec.copy_(x.mean(0) / self.scale)
-
-    @torch.no_grad()
-    def rescale(self, scale: float | Tensor) -> None:
+    def rescale(self, scale: float | Tensor):
         """Sets `scale`, and leaves the function of x as it is; with 1, units are raw."""
         for values in (self.b_enc, self.b_dec, self.threshold):
             values.mul_(self.scale / scale)
         self.scale.copy_(torch.as_tensor(scale))
 
     @torch.no_grad()
-    def stationary_l1(self, x: Tensor) -> float:
+    def stationary_l1(self, x) -> float:
         """The lambda at which the loss of a ReLU SAE on x [N, D] does not change if all its f are
         scaled together: 2 mean <x - x_hat, x_hat - b_dec> / mean sum_i f_i ||W_dec[i]||."""
         x_hat, active = self(x)
-        pull = ((x - x_hat) * (x_hat / self.scale - self.b_dec)).sum(-1).mean() / self.scale
-        return (2 * len(x) * pull / (active.sums * self.W_dec.norm(dim=-1)).sum()).item()
+        error = (x - x_hat) / self.scale
+        decoded = x_hat / self.scale - self.b_dec
+        return (2 * (error * decoded).sum() / self.penalty(active)).item()
+
+    def penalty(self, active: Activity):
+        """sum_n sum_i f[n, i] ||W_dec[i]||, which lambda weighs in ReLU SAEs."""
+        return (active.sums * self.W_dec.norm(dim=-1)).sum()
 
     @torch.no_grad()
-    def project_gradient(self) -> None:
+    def project_gradient(self):
         """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
         along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
         self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
-    def save(self, folder: str | Path, metadata: dict) -> None:
+    def save(self, folder: str | Path, metadata: dict):
         """Writes the SAE in SAELens's layout, for raw activations: scale goes into the biases.
         metadata: model_name, hook_name, ... UserError where the folder cannot be written."""
         raw = copy.deepcopy(self)
         raw.rescale(1.0)
-        own = {"scale": self.scale.item(), "median_norm": self.median_norm.item()}
-        metadata = {**metadata, "saeft": {**metadata.get("saeft", {}), **own}}
-        model_loaders.write_sae(folder, raw.state_dict(), self.kind, self.k, metadata)
+        own = {
+            "kind": self.kind,
+            "k": self.k,
+            "scale": self.scale.item(),
+            "median_norm": self.median_norm.item(),
+        }
+        model_loaders.write_sae(folder, raw.state_dict(), own, metadata)
 
     @classmethod
     @torch.no_grad()
@@ -255,29 +264,31 @@ class SAE(nn.Module):
 
 
 # ---- The losses --------------------------------------------------------------------------------
-def single(x: Tensor) -> Tensor:
+def single(x):
     """x in float32, where its own precision is less."""
     return x.float() if x.element_size() < 4 else x
 
 
-def auxk_loss(sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+def auxk_loss(sae: SAE, x, error, dead):
     """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = (x - x_hat) / scale
     [N, D] and its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
     e = error.detach()
     k = min(x.shape[1] // 2, len(dead))
-    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], torch.zeros_like(sae.b_dec)
+    centred = x / sae.scale - sae.b_dec
+    no_bias = torch.zeros_like(sae.b_dec)
+    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], no_bias
     with torch.autocast(x.device.type, torch.bfloat16, enabled=sae.bfloat16):
-        e_hat, _ = autoencode(x / sae.scale - sae.b_dec, *weights, lambda pre, n: (k, None))
+        e_hat, _ = autoencode(centred, *weights, lambda pre, n: (k, None))
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
     return (e - e_hat).pow(2).sum() / mean_over_ranks(variance)
 
 
-def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+def soft_cap(x, cap: float | None):
     """cap * tanh(x / cap), or x itself where there is no cap."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def kl_and_gradient(p, p_log_p, z_q: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+def kl_and_gradient(p, p_log_p, z_q, cap: float | None):
     """KL(p || q) [n] = sum p log p - sum p log q, of p [n, V], its sum p log p [n], and q's logits
     before the soft cap, z_q [n, V]; and d KL / d z_q [n, V] = (q - p) (1 - tanh(z_q / cap)^2)."""
     logits = soft_cap(single(z_q), cap)
@@ -289,7 +300,7 @@ def kl_and_gradient(p, p_log_p, z_q: Tensor, cap: float | None) -> tuple[Tensor,
     return kl, gradient.to(z_q.dtype)
 
 
-def slices(n_tokens: int, W_U: Tensor) -> list[slice]:
+def slices(n_tokens: int, W_U) -> list[slice]:
     """Slices of about 8M logits each, but not so small that reading W_U costs the most."""
     rows = max(2**23 // len(W_U), 128 if W_U.is_cpu else 512)
     return [slice(i, i + rows) for i in range(0, n_tokens, rows)]
@@ -303,7 +314,7 @@ class SlicedKL(torch.autograd.Function):
     token one product with W_U for p, and two for each q."""
 
     @staticmethod
-    def forward(ctx, lm: LanguageModel, weight: Tensor, last_p: Tensor, *lasts_q: Tensor) -> Tensor:
+    def forward(ctx, lm: LanguageModel, weight, last_p, *lasts_q):
         kl = weight.new_zeros(len(lasts_q))
         grads = [torch.empty_like(last_q) for last_q in lasts_q]
         for rows in slices(len(weight), lm.W_U):
@@ -323,12 +334,13 @@ class SlicedKL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return None, None, None, *(g[i] * grad for i, grad in enumerate(ctx.saved_tensors))
+    def backward(ctx, g):
+        grads = [g[i] * grad for i, grad in enumerate(ctx.saved_tensors)]
+        return None, None, None, *grads
 
 
 # ---- Which tokens count, and the buffer of activations -----------------------------------------
-def content(resid: Tensor, n_skip: int, limit: Tensor) -> Tensor:
+def content(resid, n_skip: int, limit):
     """[B, T]: which positions of resid [B, T, D] count. Not the first n_skip (<bos>), and not the
     attention sinks, a few tokens whose norm is many times the median's and tells nothing."""
     keep = single(resid).norm(dim=-1) <= limit
@@ -336,19 +348,20 @@ def content(resid: Tensor, n_skip: int, limit: Tensor) -> Tensor:
     return keep
 
 
-def sink_limit(sae: SAE, config: Config) -> Tensor:
+def sink_limit(sae: SAE, config: Config):
     """The norm above which a token is an attention sink; infinite where none is left out."""
     limit = config.sink_norm * sae.median_norm
     return limit if config.sink_norm else torch.full_like(limit, torch.inf)
 
 
-def own_sequences(stream: TokenStream, start: int, count: int, device) -> Tensor:
+def own_sequences(stream: TokenStream, start: int, count: int, device):
     """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
-    return stream.train(start, count * world_size())[rank() :: world_size()].to(device)
+    sequences = stream.train(start, count * world_size())
+    return sequences[rank() :: world_size()].to(device)
 
 
 @torch.no_grad()
-def collect(lm: LanguageModel, tokens: Tensor, layer: int) -> Tensor:
+def collect(lm: LanguageModel, tokens, layer: int):
     """Block `layer`'s output [n, T, D] for tokens [n, T], about 8192 tokens at a time."""
     chunks = tokens.split(max(1, 8192 // tokens.shape[1]))
     return torch.cat([lm.prefix(chunk, layer) for chunk in chunks])
@@ -358,15 +371,18 @@ class ActivationBuffer:
     """Mixes the activations of many sequences; each is served once. When half of the rows [size, D]
     are used, as many new ones join the rest, and all are shuffled."""
 
-    def __init__(self, lm, stream: TokenStream, n_sequences: int, limit: Tensor, config: Config):
-        self.lm, self.stream, self.config, self.limit = lm, stream, config, limit
+    def __init__(self, lm, stream: TokenStream, n_sequences: int, limit, config: Config):
+        self.lm = lm
+        self.stream = stream
         self.n_sequences = n_sequences
+        self.limit = limit
+        self.config = config
         self.per_sequence = config.context - lm.n_skip
         self.size = self.per_sequence * config.buffer + 2 * config.batch
         self.rows = lm.W_U.new_empty(0, lm.W_U.shape[1])
         self.used = self.next_sequence = self.refills = 0
 
-    def refill(self) -> None:
+    def refill(self):
         left = self.rows[self.used :]
         n = (self.size - len(left)) // self.per_sequence
         n = min(n, (self.n_sequences - self.next_sequence) // world_size())
@@ -379,7 +395,7 @@ class ActivationBuffer:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         self.rows, self.used = rows[order.to(rows.device)], 0
 
-    def next_batch(self, n: int) -> Tensor:
+    def next_batch(self, n: int):
         """[n, D] activations in float32."""
         has_more = self.n_sequences - self.next_sequence >= world_size()
         if 2 * self.used >= len(self.rows) and has_more:
@@ -420,33 +436,40 @@ class Trainee:
         self.insert = self.insert or self.sae
         self.trained = self.trained or self.insert
         self.idle = torch.zeros_like(self.sae.b_enc, dtype=torch.long)  # tokens since it fired
-        self.dead = self.idle[:0]  # latents idle for dead_after tokens
+        self.dead = self.idle[:0]  # latents idle for --dead-after tokens
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
-    def splice(self, tokens: Tensor, resid: Tensor, keep: Tensor, layer: int):
+    def splice(self, tokens, resid, keep, layer: int):
         """x, x_hat [B T, D], Activity, and resid [B, T, D] with x_hat where keep [B, T] is True."""
         if self.own_prefix:
             resid = self.lm.prefix(tokens, layer)
         x = resid.flatten(0, 1)
         x_hat, active = self.insert(x, keep.flatten())
-        spliced = torch.where(keep[..., None], x_hat.view_as(resid).to(resid.dtype), resid)
-        return x, x_hat, active, spliced
+        replacement = x_hat.view_as(resid).to(resid.dtype)
+        return x, x_hat, active, torch.where(keep[..., None], replacement, resid)
 
-    def save(self, folder: Path, metadata: dict) -> None:
+    def save(self, folder: Path, metadata: dict):
         """Writes what was trained, so that it gives the same figures; methods may add to it."""
         self.sae.save(folder, metadata)
 
     def state_dict(self) -> dict:
         frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
-        state = {"trained": trained, "optimizer": self.optimizer.state_dict()}
-        return {**state, "l1": self.l1, "idle": self.idle, "dead": self.dead}
+        return {
+            "trained": trained,
+            "optimizer": self.optimizer.state_dict(),
+            "l1": self.l1,
+            "idle": self.idle,
+            "dead": self.dead,
+        }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.l1, self.idle, self.dead = state["l1"], state["idle"], state["dead"]
+        self.l1 = state["l1"]
+        self.idle = state["idle"]
+        self.dead = state["dead"]
 
 
 @dataclass
@@ -462,11 +485,14 @@ class Phase:
     step: int = 0
 
     def state_dict(self) -> dict:
-        state = {"name": self.name, "step": self.step}
-        state["trainees"] = [t.state_dict() for t in self.trainees]
-        return {**state, "buffer": self.buffer.state_dict() if self.buffer else {}}
+        return {
+            "name": self.name,
+            "step": self.step,
+            "trainees": [t.state_dict() for t in self.trainees],
+            "buffer": self.buffer.state_dict() if self.buffer else {},
+        }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict):
         self.step = state["step"]
         for t, saved in zip(self.trainees, state["trainees"]):
             t.load_state_dict(saved)
@@ -475,18 +501,10 @@ class Phase:
 
 
 @torch.no_grad()
-def set_threshold(t: Trainee, x: Tensor) -> None:
-    """BatchTopK's threshold at the end of a phase: that with L0 = K on activations x [N, D]. (The
-    published running mean of the smallest activation kept lags behind in short runs.)"""
-    t.trained.eval()
-    low, high = 0.0, 2 * t.sae.encode(x[:512]).max().item() / t.sae.scale.item()
-    keep = torch.ones(2048, dtype=torch.bool, device=x.device)
-    for _ in range(20):  # bisection
-        middle = (low + high) / 2
-        t.sae.threshold.fill_(middle)
-        active = [t.insert(part, keep[: len(part)])[1] for part in x.split(2048)]
-        active = sum(activity.counts.sum().item() for activity in active)
-        low, high = (middle, high) if active > t.sae.k * len(x) else (low, middle)
+def move_threshold(sae: SAE, active: Activity, step: int):
+    """BatchTopK's threshold: the mean of the least activations kept in the last 50 steps or so.
+    (The published mean of the last 1000 lags behind in short runs.)"""
+    sae.threshold.lerp_(active.floor.to(sae.threshold.dtype), max(1 / (step + 1), 0.02))
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
@@ -495,7 +513,7 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
 
 
-def update(t: Trainee, lr: float) -> None:
+def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
     clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
     unit_norm = t.trained is t.sae and t.sae.unit_norm
@@ -514,7 +532,7 @@ def update(t: Trainee, lr: float) -> None:
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
-def train_mse(phase: Phase, config: Config, after_step) -> None:
+def train_mse(phase: Phase, config: Config, after_step):
     """Phase one. loss = mean_n ||x - x_hat||^2 + AuxK / 32, on x / scale; ReLU SAEs have lambda
     sum_i f_i ||W_dec[i]|| in place of AuxK. All SAEs see the same batches."""
     for step in range(phase.step, phase.steps):
@@ -531,12 +549,14 @@ def train_mse(phase: Phase, config: Config, after_step) -> None:
             loss = mse
             if sae.kind == "relu":
                 t.l1 = config.l1 * min(1.0, 20 * step / phase.steps)
-                loss = mse + t.l1 * (active.sums * sae.W_dec.norm(dim=-1)).sum() / len(x)
+                loss = mse + t.l1 * sae.penalty(active) / len(x)
             elif len(t.dead):
                 loss = mse + auxk_loss(sae, x, error, t.dead) / 32
             loss.backward()
             update(t, lr)
 
+            if sae.kind == "batchtopk":
+                move_threshold(sae, active, step)
             counts = sum_over_ranks(active.counts)  # [F]
             t.idle = torch.where(counts > 0, 0, t.idle + n)
             if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
@@ -551,8 +571,10 @@ def train_mse(phase: Phase, config: Config, after_step) -> None:
 def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step):
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all q.
     The rate falls linearly to 0; if this is all of the training (end to end), it is phase one's."""
-    end_to_end = config.kl_tokens == config.tokens and not config.start
-    peak, warmup, decay = (config.lr, config.warmup, 0.2) if end_to_end else (config.kl_lr, 0, 1.0)
+    d_model = lm.W_U.shape[1]
+    peak, warmup, decay = config.kl_lr, 0, 1.0
+    if config.kl_tokens == config.tokens and not config.start:
+        peak, warmup, decay = config.lr, config.warmup, 0.2
     kind = phase.trainees[0].loss  # of one method: the same for all
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
@@ -571,10 +593,13 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
         if kind == "mse":  # no later block runs
             kls = [torch.zeros_like(n) for _ in passes]
         else:
-            lasts_q = [t.lm.suffix(s, config.layer) for t, (*_, s) in zip(phase.trainees, passes)]
-            kls = SlicedKL.apply(lm, weight, last_p, *(last.flatten(0, 1) for last in lasts_q))
+            lasts_q = []
+            for t, (*_, spliced) in zip(phase.trainees, passes):
+                lasts_q.append(t.lm.suffix(spliced, config.layer).flatten(0, 1))
+            kls = SlicedKL.apply(lm, weight, last_p, *lasts_q)
 
-        losses, figures = [], []
+        losses = []
+        figures = []
         for t, (x, x_hat, active, _), kl in zip(phase.trainees, passes, kls):
             mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
@@ -582,20 +607,23 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
             l0 = sum_over_ranks(active.counts).sum() / (n * world_size())
             if t.sae.kind == "relu":
                 # Phase one's MSE, of x / scale and summed over D, is D / scale^2 times this one.
-                penalty = (active.sums * t.sae.W_dec.norm(dim=-1)).sum() / n
-                loss = loss * x.shape[1] / t.sae.scale**2 + t.l1 * penalty
+                loss = loss * d_model / t.sae.scale**2 + t.l1 * t.sae.penalty(active) / n
                 if t.l0_target is not None:
                     t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
+            if t.sae.kind == "batchtopk" and t.sae.training:
+                move_threshold(t.sae, active, step)
             losses.append(loss)
-            row = {"loss": loss, "mse": mse, "fvu": mse * x.shape[1] / variance, "l0": l0}
-            figures.append(row if kind == "mse" else {**row, "kl": kl, "beta": beta})
+            row = {"loss": loss, "mse": mse, "fvu": mse * d_model / variance, "l0": l0}
+            if kind != "mse":
+                row.update(kl=kl, beta=beta)
+            figures.append({name: value.detach() for name, value in row.items()})
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         lr = peak * lr_factor(step, phase.steps, warmup, decay)
         for t in phase.trainees:
             update(t, lr)
         phase.step = step + 1
-        after_step(phase, [{name: v.detach() for name, v in row.items()} for row in figures])
+        after_step(phase, figures)
 
 
 METHODS = {  # name -> (lm, a copy of the MSE SAE, config) -> what to train
@@ -606,7 +634,7 @@ METHODS = {  # name -> (lm, a copy of the MSE SAE, config) -> what to train
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
-def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets: Tensor) -> Tensor:
+def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets):
     """[m, 2], summed over N tokens: CE on targets [N] of each of m outputs [N, D] of the last
     block, and KL from the first one's distribution to it. A slice of tokens at a time."""
     sums = torch.zeros(len(lasts), 2, dtype=torch.double, device=targets.device)
@@ -620,43 +648,45 @@ def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tuple[dict, list]:
+def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict, list]:
     """On held-out tokens [n, T]: figures of the model, and of each trainee.
 
     ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
     unexplained. l0: active latents per token. dead: latents that never fired. Positions without
     content (`content`) do not count; their share is `left_out`."""
-    device, (d_sae, d_model) = lm.W_U.device, trainees[0].sae.W_enc.shape
-    zeros = functools.partial(torch.zeros, dtype=torch.double, device=device)
-    ce_kl, errors, counts = zeros(2 + len(trainees), 2), zeros(len(trainees)), zeros(3)
-    fired, x_sum = zeros(len(trainees), d_sae), zeros(d_model)
-    for batch in tokens[rank() :: world_size()].to(device).split(8):
+    limit = sink_limit(trainees[0].sae, config)
+    sums = collections.defaultdict(float)  # over all batches
+    for batch in tokens[rank() :: world_size()].to(lm.W_U.device).split(8):
         resid = lm.prefix(batch, config.layer)  # [B, T, D]
-        keep = content(resid, lm.n_skip, sink_limit(trainees[0].sae, config))  # [B, T]
-        spliced = [resid, torch.where(keep[..., None], 0, resid)]  # the model's own, and ablated
+        keep = content(resid, lm.n_skip, limit)  # [B, T]
+        zero = torch.where(keep[..., None], 0, resid)
+        passes = [(lm, resid), (lm, zero)]  # the model's own, and ablated
         for i, t in enumerate(trainees):
-            x, x_hat, active, with_x_hat = t.splice(batch, resid, keep, config.layer)
-            spliced.append(with_x_hat)
-            errors[i] += (x - x_hat)[keep.flatten()].double().pow(2).sum()
-            fired[i] += active.counts
-        models = [lm, lm, *(t.lm for t in trainees)]
+            x, x_hat, active, spliced = t.splice(batch, resid, keep, config.layer)
+            passes.append((t.lm, spliced))
+            sums["error", i] += (x - x_hat)[keep.flatten()].double().pow(2).sum()
+            sums["fired", i] += active.counts
         scored = keep[:, :-1]  # a token's next one is its target
-        lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in zip(models, spliced)]
-        ce_kl += ce_and_kl(lm, lasts, batch[:, 1:][scored])
+        lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
+        sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
         x = resid[keep].double()
-        x_sum += x.sum(0)
-        counts += torch.stack([x.pow(2).sum(), keep.sum(), scored.sum()])
-    for sums in (ce_kl, errors, counts, fired, x_sum):
-        sums.copy_(sum_over_ranks(sums))
+        sums["x"] += x.sum(0)
+        sums["x^2"] += x.pow(2).sum()
+        sums["kept"] += keep.sum()
+        sums["scored"] += scored.sum()
+    sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
-    square, kept, scored = counts.tolist()
-    variance = square - x_sum.pow(2).sum().item() / kept
-    (ce_original, _), (ce_zero, _), *rows = (ce_kl / scored).tolist()
+    kept = sums["kept"].item()
+    variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
+    (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
     figures = []
-    for (ce, kl), error, latents in zip(rows, errors.tolist(), fired):
-        row = {"ce": ce, "gap": ce - ce_original, "kl": kl, "fvu": error / variance}
-        row["l0"], row["dead"] = latents.sum().item() / kept, int((latents == 0).sum())
+    for i, (ce, kl) in enumerate(rows):
+        fired = sums["fired", i]
+        row = {"ce": ce, "gap": ce - ce_original, "kl": kl}
+        row["fvu"] = sums["error", i].item() / variance
+        row["l0"] = fired.sum().item() / kept
+        row["dead"] = int((fired == 0).sum())
         lost = ce_zero - ce_original
         row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
         figures.append(row)
@@ -667,7 +697,7 @@ def evaluate(lm, tokens: Tensor, trainees: list[Trainee], config: Config) -> tup
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x, weight, bias=None):
     """x weight' + bias. In float32 on the CPU oneDNN's product is up to 1.5 times as fast as that
     of the BLAS behind F.linear; it has no derivative, so only where none is recorded."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -685,20 +715,17 @@ class Entries(NamedTuple):
     columns: Tensor  # [P]
 
 
-def top_k(pre: Tensor, k: int) -> Entries:
-    """ReLU of the K largest of each row of pre [N, F]."""
+def active_entries(pre, k, floor) -> Entries:
+    """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach `floor`."""
+    if k is None:
+        tokens, latents = ((pre > 0) & (pre >= floor)).nonzero(as_tuple=True)
+        return Entries(pre[tokens, latents], tokens, latents)
     values, latents = pre.topk(k, sorted=False)
     tokens = torch.arange(len(pre)).repeat_interleave(k)
     return Entries(values.relu().flatten(), tokens, latents.flatten())
 
 
-def at_least(pre: Tensor, floor: Tensor | float) -> Entries:
-    """Every entry of pre [N, F] that is above 0 and at least `floor`."""
-    tokens, latents = ((pre > 0) & (pre >= floor)).nonzero(as_tuple=True)
-    return Entries(pre[tokens, latents], tokens, latents)
-
-
-def times(f: Entries, table: Tensor, n: int) -> Tensor:
+def times(f: Entries, table, n: int):
     """The product f @ table [n, D] of a sparse f of n rows."""
     offsets = torch.searchsorted(f.rows, torch.arange(n))
     return F.embedding_bag(f.columns, table, offsets, mode="sum", per_sample_weights=f.values)
@@ -721,14 +748,14 @@ class SparseAutoencode(torch.autograd.Function):
             pre.masked_fill_(~keep[:, None], -torch.inf)
             n = keep.sum()
         k, floor = select(pre, n)
-        entries = at_least(pre, floor) if k is None else top_k(pre, k)
+        entries = active_entries(pre, k, floor)
         entries = entries._replace(values=single(entries.values))
         ctx.save_for_backward(centred, W_enc, W_dec, *entries)
         ctx.mark_non_differentiable(entries.rows, entries.columns)
-        return times(entries, W_dec, len(x)) + b_dec, *entries
+        return times(entries, W_dec, len(x)) + b_dec, floor, *entries
 
     @staticmethod
-    def backward(ctx, g, g_values, *_):
+    def backward(ctx, g, _, g_values, *__):
         centred, W_enc, W_dec, *entries = ctx.saved_tensors
         entries = Entries(*entries)
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
@@ -748,13 +775,13 @@ class SparseAutoencode(torch.autograd.Function):
         return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None, None
 
 
-def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep) -> tuple[Tensor, Activity]:
+def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep):
     """`autoencode`, for the CPU."""
-    x_hat, *entries = SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, keep)
-    values, _, latents = entries
+    out = SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, keep)
+    x_hat, floor, values, _, latents = out
     zeros = values.new_zeros(len(W_enc))
     counts = zeros.long().index_add_(0, latents, (values > 0).long())
-    return x_hat, Activity(counts, zeros.index_add(0, latents, values))
+    return x_hat, Activity(counts, zeros.index_add(0, latents, values), floor)
 
 
 # ---- Language models: what the families share --------------------------------------------------
@@ -765,24 +792,26 @@ class Rope(NamedTuple):
     base: float
     factor: float = 1.0  # positions are divided by it
 
-    def tables(self, length: int, device) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, dim]."""
+    def tables(self, resid):
+        """cos and sin [T, dim] for resid [B, T, D], in its dtype."""
+        device = resid.device
         inv_freq = 1 / self.base ** (torch.arange(0, self.dim, 2, device=device) / self.dim)
-        positions = torch.arange(length, device=device).float() / self.factor
+        positions = torch.arange(resid.shape[1], device=device).float() / self.factor
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
-        return angles.cos(), angles.sin()
+        return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first cos.shape[-1] dimensions of every head; x is [B, H, T, head_dim]."""
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+def rotate(x, cos, sin):
+    """Turns the first dimensions, as many as cos has, of every head; x is [B, H, T, head_dim]."""
+    dim = cos.shape[-1]
+    turned, rest = x[..., :dim], x[..., dim:]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1)
 
 
 class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
@@ -795,7 +824,7 @@ class LanguageModel(nn.Module):
     n_skip = 0  # leading positions without content (<bos>)
     kl_and_gradient = staticmethod(kl_and_gradient)
 
-    def __init__(self, arch: Architecture, has_head: bool):
+    def __init__(self, arch: model_loaders.Architecture, has_head: bool):
         super().__init__()
         self.max_context = arch.max_context
         self.logit_cap = arch.logit_cap
@@ -815,33 +844,33 @@ class LanguageModel(nn.Module):
         return self.part(self.layers)
 
     @property
-    def W_U(self) -> Tensor:  # [V, D]
+    def W_U(self):  # [V, D]
         return getattr(self, self.head, self.part(self.embedding)).weight
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens):
         return self.part(self.embedding)(tokens)
 
-    def prefix(self, tokens: Tensor, layer: int) -> Tensor:
+    def prefix(self, tokens, layer: int):
         """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
         return self.suffix(self.embed(tokens), -1, layer + 1)
 
-    def suffix(self, resid: Tensor, layer: int, stop: int | None = None) -> Tensor:
+    def suffix(self, resid, layer: int, stop: int | None = None):
         """Output [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
         tables = {}
         for block in self.blocks[layer + 1 : stop]:
             if block.rope not in tables:
-                tables[block.rope] = block.rope.tables(resid.shape[1], resid.device)
+                tables[block.rope] = block.rope.tables(resid)
             resid = block(resid, *tables[block.rope])
         return resid
 
-    def final_norm(self, resid: Tensor) -> Tensor:
+    def final_norm(self, resid):
         return self.part(self.norm)(resid)
 
-    def unembed(self, resid: Tensor) -> Tensor:
+    def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
         return soft_cap(linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
         return self.unembed(self.suffix(self.embed(tokens), -1))
 
@@ -856,7 +885,7 @@ class LanguageModel(nn.Module):
 class PythiaBlock(nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
 
-    def __init__(self, arch: Architecture, i: int):
+    def __init__(self, arch: model_loaders.Architecture, i: int):
         super().__init__()
         self.rope = Rope(**arch.ropes[i])
         self.n_heads = arch.n_heads
@@ -870,7 +899,7 @@ class PythiaBlock(nn.Module):
         self.mlp["dense_h_to_4h"] = Linear(arch.d_model, arch.d_mlp)
         self.mlp["dense_4h_to_h"] = Linear(arch.d_mlp, arch.d_model)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, x, cos, sin):
         # The weight's rows go head by head, the q, k and v of a head side by side.
         qkv = self.attention.query_key_value(x).unflatten(-1, (self.n_heads, -1))
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # each [B, H, T, head_dim]
@@ -879,7 +908,7 @@ class PythiaBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.attention.dense(out.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x, cos, sin):
         y = x + self.attend(self.input_layernorm(x), cos, sin)
         h = self.post_attention_layernorm(x if self.parallel else y)
         h = F.gelu(self.mlp.dense_h_to_4h(h))
@@ -905,7 +934,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         weight = 1 + single(self.weight)
         return F.rms_norm(single(x), weight.shape, weight, self.eps).to(x.dtype)
 
@@ -914,7 +943,7 @@ class GemmaBlock(nn.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Grouped-query attention to all
     before it, or to a window. Gemma 2 soft-caps the scores; Gemma 3 norms q and k instead."""
 
-    def __init__(self, arch: Architecture, i: int):
+    def __init__(self, arch: model_loaders.Architecture, i: int):
         super().__init__()
         self.rope = Rope(**arch.ropes[i])
         self.window = arch.windows[i]
@@ -940,7 +969,7 @@ class GemmaBlock(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(d_model, arch.eps)
         self.post_feedforward_layernorm = RMSNorm(d_model, arch.eps)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, x, cos, sin):
         parts = self.self_attn
         q = parts.q_norm(self.heads(parts.q_proj(x)))  # [B, H, T, head_dim]
         k = parts.k_norm(self.heads(parts.k_proj(x)))  # [B, n_kv, T, head_dim]
@@ -956,10 +985,10 @@ class GemmaBlock(nn.Module):
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
         return parts.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
-    def heads(self, x: Tensor) -> Tensor:
+    def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x, cos, sin):
         x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), cos, sin))
         h = self.pre_feedforward_layernorm(x)
         h = F.gelu(self.mlp.gate_proj(h), approximate="tanh") * self.mlp.up_proj(h)
@@ -976,7 +1005,7 @@ class Gemma(LanguageModel):
     head = "lm_head"
     n_skip = 1
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens):
         x = super().embed(tokens)
         # The factor is rounded to the model's dtype, as the published weights expect.
         return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
@@ -986,16 +1015,11 @@ class Gemma(LanguageModel):
 def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
     """The model that a parsed config.json describes, on the meta device; has_head: whether it has
     an unembedding of its own, if config.json leaves that open. UserError for what is not ours."""
-    try:
+    with user_errors("config.json describes no model that runs"), torch.device("meta"):
         arch = model_loaders.describe_model(config)
         family = Pythia if arch.model_type == "gpt_neox" else Gemma
-        with torch.device("meta"):
-            lm = family(arch, has_head or not arch.tied)
-            lm(torch.zeros(1, 2, dtype=torch.long))
-    except UserError:
-        raise
-    except Exception as error:  # sizes that do not fit each other
-        raise UserError(f"config.json describes no model that runs: {error!r:.200}") from None
+        lm = family(arch, has_head or not arch.tied)
+        lm(torch.zeros(1, 2, dtype=torch.long))  # sizes may not fit each other
     return lm
 
 
@@ -1005,11 +1029,8 @@ def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     config = model_loaders.load_config(name)
     weights = model_loaders.load_weights(name, device, dtype)
     lm = build_lm(config, not weights.keys().isdisjoint(("embed_out.weight", "lm_head.weight")))
-    try:
+    with user_errors(f"{name}: weights do not fit config.json"):
         lm.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        details = " ".join(str(error).split())
-        raise UserError(f"{name}: weights do not fit config.json: {details:.300}") from None
     return lm.eval().requires_grad_(False)
 
 
@@ -1022,7 +1043,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def sum_over_ranks(x):
     """The sum over all processes; x itself where there is one."""
     if world_size() > 1:
         x = x.detach().clone()
@@ -1030,7 +1051,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
+def mean_over_ranks(x):
     """The mean over all processes; x itself where there is one."""
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
@@ -1041,10 +1062,8 @@ def join_processes(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{local or 0}" if name == "cuda" else name
-    try:
+    with user_errors(f"--device {name} is not there"):
         device = torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not there: {str(error).splitlines()[0]}") from None
     if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
@@ -1054,21 +1073,6 @@ def join_processes(name: str) -> torch.device:
 # ---- A run, from its settings to its report ----------------------------------------------------
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; args[0] is the signal's number."""
-
-
-def say(text: str, renew: bool = False) -> None:
-    """A line for the reader. On a terminal, one to `renew` is cut to its width and gives way to the
-    next. The first process speaks for all; a closed stdout ends nothing."""
-    if rank() > 0:
-        return
-    try:
-        end = "\n"
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            text, end = ("\r\033[K" + text[:width], "") if renew else ("\r\033[K" + text, end)
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check(config: Config, methods: dict) -> LanguageModel:
@@ -1081,40 +1085,57 @@ def check(config: Config, methods: dict) -> LanguageModel:
             refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to 2^62")
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
-    config.layer = (last + 1) // 2 if config.layer is None else config.layer
-    config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14) if config.lr is None else config.lr
-    config.data = model_loaders.usual_data(config.model) if config.data is None else config.data
-    config.k, config.method = [*dict.fromkeys(config.k)], [*dict.fromkeys(config.method)]
-    k, method, context = config.k, config.method, config.context
-    unknown = [name for name in method if name not in methods]
-    n_mse, step = config.tokens - config.kl_tokens, config.kl_batch * context * world_size()
-    sequences = config.tokens // context - config.kl_tokens // context  # of phase one
+    if config.layer is None:
+        config.layer = (last + 1) // 2
+    if config.lr is None:
+        config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14)
+    if config.data is None:
+        config.data = model_loaders.usual_data(config.model)
+    config.k = [*dict.fromkeys(config.k)]
+    config.method = [*dict.fromkeys(config.method)]
+
+    unknown = [name for name in config.method if name not in methods]
     refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
-    refuse(config.layer > last, f"--layer {config.layer}: {config.model} has layers 0 to {last}")
-    refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
+    layer, k, context = config.layer, max(config.k), config.context
+    refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
+    refuse(k > config.d_sae, f"--k {k} is above d_sae = {config.d_sae}")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
-    refuse(n_mse < 0, f"--kl-tokens {config.kl_tokens} is above --tokens {config.tokens}")
-    too_few = sequences * (context - 1) < config.batch * world_size()  # one may be <bos>
-    short = f"{n_mse} tokens by MSE are below a step (--batch {config.batch})"
-    refuse(n_mse > 0 and too_few and not config.start, short)
-    short = f"--kl-tokens {config.kl_tokens} is below a step of {step} (--kl-batch x --context)"
-    refuse(0 < config.kl_tokens < step, short)
     several = config.sae == "batchtopk" and world_size() > 1
     refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
+
+    tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
+    refuse(kl_tokens > tokens, f"--kl-tokens {kl_tokens} is above --tokens {tokens}")
+    mse_sequences = tokens // context - kl_tokens // context
+    short = mse_sequences * (context - 1) < batch * world_size()  # one may be <bos>
+    short = short and kl_tokens < tokens and not config.start
+    refuse(short, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
+    step = config.kl_batch * context * world_size()
+    short = 0 < kl_tokens < step
+    refuse(short, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
     return lm
 
 
-def operations(config: Config, lm: LanguageModel) -> dict[str, float]:
-    """Multiplications of each part of a run, roughly."""
-    whole, n = sum(p.numel() for p in lm.parameters()), len(config.k)
-    prefix = (config.layer + 1) * sum(p.numel() for p in lm.blocks[0].parameters())
-    prefix += 3 * n * config.d_sae * lm.W_U.shape[1]  # and the SAEs
-    parts = {"MSE": 0 if config.start else (config.tokens - config.kl_tokens) * prefix}
+def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> dict[str, float]:
+    """Seconds that each part of a run may take, roughly: a multiplication for each token and
+    parameter that meet, at half the speed of products of 1024 x 1024."""
+    x = torch.rand(1024, 1024, device=device, dtype=getattr(torch, config.dtype))
+    (x @ x).sum().item()
+    start = time.perf_counter()
+    (x @ x @ x @ x).sum().item()
+    each = 2 * (time.perf_counter() - start) / (3 * 1024**3)
+
+    n_saes = len(config.k)
+    whole = sum(p.numel() for p in lm.parameters())
+    block = sum(p.numel() for p in lm.blocks[0].parameters())
+    prefix = (config.layer + 1) * block + 3 * n_saes * config.d_sae * lm.W_U.shape[1]
+    mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
+    parts = {"MSE": mse_tokens * prefix * each}
     for method in config.method:
-        later = 0 if method == "mse" else whole * (1 + 3 * n)
-        parts[method] = config.kl_tokens * (prefix + later)
-    evaluations = config.eval_tokens * (1 + len(config.method))
-    return {**parts, "evaluation": evaluations * whole * (2 + n)}
+        later = 0 if method == "mse" else (1 + 3 * n_saes) * whole
+        parts[method] = config.kl_tokens * (prefix + later) * each
+    evaluations = 1 + len(config.method)
+    parts["evaluation"] = evaluations * config.eval_tokens * (2 + n_saes) * whole * each
+    return parts
 
 
 LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
@@ -1124,30 +1145,29 @@ LABELS["mse"] = "after MSE alone, same tokens"
 class Run:
     """What a command line asks for, and what has been done of it. UserError for what cannot be.
 
-    The folder: config.json, metrics.jsonl, report.json, and the SAE after the first method; that of
-    phase one in `before`, those of other methods in folders of their own. Of several K each has a
-    folder with all of that but config.json and metrics.jsonl: k8, k16, ..."""
+    In its folder stand the SAE after the first method, that of phase one in `before`, those of
+    other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
 
     def __init__(self, config: Config, methods: dict = METHODS):
-        self.config, self.methods = config, methods
+        self.config = config
+        self.methods = methods
         self.device = join_processes(config.device)
-        self.operations = operations(config, check(config, methods))
-        self.saved = self.phase_began = time.monotonic()
-        self.signal, self.in_loop, self.closing = None, False, contextlib.ExitStack()
-        # What a checkpoint keeps, beside a phase's state; losses since the last line of figures.
-        self.state = {"results": {}, "seconds": {}, "saes": [], "model": {}, "l1": config.l1}
-        self.losses, self.saved_phase, self.published = [], {}, False
-        name = config.name
-        if name is None:
-            kinds = f"{config.sae}-k{'-'.join(map(str, config.k))}-seed{config.seed}"
-            name = f"{Path(config.model).name}-layer{config.layer}-{kinds}"
-        refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
-        path = Path(config.out).expanduser() / name
-        start = Path(config.start or os.sep).expanduser().resolve()
-        inside = path.resolve() in (start, *start.parents)
-        refuse(inside, f"--start {config.start} lies in this run's own folder: give a --name")
+        self.guess = guess_seconds(config, check(config, methods), self.device)
+        path = model_loaders.run_path(asdict(config))
         self.folder = model_loaders.RunFolder(path, ["before", *methods], rank())
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
+        self.results = {}  # for MSE and each method: of every SAE the figures of `evaluate`
+        self.model_figures = {}
+        self.seconds = {}  # for MSE and each method
+        self.mse_saes = []  # the state of each SAE after phase one
+        self.l1 = config.l1
+        self.losses = []  # since the last line of metrics.jsonl
+        self.saved_phase = {}
+        self.published = False  # whether others trained the SAE of --start
+        self.saved = self.phase_began = time.monotonic()
+        self.signal = None
+        self.in_loop = False
+        self.closing = contextlib.ExitStack()
 
     def run(self) -> list[dict]:
         """The whole run; a report for each K, as in its report.json."""
@@ -1161,163 +1181,160 @@ class Run:
             self.folder.finish()
             return reports
 
-    def prepare(self) -> None:
+    def prepare(self):
         """Loads the model, and starts the stream of tokens."""
         config = self.config
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         ks = f", K {', '.join(map(str, config.k))}" if "topk" in config.sae else ""
         what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
         budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
-        say(f"{budget} {', '.join(config.method)}; roughly {self.guess():.0f} minutes")
+        minutes = sum(self.guess.values()) / 60
+        say(f"{budget} {', '.join(config.method)}; roughly {minutes:.0f} minutes")
         tokenizer = load_tokenizer(config.model, config.bos)
-        say("loading the model", renew=True)
-        lm = self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
-        lm.n_skip = int(tokenizer.bos_id is not None)
-        rows = f"{tokenizer.n_vocab} ids in the tokenizer, {len(lm.W_U)} rows in the embedding"
-        refuse(tokenizer.n_vocab > len(lm.W_U), f"{config.model} has {rows}")
+        progress("loading the model")
+        self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
+        self.lm.n_skip = int(tokenizer.bos_id is not None)
+        n_rows = len(self.lm.W_U)
+        rows = f"{tokenizer.n_vocab} ids in the tokenizer, {n_rows} rows in the embedding"
+        refuse(tokenizer.n_vocab > n_rows, f"{config.model} has {rows}")
+        if config.compile:
+            self.lm.compile_parts()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, report=functools.partial(say, renew=True))
+        self.stream = TokenStream(*source, report=progress)
         self.closing.callback(self.stream.close)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
-        if config.compile:
-            lm.compile_parts()
-
-    def guess(self) -> float:
-        """Minutes that the run may take: twice its products' time, at the speed of one of 1024."""
-        x = torch.rand(1024, 1024, device=self.device, dtype=getattr(torch, self.config.dtype))
-        (x @ x).sum().item()
-        start = time.perf_counter()
-        (x @ x @ x @ x).sum().item()
-        return 2 * sum(self.operations.values()) * (time.perf_counter() - start) / (3 * 2**30) / 60
 
     def train(self) -> list[dict]:
         """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
-        config, lm, state = self.config, self.lm, self.state
-        if config.start:
-            saes = [SAE.load(config.start)]
-            self.published = saes[0].median_norm.item() == 0  # by others
-        else:
-            shape = lm.W_U.shape[1], config.d_sae
-            try:
-                saes = [SAE(*shape, k, config.sae, config.seed) for k in config.k]
-            except RuntimeError as error:
-                raise UserError(f"--d-sae {config.d_sae}: {str(error):.200}") from None
-        for sae in saes:
-            sae.to(self.device).bfloat16 = config.dtype == "bfloat16"
-        if state["saes"]:
-            for sae, saved in zip(saes, state["saes"]):
-                sae.load_state_dict(saved)
-        else:
-            self.measure(saes)
+        config, lm = self.config, self.lm
+        saes = self.first_saes()
         limit = sink_limit(saes[0], config)
-        if "MSE" not in state["results"]:
+        if "MSE" not in self.results:
+            n_tokens = 0 if config.start else self.n_mse * (config.context - lm.n_skip)
             trainees = [Trainee(sae, lm, "mse", decay=0.0) for sae in saes]
-            steps = self.n_mse * (config.context - lm.n_skip) // (config.batch * world_size())
-            phase = Phase("MSE", trainees, 0 if config.start else steps, limit)
+            phase = Phase("MSE", trainees, n_tokens // (config.batch * world_size()), limit)
             phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, limit, config)
             self.run_phase(phase, train_mse, config)
-            self.finish(phase)
         steps = (self.n - self.n_mse) // (config.kl_batch * world_size())
         for method in config.method if steps else []:
-            if method not in state["results"]:
+            if method not in self.results:
                 trainees = [self.trainee(method, i, sae) for i, sae in enumerate(saes)]
                 phase = Phase(method, trainees, steps, limit, first=self.n_mse)
                 self.run_phase(phase, finetune, lm, self.stream, config)
-                self.finish(phase)
         return [self.report(i) for i in range(len(saes))]
 
+    def first_saes(self) -> list[SAE]:
+        """The SAEs with which phase one begins, or with which it ended."""
+        config = self.config
+        if config.start:
+            saes = [SAE.load(config.start)]
+            self.published = saes[0].median_norm.item() == 0
+        else:
+            d_model = self.lm.W_U.shape[1]
+            with user_errors(f"--d-sae {config.d_sae}"):
+                saes = [SAE(d_model, config.d_sae, k, config.sae, config.seed) for k in config.k]
+        for sae in saes:
+            sae.to(self.device).bfloat16 = config.dtype == "bfloat16"
+        for sae, saved in zip(saes, self.mse_saes):
+            sae.load_state_dict(saved)
+        if not self.mse_saes:
+            self.measure(saes)
+        return saes
+
     @torch.no_grad()
-    def measure(self, saes: list[SAE]) -> None:
+    def measure(self, saes: list[SAE]):
         """From the first activations: the median norm where an SAE has none yet, scale and b_dec of
         new SAEs. All processes take what the first one measured."""
-        tokens = self.stream.train(0, min(self.n_mse or self.n, 32_768 // self.config.context + 1))
-        resid = collect(self.lm, tokens.to(self.device), self.config.layer)  # [B, T, D]
+        n = min(self.n_mse or self.n, 32_768 // self.config.context + 1)
+        tokens = self.stream.train(0, n).to(self.device)
+        resid = collect(self.lm, tokens, self.config.layer)  # [B, T, D]
         median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
         for sae in saes:
-            sae.median_norm.copy_(torch.where(sae.median_norm > 0, sae.median_norm, median))
+            if sae.median_norm == 0:
+                sae.median_norm.copy_(median)
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
+            scale = x.pow(2).sum(-1).mean().sqrt()
             if not self.config.start:
-                sae.start_from(x)
+                sae.rescale(scale)
+                sae.b_dec.copy_(x.mean(0) / scale)
             elif sae.kind == "relu" and self.published:
-                sae.rescale(x.pow(2).sum(-1).mean().sqrt())
-                self.state["l1"] = sae.stationary_l1(x[:4096])
+                sae.rescale(scale)
+                self.l1 = sae.stationary_l1(x[:4096])
             for values in sae.state_dict().values() if world_size() > 1 else []:
                 dist.broadcast(values, 0)
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
         """What a method trains, from a copy of SAE i of phase one."""
-        sae, l0 = copy.deepcopy(sae).eval(), self.state["results"]["MSE"][i]["l0"]
+        l0 = self.results["MSE"][i]["l0"]
+        sae = copy.deepcopy(sae).eval()
         if sae.kind == "batchtopk" and self.published:
             sae.k = l0  # its threshold may leave another L0 on this text: train at that
         if sae.kind != "relu":
             sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         trainee = self.methods[method](self.lm, sae, self.config)
-        end_to_end = self.n_mse == 0 and not self.config.start  # then there is no L0 to keep
-        trainee.l1, trainee.l0_target = self.state["l1"], None if end_to_end else l0
+        trainee.l1 = self.l1
+        if self.n_mse or self.config.start:  # else, end to end, there is no L0 to keep
+            trainee.l0_target = l0
         return trainee
 
-    def run_phase(self, phase: Phase, loop, *args) -> None:
-        """A phase's loop, from where a checkpoint left it."""
+    def run_phase(self, phase: Phase, loop, *args):
+        """A phase's loop, from where a checkpoint left it; saves and evaluates what it trained."""
         for t in phase.trainees:
             t.trained.train()
         if self.saved_phase.get("name") == phase.name:
             phase.load_state_dict(self.saved_phase)
-        self.phase_began = time.monotonic() - self.state["seconds"].get(phase.name, 0.0)
+        self.phase_began = time.monotonic() - self.seconds.get(phase.name, 0.0)
         self.in_loop = True
         loop(phase, *args, self.after_step)
         self.in_loop = False
         self.checkpoint(phase)
-
-    def finish(self, phase: Phase) -> None:
-        """Saves what a phase trained, evaluates it, and makes a checkpoint of that."""
-        name, results = phase.name, self.state["results"]
-        if phase.trainees[0].sae.kind == "batchtopk" and phase.steps:
-            stop, few = self.n_mse if name == "MSE" else self.n, 65_536 // self.config.context + 1
-            tokens = self.stream.train(max(0, stop - few), min(few, stop)).to(self.device)
-            resid = collect(self.lm, tokens, self.config.layer)
-            x = resid[content(resid, self.lm.n_skip, phase.limit)]
-            for t in phase.trainees:
-                set_threshold(t, x)
-        part = "before" if name == "MSE" else name
-        if name == self.config.method[0] or self.n_mse == self.n:
-            part = "."
-        if self.n_mse or self.config.start or name != "MSE":
-            self.save(phase, part)
-        say(f"evaluating {LABELS.get(name, name)}", renew=True)
-        held_out = self.stream.validation()
-        self.state["model"], rows = evaluate(self.lm, held_out, phase.trainees, self.config)
-        for row, before in zip(rows, results.get("MSE", [])):
-            known = before["gap"] and (self.n_mse or self.config.start)
-            row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
-        results[name] = rows
-        if name == "MSE":
-            self.state["saes"] = [t.sae.state_dict() for t in phase.trainees]
+        for t in phase.trainees:
+            t.trained.eval()
+        self.finish(phase)
         self.checkpoint()
 
-    def save(self, phase: Phase, part: str) -> None:
+    def finish(self, phase: Phase):
+        """Saves what a phase trained, and evaluates it."""
+        name = phase.name
+        trained = self.n_mse or self.config.start  # whether there is an SAE before the fine-tune
+        if trained or name != "MSE":
+            last = name == self.config.method[0] or self.n_mse == self.n
+            self.save(phase, "." if last else "before" if name == "MSE" else name)
+        progress(f"evaluating {LABELS.get(name, name)}")
+        held_out = self.stream.validation()
+        self.model_figures, rows = evaluate(self.lm, held_out, phase.trainees, self.config)
+        for row, before in zip(rows, self.results.get("MSE", [])):
+            known = trained and before["gap"]
+            row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
+        self.results[name] = rows
+        if name == "MSE":
+            self.mse_saes = [t.sae.state_dict() for t in phase.trainees]
+
+    def save(self, phase: Phase, part: str):
         """Writes what a phase trains into a part of each SAE's folder."""
-        settings = {**asdict(self.config), "l1": self.state["l1"]}
-        seen = self.n_mse if part == "before" else self.n
+        settings = {**asdict(self.config), "l1": self.l1}
+        seen = self.n_mse if phase.name == "MSE" else self.n
         metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
         self.folder.begin(asdict(self.config))
         for t, folder in zip(phase.trainees, self.sae_folders):
-            t.trained.eval()
             if rank() == 0:
                 t.save(folder / part, metadata)
 
     def report(self, i: int) -> dict:
         """Writes report.json and prints the closing table of SAE i; returns the report."""
         config, folder = self.config, self.sae_folders[i]
-        results = {name: rows[i] for name, rows in self.state["results"].items()}
+        results = {name: rows[i] for name, rows in self.results.items()}
         before = results["MSE"]
         final = results.get(config.method[0], {**before, "gap_closed": 0.0})
-        out = {**asdict(config), "k": config.k[i], **self.state["model"], **final}
+        out = {**asdict(config), "k": config.k[i], **self.model_figures, **final}
         for name in ("ce", "gap", "fvu", "kl"):
-            out[f"{name}_mse"], out[f"{name}_final"] = before[name], final[name]
-        out["seconds"], out["results"] = self.state["seconds"], results
+            out[f"{name}_mse"] = before[name]
+            out[f"{name}_final"] = final[name]
+        out["seconds"] = self.seconds
+        out["results"] = results
         if rank() == 0:
             model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
         say(f"\n{folder}")
@@ -1334,7 +1351,7 @@ class Run:
             say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
         return out
 
-    def after_step(self, phase: Phase, figures: list[dict]) -> None:
+    def after_step(self, phase: Phase, figures: list[dict]):
         """Figures to metrics.jsonl and the progress line, every log_every steps; a checkpoint when
         it is time for one, or when a signal asks for the end."""
         self.losses.append(torch.stack([row["loss"] for row in figures]))
@@ -1350,35 +1367,41 @@ class Run:
         if stop:
             raise Interrupted(stop)
 
-    def log(self, phase: Phase, figures: list[dict]) -> None:
+    def log(self, phase: Phase, figures: list[dict]):
         """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
         config = self.config
         losses = mean_over_ranks(torch.stack(self.losses))  # [steps since the last line, SAEs]
-        if not losses.isfinite().all():
-            when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
-            raise UserError(f"a loss of {phase.name} {when} is not finite: lower its rate")
+        when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
+        finite = bool(losses.isfinite().all())
+        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
         self.losses = []
-        seconds = self.state["seconds"][phase.name] = time.monotonic() - self.phase_began
+        self.seconds[phase.name] = spent = time.monotonic() - self.phase_began
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
-        tokens, share = phase.step * per_step * world_size(), phase.step / phase.steps
-        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
+        tokens = phase.step * per_step * world_size()
+        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": spent}
         lines = []
         for k, row, loss in zip(config.k, figures, losses.mean(0)):
-            row = {**line, "k": k, **{name: float(value) for name, value in row.items()}}
-            lines.append(json.dumps({**row, "loss": float(loss)}))
+            row = {name: float(value) for name, value in row.items()}
+            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
         self.folder.log(lines)
-        whole, done = sum(self.operations.values()), self.operations[phase.name] * share
-        done += sum(self.operations[name] for name in self.state["results"])
-        minutes = sum(self.state["seconds"].values()) * (whole / done - 1) / 60
-        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / seconds:,.0f}"
+        share = phase.step / phase.steps
+        done = share * self.guess[phase.name]
+        done += sum(self.guess[name] for name in self.results)
+        minutes = sum(self.seconds.values()) * (sum(self.guess.values()) / done - 1) / 60
+        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / spent:,.0f}"
         if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
-            say(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", renew=True)
+            progress(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}")
 
-    def checkpoint(self, phase: Phase | None = None) -> None:
+    def checkpoint(self, phase: Phase | None = None):
         """Saves all that `restore` needs, of several processes each its own."""
-        tag = f"-{len(self.state['results'])}-{phase.step if phase else 0}"
-        state = {"state": self.state, "phase": phase.state_dict() if phase else {}}
-        state.update(losses=self.losses, config=asdict(self.config), world=world_size())
+        tag = f"-{len(self.results)}-{phase.step if phase else 0}"
+        kept = ("results", "model_figures", "seconds", "mse_saes", "l1", "losses")
+        state = {
+            "config": asdict(self.config),
+            "world": world_size(),
+            "run": {name: getattr(self, name) for name in kept},
+            "phase": phase.state_dict() if phase else {},
+        }
         self.folder.begin(asdict(self.config))
         self.folder.save_state(state, tag)
         self.saved = time.monotonic()
@@ -1388,17 +1411,12 @@ class Run:
         saved = self.folder.load_state(self.device) if self.config.resume else None
         if saved is None:
             return False
-        may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
-        for name, value in asdict(self.config).items():
-            was = saved["config"].get(name)
-            differs = was != value and name not in may_differ
-            refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
-        refuse(saved["world"] != world_size(), f"--resume: it was {saved['world']} processes")
-        self.folder.go_on(saved)
-        self.state, self.losses, self.saved_phase = saved["state"], saved["losses"], saved["phase"]
+        self.folder.go_on(saved, asdict(self.config), world_size())
+        vars(self).update(saved["run"])
+        self.saved_phase = saved["phase"]
         return True
 
-    def on_signal(self, number: int, frame) -> None:
+    def on_signal(self, number: int, frame):
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
         if not self.in_loop or self.signal is not None:
             raise Interrupted(number)
@@ -1409,8 +1427,8 @@ class Run:
 def count(text: str) -> int:
     """A whole number, also written 500M, 25M, 4k or 1e6."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    value = round(float(text[:-1] if unit > 1 else text) * unit, 4)  # 4.1M is not quite 4.1e6
-    if not value.is_integer():
+    value = Fraction(text[:-1] if unit > 1 else text) * unit
+    if value.denominator > 1:
         raise ValueError(text)
     return int(value)
 
@@ -1434,11 +1452,7 @@ def parse(argv: list[str] | None = None) -> Config:
         options.update({"type": kind} if kind else {"action": "store_true"})
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    told = model_loaders.sae_settings(given["start"]) if "start" in given else {}
-    for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
-        refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
-    for name in ("model", "layer") if "start" in given else ():
-        refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
+    told = model_loaders.sae_settings(given["start"], given) if "start" in given else {}
     model = Path(given.get("model", told.get("model", Config().model)))
     short = model.name.split("@")[0].removesuffix("-deduped").removesuffix("-pt")
     preset = PRESETS.get(short, "")

@@ -73,9 +73,10 @@ class LoRASAE(nn.Module):
         centred = single(x) / sae.scale - sae.b_dec
         pre = F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred)  # [N, F]
         pre = pre.masked_fill(~keep[:, None], -torch.inf)
-        f = activate(pre, *sae.select(pre.detach(), keep.sum()))
+        k, floor = sae.select(pre.detach(), keep.sum())
+        f = activate(pre, k, floor)
         x_hat = f @ sae.W_dec + self.decoder(f) + sae.b_dec
-        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0))
+        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0), floor)
 
     @torch.no_grad()
     def merged(self) -> SAE:

@@ -4,9 +4,8 @@
     python experiments/bench.py --model gemma-2-2b --k 20 80    # on a GPU where there is one
     python experiments/bench.py --only sae kl --plain --peers   # no fast paths; other libraries
 
-Other flags are saeft.py's; on a CPU, sequences are 2 x 512. A floor is the time of the matrix
-products that a stage cannot do without. All rows of a stage take turns, so that what else the
-machine does hits all alike. Peak: memory above what is held before a step (models, Adam's moments).
+Other flags are saeft.py's; on a CPU, sequences are 2 x 512. Floor: a stage's unavoidable products.
+Rows take turns, so that other work hits all alike. Peak: memory above what a step starts with.
 
 Peers, each optional: pip install sae-lens "transformers>=5" einops nnsight simple-parsing natsort
 schedulefree wandb; pip install --no-deps dictionary-learning eai-sparsify
@@ -37,7 +36,7 @@ STAGES = ["collect", "buffer", "sae", "kl", "evaluate", "tokenise", "checkpoint"
 SIZES = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
 PYTHIA = {"model_type": "gpt_neox", **dict(zip(SIZES, [50304, 768, 12, 12, 3072]))}
 GEMMA = {"model_type": "gemma2", **dict(zip(SIZES, [256000, 2304, 26, 8, 9216]))}
-GEMMA.update(num_key_value_heads=4, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+GEMMA["num_key_value_heads"] = 4
 SHAPES = {"pythia-160m": PYTHIA, "gemma-2-2b": GEMMA}  # others' config.json is fetched
 LIBRARIES = ["dictionary_learning", "sparsify", "SAELens"]
 PLAIN = {"all plain": patch.object(saeft, "FAST", False)}  # rows of --plain: fast paths off
@@ -46,7 +45,6 @@ PLAIN["no sparse autograd"] = patch.object(saeft, "sparse_autoencode", plain_aut
 PLAIN["no oneDNN"] = patch.object(saeft, "ONEDNN", False)
 
 
-# ---- What others do ----------------------------------------------------------------------------
 def library_step(name: str, x, d_sae: int, k: int):
     """A training step of a TopK SAE as users of that library take it."""
     d_model, device = x.shape[1], str(x.device)
@@ -107,7 +105,6 @@ def direct_step(name: str, tokens, t: saeft.Trainee, layer: int, shape: dict):
     return step
 
 
-# ---- The stages --------------------------------------------------------------------------------
 class Stages:
     """The stages in one dtype; each yields cases (tokens in a step, {name: step})."""
 
@@ -168,8 +165,7 @@ class Stages:
         floor = partial(F.linear, x.to(self.W_enc), self.W_enc)
         for k in self.config.k:
             _, step = self.training(k, saeft.train_mse, buffer=buffer)
-            case = x, self.config.d_sae, k
-            compared = self.compared(step, library_step, LIBRARIES, *case)
+            compared = self.compared(step, library_step, LIBRARIES, x, self.config.d_sae, k)
             yield len(x), {"sae": step, "floor": floor, **compared}
 
     def spliced(self):
@@ -215,16 +211,15 @@ class Stages:
         yield sum(map(len, step())), {"tokenise on one core": step}
 
     def checkpoint(self):
-        state = {"buffer": self.W_enc[:1].repeat(256_000, 1)}
-        state["sae"] = self.W_enc.float().repeat(6, 1)  # W_enc and W_dec, two moments of each
+        sae = self.W_enc.float().repeat(6, 1)  # W_enc and W_dec, two moments of each
+        state = {"buffer": self.W_enc[:1].repeat(256_000, 1), "sae": sae}
         with tempfile.TemporaryDirectory() as path:
             folder = model_loaders.RunFolder(Path(path), [])
             folder.begin({})
-            restore = partial(folder.load_state, self.device)
-            yield 256_000, {"checkpoint": partial(folder.save_state, state), "restore": restore}
+            save, load = partial(folder.save_state, state), partial(folder.load_state, self.device)
+            yield 256_000, {"checkpoint": save, "restore": load}
 
 
-# ---- Measuring ---------------------------------------------------------------------------------
 def peak_memory(device: torch.device, reset: bool = False) -> float:
     """The most MiB held since the last reset, on CUDA and Linux."""
     if device.type == "cuda":
@@ -256,11 +251,11 @@ def measure(steps: dict, n_tokens: int, args) -> dict[str, float]:
         floor = seconds.get(f"floor {name.split()[-1]}", torch.nan)
         figures = f"{n_tokens:9,}{s:10.4f}{n_tokens / s:12,.0f}{s / floor:9.2f}{s / first:9.2f}"
         print(f"{name:36}{figures}{peaks[name]:11,.0f}", flush=True)
-    libraries = {name: s for name, s in seconds.items() if name[:4] == "peer" and "our" not in name}
+    libraries = [name for name in seconds if name[:4] == "peer" and "our" not in name]
     if libraries:
-        best = min(libraries, key=libraries.get)
+        best = min(libraries, key=seconds.get)
         ours = min(s for name, s in seconds.items() if name.split()[0] in ("sae", "kl"))
-        print(f"the best {best} takes {libraries[best] / ours:.2f} times our best", flush=True)
+        print(f"the best {best} takes {seconds[best] / ours:.2f} times our best", flush=True)
     return {name: s / n_tokens for name, s in seconds.items()}
 
 

@@ -273,18 +273,19 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     name, suffix = files.weights.name, files.weights.suffix
     describe = FORMATS.get(name, SUFFIXES.get(suffix))
     refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
-    with model_loaders.file_errors("it cannot be converted"):
+    with model_loaders.user_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
         cfg = {"k": None, **describe(tensors, files), **{k: v for k, v in told.items() if v}}
         L, tensors = block(cfg, files, layer), build(tensors, cfg)
     metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
     metadata["hook_name"] = None if L is None else f"blocks.{L}.hook_resid_post"
     kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+    own = {"kind": kind, "k": cfg["k"]}
     tensors["W_enc"] = tensors["W_enc"].T
-    with model_loaders.file_errors(f"cannot write {folder}"):
+    with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
-            model_loaders.write_sae(Path(new, "sae"), tensors, kind, cfg["k"], metadata)
+            model_loaders.write_sae(Path(new, "sae"), tensors, own, metadata)
             os.replace(Path(new, "sae"), target)
     hook = metadata["hook_name"] or "an unknown hook (--layer)"
     model = metadata.get("model_name", "an unknown model (--model)")
