@@ -1,4 +1,5 @@
-"""What touches disk or network: the Hub, safetensors, SAE files, tokenizers, token streams.
+"""What touches disk, network or terminal: the Hub, config.json, safetensors, SAE files, tokenizers,
+token streams, the folder of a run.
 
 Whatever a user can mend ends in UserError, one line; so do damaged and hostile files."""
 
@@ -286,7 +287,7 @@ def _gemma(config: dict) -> dict:
     kinds = kinds[:n_layers]
     head_dim = size(config, "head_dim", 256)
     windows, ropes = {"full_attention": None}, {}
-    for kind in {*kinds}:
+    for kind in sorted({*kinds}):
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
         if kind == "sliding_attention":
             windows[kind] = size(config, "sliding_window", 4096)
@@ -539,10 +540,14 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
     tensors["W_enc"] = tensors["W_enc"].T
     k = cfg.get("k") or own.get("k") or 0
-    known = type(k) in (int, float) and 0 < k <= F
+    whole = type(k) is int or (type(k) is float and kind == "batchtopk")
+    known = whole and 0 < k <= F
     refuse(kind in ("topk", "batchtopk") and not known, f"{source}: cfg.json has k = {k!r:.60}")
-    told = {"kind": kind, "k": k, "l1": own.get("l1"), "metadata": metadata}
-    told["scale"], told["median_norm"] = own.get("scale", 1.0), own.get("median_norm", 0.0)
+    told = {"kind": kind, "k": k, "metadata": metadata}
+    for key, default in (("scale", 1.0), ("median_norm", 0.0), ("l1", None)):
+        value = told[key] = own.get(key) or default
+        natural = value is None or (type(value) in (int, float) and 0 <= value < 2**31)
+        refuse(not natural, f"{source}: cfg.json has {key} = {value!r:.60}")
     return tensors, {**cfg, **told}
 
 
@@ -568,13 +573,15 @@ def sae_settings(source: str, given: dict | None = None) -> dict:
     _, cfg = read_sae(source)
     metadata = cfg["metadata"]
     told = {"sae": cfg["kind"], "d_sae": cfg["d_sae"], "k": [cfg["k"] or 1]}
-    told["bos"] = {True: "yes", False: "no"}.get(metadata.get("prepend_bos"), "auto")
+    told["bos"] = {"True": "yes", "False": "no"}.get(str(metadata.get("prepend_bos")), "auto")
     hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
     told["layer"] = int(hook[1]) if hook else None
-    told["tokens"] = (metadata.get("first_sequence") or 0) * (metadata.get("context_size") or 0)
     told["l1"] = cfg["l1"] if cfg["kind"] == "relu" else None
-    names = {"model_name": "model", "context_size": "context", "dataset_path": "data"}
-    told.update({ours: metadata.get(theirs) for theirs, ours in names.items()})
+    texts = {"model": metadata.get("model_name"), "data": metadata.get("dataset_path")}
+    told.update({name: text for name, text in texts.items() if isinstance(text, str)})
+    context, first = metadata.get("context_size"), metadata.get("first_sequence")
+    told["context"] = context if type(context) is int else None
+    told["tokens"] = first * context if type(first) is type(context) is int else 0
     told = {name: value for name, value in told.items() if value is not None}
     if given is None:
         return told

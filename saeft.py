@@ -39,7 +39,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -665,15 +664,15 @@ def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict,
             x, x_hat, active, spliced = t.splice(batch, resid, keep, config.layer)
             passes.append((t.lm, spliced))
             sums["error", i] += (x - x_hat)[keep.flatten()].double().pow(2).sum()
-            sums["fired", i] += active.counts
+            sums["fired", i] += active.counts.double()
         scored = keep[:, :-1]  # a token's next one is its target
         lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
         sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
         x = resid[keep].double()
         sums["x"] += x.sum(0)
         sums["x^2"] += x.pow(2).sum()
-        sums["kept"] += keep.sum()
-        sums["scored"] += scored.sum()
+        sums["kept"] += keep.sum().double()
+        sums["scored"] += scored.sum().double()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
     kept = sums["kept"].item()
@@ -751,7 +750,8 @@ class SparseAutoencode(torch.autograd.Function):
         entries = active_entries(pre, k, floor)
         entries = entries._replace(values=single(entries.values))
         ctx.save_for_backward(centred, W_enc, W_dec, *entries)
-        ctx.mark_non_differentiable(entries.rows, entries.columns)
+        floors = [floor] if isinstance(floor, Tensor) else []
+        ctx.mark_non_differentiable(entries.rows, entries.columns, *floors)
         return times(entries, W_dec, len(x)) + b_dec, floor, *entries
 
     @staticmethod
@@ -1152,7 +1152,7 @@ class Run:
         self.config = config
         self.methods = methods
         self.device = join_processes(config.device)
-        self.guess = guess_seconds(config, check(config, methods), self.device)
+        self.lm = check(config, methods)  # without weights until `prepare`
         path = model_loaders.run_path(asdict(config))
         self.folder = model_loaders.RunFolder(path, ["before", *methods], rank())
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
@@ -1189,6 +1189,7 @@ class Run:
         what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
         say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
         budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
+        self.guess = guess_seconds(config, self.lm, self.device)
         minutes = sum(self.guess.values()) / 60
         say(f"{budget} {', '.join(config.method)}; roughly {minutes:.0f} minutes")
         tokenizer = load_tokenizer(config.model, config.bos)
@@ -1252,7 +1253,7 @@ class Run:
         resid = collect(self.lm, tokens, self.config.layer)  # [B, T, D]
         median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
         for sae in saes:
-            if sae.median_norm == 0:
+            if sae.median_norm <= 0:
                 sae.median_norm.copy_(median)
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
             scale = x.pow(2).sum(-1).mean().sqrt()
@@ -1291,8 +1292,6 @@ class Run:
         loop(phase, *args, self.after_step)
         self.in_loop = False
         self.checkpoint(phase)
-        for t in phase.trainees:
-            t.trained.eval()
         self.finish(phase)
         self.checkpoint()
 
@@ -1320,6 +1319,7 @@ class Run:
         metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
         self.folder.begin(asdict(self.config))
         for t, folder in zip(phase.trainees, self.sae_folders):
+            t.trained.eval()
             if rank() == 0:
                 t.save(folder / part, metadata)
 
@@ -1427,8 +1427,9 @@ class Run:
 def count(text: str) -> int:
     """A whole number, also written 500M, 25M, 4k or 1e6."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    value = Fraction(text[:-1] if unit > 1 else text) * unit
-    if value.denominator > 1:
+    value = float(text[:-1] if unit > 1 else text) * unit
+    value = round(value, 4)  # 4.1M is not quite 4.1e6
+    if not value.is_integer():
         raise ValueError(text)
     return int(value)
 

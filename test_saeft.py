@@ -1365,6 +1365,8 @@ def test_an_sae_starts_at_the_mean_of_scaled_activations(tmp_path):
     assert_close(sae.scale, (x**2).sum(1).mean().sqrt())
     assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
     assert torch.equal(sae.W_enc, sae.W_dec) and not sae.b_enc.any()
+    assert torch.equal(sae.W_dec, SAE(128, 64, 9, "relu", seed=0).W_dec)  # of the seed alone
+    assert not torch.equal(sae.W_dec, SAE(128, 64, 4, seed=1).W_dec)
 
 
 @pytest.mark.parametrize("kind, size", [("topk", 1e2), ("topk", 1e-2), ("relu", 1e2)])
@@ -3577,6 +3579,13 @@ def test_saes_are_read_as_they_were_written(tmp_path, architecture):
     assert model_loaders.read_sae(str(tmp_path))[0]["b_dec"].dtype == torch.float32
 
 
+def test_metadata_of_other_types_tell_nothing(tmp_path):
+    odd = {"model_name": 7, "context_size": "long", "dataset_path": ["x"], "prepend_bos": [1]}
+    sae_folder(tmp_path, metadata={**odd, "hook_name": 5, "first_sequence": {}})
+    told = model_loaders.sae_settings(str(tmp_path))
+    assert told == {"sae": "topk", "d_sae": 20, "k": [3], "bos": "auto", "tokens": 0}
+
+
 @pytest.mark.parametrize(
     "tensors, cfg, word",
     [
@@ -3595,6 +3604,10 @@ def test_saes_are_read_as_they_were_written(tmp_path, architecture):
         ({}, {"k": None}, "k = 0"),
         ({}, {"k": "many"}, "k = 'many'"),
         ({}, {"k": 21}, "k = 21"),
+        ({}, {"k": 2.5}, "k = 2.5"),
+        ({}, {"metadata": {"saeft": {"scale": "big"}}}, "scale = 'big'"),
+        ({}, {"metadata": {"saeft": {"median_norm": -1}}}, "median_norm = -1"),
+        ({}, {"metadata": {"saeft": {"l1": [1]}}}, "l1 = [1]"),
         ({}, {"architecture": "jumprelu"}, "'threshold': [20]"),
         ({"b_enc": torch.ones(19)}, {}, "[19]"),
         ({"extra": torch.ones(1)}, {}, "extra"),
