@@ -12,14 +12,15 @@
         x     = output of block L, the residual stream       # later blocks never run
         f     = TopK(ReLU(W_enc (x - b_dec) + b_enc))        # the latents
         x_hat = W_dec f + b_dec                              # the reconstruction
-        step(||x - x_hat||^2 + AuxK / 32)                    # AuxK revives dead latents
-    phase two, on whole sequences:                           # the last 25M tokens
+        step(||x - x_hat||^2 + AuxK / 32)                    # x scaled; AuxK revives dead latents
+    phase two, on whole sequences:                           # the last 25M tokens, x as it is
         p     = softmax(logits of the model)
         q     = softmax(logits with x_hat in place of x)
+        MSE   = ||x - x_hat||^2 / D
         beta  = MSE / KL(p || q)                             # a constant, new for every batch
         step((beta KL(p || q) + MSE) / 2)                    # both halves weigh alike
     step(loss): the SAE alone trains; gradients along decoder directions are removed, the norm is
-        clipped to 1, Adam steps, and decoder directions get back their unit norm
+        clipped to 1, Adam steps, and decoder directions get back their unit norm (ReLU SAEs: free)
 
 Shapes: N tokens, B sequences, T context, D d_model, F d_sae (number of latents), V vocabulary,
 K active latents, L the layer. Units: CE and KL in nats per token; FVU is a share of variance.
@@ -42,7 +43,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback either
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends quietly, too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
@@ -56,14 +57,14 @@ from torch.optim import AdamW
 import model_loaders
 from model_loaders import TokenStream, UserError, load_tokenizer, progress, refuse, say, user_errors
 
-FAST = True  # False: the plain version of everything that "Fast paths" below has a fast one of
+FAST = True  # False: nothing of the section "Fast paths" is used; to compare
 
 
 # ---- Settings ----------------------------------------------------------------------------------
-def flag(default, help: str, low: float = -math.inf, **options):
-    """A setting that is also a flag of the command line; `low` is the least value allowed."""
-    metadata = {"help": help, "low": low, "options": options}
-    return field(default_factory=lambda: default, metadata=metadata)
+def flag(default, help: str, low: float = -math.inf, high: float = 2**62, **options):
+    """A setting that is also a flag of the command line; numbers are from `low` to `high`."""
+    metadata = {"help": help, "range": (low, high), "options": options}
+    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Config:
     l1: float = flag(0.1, "sparsity penalty lambda of ReLU SAEs", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     rank: int = flag(16, "rank of LoRA and adapters (experiments/baselines.py)", 1)
-    seed: int = flag(0, "seed of everything random", 0)
+    seed: int = flag(0, "seed of everything random", 0, 2**32)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
@@ -111,7 +112,7 @@ class Config:
 
 
 GEMMA = "--dtype bfloat16 --kl-batch 2"
-PRESETS = {  # flags that a model starts with
+PRESETS = {  # flags that a model starts with, by the last part of its name
     **{name: GEMMA for name in model_loaders.MODELS if name.startswith("gemma")},
     "gemma-2-2b": f"{GEMMA} --layer 12",
     "pythia-160m": "--layer 8",
@@ -127,7 +128,7 @@ class Activity(NamedTuple):
 
     counts: Tensor  # [F], the tokens on which each latent is active
     sums: Tensor  # [F], each latent's activations, summed over tokens
-    floor: Tensor | float | None  # the least pre-activation that stayed, where that is known
+    floor: Tensor | float | None  # what pre-activations had to reach; None for the K largest
 
 
 def activate(pre, k, floor):
@@ -155,7 +156,7 @@ def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None):
 
 
 class SAE(nn.Module):
-    """x_hat = W_dec f + b_dec, f = activation(W_enc (x - b_dec) + b_enc), on x / scale.
+    """x_hat = f W_dec + b_dec, f = activation((x - b_dec) W_enc' + b_enc), on x / scale.
 
     W_enc and W_dec are both [F, D], a row for each latent. Kinds of activation:
     topk       the K largest of each token
@@ -166,8 +167,7 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float, kind: str = "topk", seed: int = 0):
         super().__init__()
-        self.k = k
-        self.kind = kind
+        self.k, self.kind = k, kind
         self.bfloat16 = False  # whether products run in bfloat16; parameters stay float32
         self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
         generator = torch.Generator().manual_seed(seed)
@@ -177,11 +177,11 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("threshold", torch.zeros(d_sae if kind == "jumprelu" else ()))
-        self.register_buffer("scale", torch.ones(()))  # the root of the mean of ||x||^2
+        self.register_buffer("scale", torch.ones(()))  # sqrt(mean ||x||^2), or 1: raw units
         self.register_buffer("median_norm", torch.zeros(()))  # of ||x||; 0: not yet measured
 
     def forward(self, x, keep=None):
-        """x_hat [N, D] of x [N, D], and what was active, in units of x / scale."""
+        """x_hat [N, D] of x [N, D]; and what was active, in units of x / scale."""
         weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             x_hat, active = autoencode(single(x) / self.scale, *weights, self.select, keep)
@@ -196,14 +196,14 @@ class SAE(nn.Module):
         if self.kind == "batchtopk" and self.training:
             largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
             last = (self.k * n).round().long().clamp_min(1) - 1
-            return None, largest.gather(0, last[None])[0]  # n is on the device: look it up there
+            return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
         return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     @torch.no_grad()
     def encode(self, x):
         """f [N, F] of x [N, D], in units of x: x_hat = f W_dec + scale * b_dec."""
         pre = F.linear(single(x) / self.scale - self.b_dec, self.W_enc, self.b_enc)
-        k, floor = self.select(pre, torch.tensor(len(x)))
+        k, floor = self.select(pre, torch.tensor(len(x), device=x.device))
         return activate(pre, k, floor) * self.scale
 
     @torch.no_grad()
@@ -215,8 +215,8 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def stationary_l1(self, x) -> float:
-        """The lambda at which the loss of a ReLU SAE on x [N, D] does not change if all its f are
-        scaled together: 2 mean <x - x_hat, x_hat - b_dec> / mean sum_i f_i ||W_dec[i]||."""
+        """The lambda at which a ReLU SAE is at rest on x [N, D]: scaling all f leaves its loss the
+        same. 2 mean <x - x_hat, x_hat - b_dec> / mean sum_i f_i ||W_dec[i]||."""
         x_hat, active = self(x)
         error = (x - x_hat) / self.scale
         decoded = x_hat / self.scale - self.b_dec
@@ -328,7 +328,7 @@ class SlicedKL(torch.autograd.Function):
                 kl_q, g = lm.kl_and_gradient(p, p_log_p, z_q, lm.logit_cap)
                 kl[i] += (weight[rows] * kl_q).sum()
                 g = linear(g, lm.W_U.T) * weight[rows, None]  # [n, D]
-                (grads[i][rows],) = torch.autograd.grad(normed, last, g.to(normed.dtype))
+                grads[i][rows] = torch.autograd.grad(normed, last, g.to(normed.dtype))[0]
         ctx.save_for_backward(*grads)
         return kl
 
@@ -348,9 +348,9 @@ def content(resid, n_skip: int, limit):
 
 
 def sink_limit(sae: SAE, config: Config):
-    """The norm above which a token is an attention sink; infinite where none is left out."""
+    """The norm above which a token is an attention sink; infinite with --sink-norm 0."""
     limit = config.sink_norm * sae.median_norm
-    return limit if config.sink_norm else torch.full_like(limit, torch.inf)
+    return torch.where(limit > 0, limit, torch.inf)
 
 
 def own_sequences(stream: TokenStream, start: int, count: int, device):
@@ -367,8 +367,8 @@ def collect(lm: LanguageModel, tokens, layer: int):
 
 
 class ActivationBuffer:
-    """Mixes the activations of many sequences; each is served once. When half of the rows [size, D]
-    are used, as many new ones join the rest, and all are shuffled."""
+    """Serves activations of many sequences in random order. When half of its rows [size, D] are
+    used, those of new sequences join the rest, and all are shuffled."""
 
     def __init__(self, lm, stream: TokenStream, n_sequences: int, limit, config: Config):
         self.lm = lm
@@ -400,7 +400,8 @@ class ActivationBuffer:
         if 2 * self.used >= len(self.rows) and has_more:
             self.refill()
         while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
-            left, self.next_sequence = len(self.rows) - self.used, 0
+            left = len(self.rows) - self.used
+            self.next_sequence = 0
             self.refill()
             if len(self.rows) == left:
                 raise UserError("--sink-norm leaves no token to train on: give a larger one")
@@ -428,7 +429,7 @@ class Trainee:
     trained: nn.Module | None = None  # default: what is inserted
     own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
     l1: float | Tensor = 0.0  # lambda of a ReLU SAE
-    l0_target: float | None = None  # what lambda moves to in the fine-tune
+    l0_target: float | None = None  # the L0 that the fine-tune moves lambda for
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
 
     def __post_init__(self):
@@ -437,6 +438,7 @@ class Trainee:
         self.idle = torch.zeros_like(self.sae.b_enc, dtype=torch.long)  # tokens since it fired
         self.dead = self.idle[:0]  # latents idle for --dead-after tokens
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        refuse(not self.parameters, "--method: nothing to train; are there blocks after --layer?")
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
     def splice(self, tokens, resid, keep, layer: int):
@@ -454,9 +456,8 @@ class Trainee:
 
     def state_dict(self) -> dict:
         frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
-        trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
         return {
-            "trained": trained,
+            "trained": {k: v for k, v in self.trained.state_dict().items() if k not in frozen},
             "optimizer": self.optimizer.state_dict(),
             "l1": self.l1,
             "idle": self.idle,
@@ -533,7 +534,7 @@ def update(t: Trainee, lr: float):
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
 def train_mse(phase: Phase, config: Config, after_step):
     """Phase one. loss = mean_n ||x - x_hat||^2 + AuxK / 32, on x / scale; ReLU SAEs have lambda
-    sum_i f_i ||W_dec[i]|| in place of AuxK. All SAEs see the same batches."""
+    sum_i f_i ||W_dec[i]|| in place of AuxK; lambda rises over the first 20th of the steps."""
     for step in range(phase.step, phase.steps):
         x = phase.buffer.next_batch(config.batch)  # [N, D]
         n = len(x) * world_size()
@@ -582,12 +583,11 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
         with torch.no_grad():
             resid = lm.prefix(tokens, config.layer)  # [B, T, D]
             keep = content(resid, lm.n_skip, phase.limit)  # [B, T]
-            n = mean_over_ranks(keep.sum().float())
-            weight = keep.flatten() / n  # of each token in a mean, [N]
-            x = single(resid).flatten(0, 1)  # [N, D]
-            variance = weight @ (x - weight @ x).pow(2).sum(-1)
+            n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
+            weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
+            original = single(resid).flatten(0, 1)  # [N, D]
+            variance = weight @ (original - weight @ original).pow(2).sum(-1)
             last_p = None if kind == "mse" else lm.suffix(resid, config.layer).flatten(0, 1)
-
         passes = [t.splice(tokens, resid, keep, config.layer) for t in phase.trainees]
         if kind == "mse":  # no later block runs
             kls = [torch.zeros_like(n) for _ in passes]
@@ -597,14 +597,15 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
                 lasts_q.append(t.lm.suffix(spliced, config.layer).flatten(0, 1))
             kls = SlicedKL.apply(lm, weight, last_p, *lasts_q)
 
-        losses = []
-        figures = []
+        losses, figures = [], []
         for t, (x, x_hat, active, _), kl in zip(phase.trainees, passes, kls):
             mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
             loss = {"kl": (beta * kl + mse) / 2, "kl-only": kl, "mse": mse}[kind]
             l0 = sum_over_ranks(active.counts).sum() / (n * world_size())
             if t.sae.kind == "relu":
+                if kind == "kl-only":
+                    loss = beta * kl  # as large as the MSE, beside which lambda stands
                 # Phase one's MSE, of x / scale and summed over D, is D / scale^2 times this one.
                 loss = loss * d_model / t.sae.scale**2 + t.l1 * t.sae.penalty(active) / n
                 if t.l0_target is not None:
@@ -674,7 +675,6 @@ def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict,
         sums["kept"] += keep.sum().double()
         sums["scored"] += scored.sum().double()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
-
     kept = sums["kept"].item()
     variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
@@ -733,10 +733,10 @@ def times(f: Entries, table, n: int):
 class SparseAutoencode(torch.autograd.Function):
     """`autoencode` and its gradients with one dense product, the encoder's.
 
-    With g [N, D] = d loss / d x_hat and h [N, F] = g W_dec' where f > 0, else 0: dW_dec = f' g,
-    dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
-    f' and h' are lists of a few entries, sorted by latent once; h falls out of f' g, since
-    d <f' g, W_dec> / d f[n, i] = <g[n], W_dec[i]>."""
+    With g = d loss / d x_hat, s [F] = d loss / d sums, and h = g W_dec' + s where f > 0, else 0:
+    dW_dec = f' g, dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
+    h is wanted at the entries of f alone. There g W_dec' is the derivative of <f' g, W_dec> by f,
+    which torch has for `times`: the gradient of f' g, with W_dec coming in."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select, keep):
@@ -764,7 +764,7 @@ class SparseAutoencode(torch.autograd.Function):
         f_T = Entries(values, latents, entries.rows[order])
         with torch.enable_grad():
             dW_dec = times(f_T, g, len(W_enc))
-        (h,) = torch.autograd.grad(dW_dec, values, W_dec)
+        (h,) = torch.autograd.grad(dW_dec, values, W_dec)  # g_values: s, for each entry
         h = (h + g_values[order]) * (values > 0)
         dW_enc = times(f_T._replace(values=h), centred, len(W_enc))
         db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, latents, h.to(W_enc.dtype))
@@ -794,9 +794,9 @@ class Rope(NamedTuple):
 
     def tables(self, resid):
         """cos and sin [T, dim] for resid [B, T, D], in its dtype."""
-        device = resid.device
-        inv_freq = 1 / self.base ** (torch.arange(0, self.dim, 2, device=device) / self.dim)
-        positions = torch.arange(resid.shape[1], device=device).float() / self.factor
+        even = torch.arange(0, self.dim, 2, device=resid.device)
+        inv_freq = 1 / self.base ** (even / self.dim)
+        positions = torch.arange(resid.shape[1], device=resid.device).float() / self.factor
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
         return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
@@ -822,7 +822,7 @@ class LanguageModel(nn.Module):
     block_kind = norm_kind = nn.Identity  # classes
     body = embedding = layers = norm = head = ""  # names of the parts in checkpoints
     n_skip = 0  # leading positions without content (<bos>)
-    kl_and_gradient = staticmethod(kl_and_gradient)
+    kl_and_gradient = staticmethod(kl_and_gradient)  # until compile_parts
 
     def __init__(self, arch: model_loaders.Architecture, has_head: bool):
         super().__init__()
@@ -957,8 +957,8 @@ class GemmaBlock(nn.Module):
         self.self_attn["k_proj"] = Linear(d_model, d_kv, bias=False)
         self.self_attn["v_proj"] = Linear(d_model, d_kv, bias=False)
         self.self_attn["o_proj"] = Linear(d_q, d_model, bias=False)
+        gemma_3 = arch.model_type == "gemma3_text"
         for name in ("q_norm", "k_norm"):
-            gemma_3 = arch.model_type == "gemma3_text"
             self.self_attn[name] = RMSNorm(arch.head_dim, arch.eps) if gemma_3 else nn.Identity()
         self.mlp = nn.ModuleDict()
         self.mlp["gate_proj"] = Linear(d_model, arch.d_mlp, bias=False)
@@ -1012,9 +1012,9 @@ class Gemma(LanguageModel):
 
 
 # ---- From a checkpoint to a model --------------------------------------------------------------
-def build_lm(config: dict, has_head: bool | None = None) -> LanguageModel:
-    """The model that a parsed config.json describes, on the meta device; has_head: whether it has
-    an unembedding of its own, if config.json leaves that open. UserError for what is not ours."""
+def build_lm(config: dict, has_head: bool = False) -> LanguageModel:
+    """The model that a parsed config.json describes, on the meta device; has_head: whether there is
+    an unembedding of its own, whatever config.json says. UserError for what is not ours."""
     with user_errors("config.json describes no model that runs"), torch.device("meta"):
         arch = model_loaders.describe_model(config)
         family = Pythia if arch.model_type == "gpt_neox" else Gemma
@@ -1028,7 +1028,8 @@ def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     owner/name[@revision] or a folder. UserError where its tensors do not fit or are not finite."""
     config = model_loaders.load_config(name)
     weights = model_loaders.load_weights(name, device, dtype)
-    lm = build_lm(config, not weights.keys().isdisjoint(("embed_out.weight", "lm_head.weight")))
+    has_head = bool(weights.keys() & {"embed_out.weight", "lm_head.weight"})
+    lm = build_lm(config, has_head)
     with user_errors(f"{name}: weights do not fit config.json"):
         lm.load_state_dict(weights, assign=True)
     return lm.eval().requires_grad_(False)
@@ -1057,7 +1058,7 @@ def mean_over_ranks(x):
 
 
 def join_processes(name: str) -> torch.device:
-    """The device that --device names, each process of torchrun its own; joins those. UserError."""
+    """The device that --device names, for each process of torchrun its own; joins the processes."""
     local = os.environ.get("LOCAL_RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1076,13 +1077,13 @@ class Interrupted(BaseException):
 
 
 def check(config: Config, methods: dict) -> LanguageModel:
-    """Fills in what depends on the model, and returns that without weights. UserError for settings
-    that cannot be, with the value, before anything is loaded or written."""
+    """Fills in what depends on the model; returns the model, without weights. UserError for
+    settings that cannot be, with the value, before anything is loaded or written."""
     for f in fields(Config):
-        value, low = getattr(config, f.name), f.metadata["low"]
+        value, (low, high) = getattr(config, f.name), f.metadata["range"]
         for one in value if isinstance(value, list) else [value]:
-            fits = low <= one < 2**62 if isinstance(one, (int, float)) else one != ""
-            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to 2^62")
+            fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
+            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to {high}")
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     if config.layer is None:
@@ -1093,7 +1094,6 @@ def check(config: Config, methods: dict) -> LanguageModel:
         config.data = model_loaders.usual_data(config.model)
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
-
     unknown = [name for name in config.method if name not in methods]
     refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
     layer, k, context = config.layer, max(config.k), config.context
@@ -1102,20 +1102,19 @@ def check(config: Config, methods: dict) -> LanguageModel:
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     several = config.sae == "batchtopk" and world_size() > 1
     refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
-
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
     refuse(kl_tokens > tokens, f"--kl-tokens {kl_tokens} is above --tokens {tokens}")
-    mse_sequences = tokens // context - kl_tokens // context
-    short = mse_sequences * (context - 1) < batch * world_size()  # one may be <bos>
-    short = short and kl_tokens < tokens and not config.start
-    refuse(short, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
+    mse_tokens = (tokens // context - kl_tokens // context) * (context - 1)  # one may be <bos>
+    by_mse = kl_tokens < tokens and not config.start
+    few = by_mse and mse_tokens < batch * world_size()
+    refuse(few, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
     step = config.kl_batch * context * world_size()
-    short = 0 < kl_tokens < step
-    refuse(short, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
+    few = 0 < kl_tokens < step
+    refuse(few, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
     return lm
 
 
-def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> dict[str, float]:
+def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> dict:
     """Seconds that each part of a run may take, roughly: a multiplication for each token and
     parameter that meet, at half the speed of products of 1024 x 1024."""
     x = torch.rand(1024, 1024, device=device, dtype=getattr(torch, config.dtype))
@@ -1123,7 +1122,6 @@ def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> di
     start = time.perf_counter()
     (x @ x @ x @ x).sum().item()
     each = 2 * (time.perf_counter() - start) / (3 * 1024**3)
-
     n_saes = len(config.k)
     whole = sum(p.numel() for p in lm.parameters())
     block = sum(p.numel() for p in lm.blocks[0].parameters())
@@ -1133,8 +1131,8 @@ def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> di
     for method in config.method:
         later = 0 if method == "mse" else (1 + 3 * n_saes) * whole
         parts[method] = config.kl_tokens * (prefix + later) * each
-    evaluations = 1 + len(config.method)
-    parts["evaluation"] = evaluations * config.eval_tokens * (2 + n_saes) * whole * each
+    evaluations = config.eval_tokens * (1 + len(config.method))
+    parts["evaluation"] = evaluations * (2 + n_saes) * whole * each
     return parts
 
 
@@ -1169,13 +1167,13 @@ class Run:
         self.in_loop = False
         self.closing = contextlib.ExitStack()
 
-    def run(self) -> list[dict]:
+    def run(self) -> list:
         """The whole run; a report for each K, as in its report.json."""
         with self.closing:
             self.folder.take(self.config.resume, self.config.overwrite)
             self.closing.callback(self.folder.leave)
             self.prepare()
-            if not self.restore() and not self.config.overwrite:
+            if not self.restore() and not self.config.overwrite:  # what that replaces stays a while
                 self.folder.begin(asdict(self.config))
             reports = self.train()
             self.folder.finish()
@@ -1196,9 +1194,8 @@ class Run:
         progress("loading the model")
         self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        n_rows = len(self.lm.W_U)
-        rows = f"{tokenizer.n_vocab} ids in the tokenizer, {n_rows} rows in the embedding"
-        refuse(tokenizer.n_vocab > n_rows, f"{config.model} has {rows}")
+        ids, rows = tokenizer.n_vocab, len(self.lm.W_U)
+        refuse(ids > rows, f"{config.model}: {ids} ids in the tokenizer, {rows} in the embedding")
         if config.compile:
             self.lm.compile_parts()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
@@ -1207,7 +1204,7 @@ class Run:
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 
-    def train(self) -> list[dict]:
+    def train(self) -> list:
         """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
         config, lm = self.config, self.lm
         saes = self.first_saes()
@@ -1256,13 +1253,14 @@ class Run:
             if sae.median_norm <= 0:
                 sae.median_norm.copy_(median)
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
+            refuse(len(x) == 0, "--sink-norm leaves no token to train on: give a larger one")
             scale = x.pow(2).sum(-1).mean().sqrt()
             if not self.config.start:
                 sae.rescale(scale)
                 sae.b_dec.copy_(x.mean(0) / scale)
             elif sae.kind == "relu" and self.published:
                 sae.rescale(scale)
-                self.l1 = sae.stationary_l1(x[:4096])
+                self.l1 = max(1e-4, sae.stationary_l1(x[:4096]))
             for values in sae.state_dict().values() if world_size() > 1 else []:
                 dist.broadcast(values, 0)
 
@@ -1287,6 +1285,7 @@ class Run:
             t.trained.train()
         if self.saved_phase.get("name") == phase.name:
             phase.load_state_dict(self.saved_phase)
+            self.saved_phase = {}
         self.phase_began = time.monotonic() - self.seconds.get(phase.name, 0.0)
         self.in_loop = True
         loop(phase, *args, self.after_step)
@@ -1299,9 +1298,11 @@ class Run:
         """Saves what a phase trained, and evaluates it."""
         name = phase.name
         trained = self.n_mse or self.config.start  # whether there is an SAE before the fine-tune
+        for t in phase.trainees:  # a random BatchTopK SAE has no threshold yet
+            t.trained.train(name == "MSE" and not trained)
         if trained or name != "MSE":
-            last = name == self.config.method[0] or self.n_mse == self.n
-            self.save(phase, "." if last else "before" if name == "MSE" else name)
+            parts = {"MSE": "before", self.config.method[0]: "."}
+            self.save(phase, "." if self.n_mse == self.n else parts.get(name, name))
         progress(f"evaluating {LABELS.get(name, name)}")
         held_out = self.stream.validation()
         self.model_figures, rows = evaluate(self.lm, held_out, phase.trainees, self.config)
@@ -1319,7 +1320,6 @@ class Run:
         metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
         self.folder.begin(asdict(self.config))
         for t, folder in zip(phase.trainees, self.sae_folders):
-            t.trained.eval()
             if rank() == 0:
                 t.save(folder / part, metadata)
 
@@ -1333,8 +1333,7 @@ class Run:
         for name in ("ce", "gap", "fvu", "kl"):
             out[f"{name}_mse"] = before[name]
             out[f"{name}_final"] = final[name]
-        out["seconds"] = self.seconds
-        out["results"] = results
+        out.update(seconds=self.seconds, results=results)
         if rank() == 0:
             model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
         say(f"\n{folder}")
@@ -1389,7 +1388,8 @@ class Run:
         done += sum(self.guess[name] for name in self.results)
         minutes = sum(self.seconds.values()) * (sum(self.guess.values()) / done - 1) / 60
         text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / spent:,.0f}"
-        if sys.stdout.isatty() or phase.step * 10 % phase.steps < 10 * config.log_every:
+        next_tenth = phase.step * 10 % phase.steps < 10 * config.log_every
+        if sys.stdout.isatty() or next_tenth:
             progress(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}")
 
     def checkpoint(self, phase: Phase | None = None):
@@ -1444,13 +1444,15 @@ def parse(argv: list[str] | None = None) -> Config:
     --start tells, then the flags. UserError also where the last two contradict each other."""
     first_line = __doc__.splitlines()[0]
     parser = Parser(description=first_line, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    kinds = {"int": count, "float": float, "str": str}
     for f in fields(Config):
         default = f.default_factory()
         shown = "" if default is None else f" (default: {default})"
         options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        kinds = {"int": count, "float": float, "bool": None, "str": str}
-        kind = next(kinds[name] for name in kinds if name in f.type)
-        options.update({"type": kind} if kind else {"action": "store_true"})
+        if f.type == "bool":
+            options["action"] = "store_true"
+        else:
+            options["type"] = next(kinds[name] for name in kinds if name in f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     told = model_loaders.sae_settings(given["start"], given) if "start" in given else {}
@@ -1466,7 +1468,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
-    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
+    """The command line. Exit status: 0; 2, user's mistake; 130, 143, a signal; 1, another rank."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
@@ -1479,9 +1481,9 @@ def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        print(f"saeft: another process ended ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"saeft: another process ended ({str(error):.100})", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         saved = (run.folder.path / "checkpoint.pt").exists()

@@ -118,8 +118,7 @@ class Baseline(Trainee):
             self.trained.merged().save(folder, metadata)
             return
         self.sae.save(folder, metadata)
-        frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
-        state = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
+        state = self.state_dict()["trained"]
         state = {k: v for k, v in state.items() if not k.startswith("sae.")}
         told = {"method": self.method, "rank": str(self.rank)}
         write_safetensors(folder / "adapter.safetensors", state, told)
