@@ -299,6 +299,26 @@ def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
     assert not (tmp_path / "x" / "sae_weights.safetensors").exists()
 
 
+def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
+    line = "--layer 5 --method lora-lm-after --name x"
+    assert command(line, tmp_path, baselines.METHODS) == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_a_lambda_for_a_published_relu_sae_is_above_0(tmp_path):
+    """Also of one whose reconstructions are too long, which a smaller penalty would not mend."""
+    sae = SAE(128, 64, 1, "relu")
+    sae.W_dec.data.mul_(100)
+    sae.save(tmp_path / "sae", {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post"})
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    del cfg["metadata"]["saeft"]
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(cfg))
+    line = f"--start {tmp_path / 'sae'} --data tiny --context 64 --kl-tokens 5k --eval-tokens 2k"
+    run = saeft.Run(saeft.parse([*line.split(), "--out", str(tmp_path), "--name", "x"]))
+    run.run()
+    assert run.l1 == 1e-4
+
+
 def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     """Also after --resume, where the SAEs of phase one are new."""
     argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
@@ -358,9 +378,11 @@ MISTAKES = {
     "kl-lr negative": ("--kl-lr=-1", "--kl-lr -1"),
     "l1 negative": ("--l1=-5", "--l1 -5"),
     "seed 1e30": ("--seed 1e30", "--seed"),
+    "seed in milliseconds": ("--seed 1732500000000", "--seed 1732500000000"),
     "d-sae 1e15": ("--d-sae 1e15", "--d-sae"),
     "dead-after 1e30": ("--dead-after 1e30", "--dead-after"),
     "everything a sink": ("--sink-norm 0.001", "--sink-norm"),
+    "everything a sink, end to end": ("--sink-norm 0.001 --kl-tokens 12k", "--sink-norm"),
     "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
     "rate too high": ("--lr 1e18", "not finite"),
     "no such user": ("--data=~nosuchuser/x", "nosuchuser"),
