@@ -3,7 +3,9 @@ token streams, the folder of a run.
 
 Whatever a user can mend ends in UserError, one line; so do damaged and hostile files."""
 
+import argparse
 import codecs
+import copy
 import gzip
 import hashlib
 import io
@@ -20,7 +22,7 @@ import unicodedata
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
@@ -31,6 +33,86 @@ import tiktoken
 import torch
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
+
+# ---- The command line and the terminal ---------------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done: one line that names the value and says what to do."""
+
+
+def refuse(wrong: bool, message: str):
+    """UserError where something is wrong."""
+    if wrong:
+        raise UserError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def count(text: str) -> int:
+    """A whole number, also written 500M, 25M, 4k or 1e6."""
+    unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    value = float(text[:-1] if unit > 1 else text) * unit
+    value = round(value, 4)  # 4.1M is not quite 4.1e6
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value)
+
+
+def flag(default, help: str, low: float = -math.inf, high: float = 2**62, **options):
+    """A dataclass's field that is also a flag of the command line; numbers are from low to high."""
+    metadata = {"help": help, "range": (low, high), "options": options}
+    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+
+
+def flags_of(settings: type, description: str) -> Parser:
+    """A parser of the flags that the fields of a dataclass are; it leaves out what is not given."""
+    options = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = Parser(description=description, **options)
+    kinds = {"int": count, "float": float, "str": str}
+    for f in fields(settings):
+        default = f.default_factory()
+        shown = "" if default is None else f" (default: {default})"
+        options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
+        if f.type == "bool":
+            options["action"] = "store_true"
+        else:
+            options["type"] = next(kinds[name] for name in kinds if name in f.type)
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return parser
+
+
+def check_ranges(settings):
+    """UserError where a number is out of its field's range, or a text is empty."""
+    for f in fields(settings):
+        value, (low, high) = getattr(settings, f.name), f.metadata["range"]
+        for one in value if isinstance(value, list) else [value]:
+            fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
+            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to {high}")
+
+
+def say(text: str, end: str = "\n"):
+    """A line for the reader. The first process speaks for all; a closed stdout ends nothing."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return
+    try:
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def progress(text: str):
+    """A line that, on a terminal, is cut to its width and gives way to the next."""
+    if sys.stdout.isatty():
+        say(text[: shutil.get_terminal_size().columns - 1], end="")
+    else:
+        say(text)
+
 
 # ---- Models on the Hub or in a folder ---------------------------------------------------------
 
@@ -50,34 +132,6 @@ IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|m
 PATIENCE = 60  # seconds for the Hub to answer, or to send BLOCK bytes
 BLOCK = 1 << 22
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
-
-
-class UserError(Exception):
-    """What the user asked for cannot be done: one line that names the value and says what to do."""
-
-
-def refuse(wrong: bool, message: str):
-    """UserError where something is wrong."""
-    if wrong:
-        raise UserError(message)
-
-
-def say(text: str, end: str = "\n"):
-    """A line for the reader. The first process speaks for all; a closed stdout ends nothing."""
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        return
-    try:
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def progress(text: str):
-    """A line that, on a terminal, is cut to its width and gives way to the next."""
-    if sys.stdout.isatty():
-        say(text[: shutil.get_terminal_size().columns - 1], end="")
-    else:
-        say(text)
 
 
 @contextmanager

@@ -28,7 +28,6 @@ K active latents, L the layer. Units: CE and KL in nats per token; FVU is a shar
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -38,7 +37,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -55,21 +54,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import model_loaders
-from model_loaders import TokenStream, UserError, load_tokenizer, progress, refuse, say, user_errors
+from model_loaders import TokenStream, UserError, flag, progress, refuse, say, user_errors
 
 FAST = True  # False: nothing of the section "Fast paths" is used; to compare
 
 
 # ---- Settings ----------------------------------------------------------------------------------
-def flag(default, help: str, low: float = -math.inf, high: float = 2**62, **options):
-    """A setting that is also a flag of the command line; numbers are from `low` to `high`."""
-    metadata = {"help": help, "range": (low, high), "options": options}
-    return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-
-
 @dataclass
 class Config:
-    """Every setting of a run. PRESETS replace these defaults per model; flags replace both."""
+    """Every setting of a run: default, help, and the range of a number. PRESETS replace these
+    defaults per model; flags replace both."""
 
     # What is trained on what
     model: str = flag("tiny", "short name (pythia-160m), Hub owner/name[@revision] or folder")
@@ -588,6 +582,7 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
             original = single(resid).flatten(0, 1)  # [N, D]
             variance = weight @ (original - weight @ original).pow(2).sum(-1)
             last_p = None if kind == "mse" else lm.suffix(resid, config.layer).flatten(0, 1)
+
         passes = [t.splice(tokens, resid, keep, config.layer) for t in phase.trainees]
         if kind == "mse":  # no later block runs
             kls = [torch.zeros_like(n) for _ in passes]
@@ -675,6 +670,7 @@ def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict,
         sums["kept"] += keep.sum().double()
         sums["scored"] += scored.sum().double()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
+
     kept = sums["kept"].item()
     variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
@@ -1079,11 +1075,7 @@ class Interrupted(BaseException):
 def check(config: Config, methods: dict) -> LanguageModel:
     """Fills in what depends on the model; returns the model, without weights. UserError for
     settings that cannot be, with the value, before anything is loaded or written."""
-    for f in fields(Config):
-        value, (low, high) = getattr(config, f.name), f.metadata["range"]
-        for one in value if isinstance(value, list) else [value]:
-            fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
-            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to {high}")
+    model_loaders.check_ranges(config)
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     if config.layer is None:
@@ -1094,6 +1086,7 @@ def check(config: Config, methods: dict) -> LanguageModel:
         config.data = model_loaders.usual_data(config.model)
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
+
     unknown = [name for name in config.method if name not in methods]
     refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
     layer, k, context = config.layer, max(config.k), config.context
@@ -1102,6 +1095,7 @@ def check(config: Config, methods: dict) -> LanguageModel:
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
     several = config.sae == "batchtopk" and world_size() > 1
     refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
+
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
     refuse(kl_tokens > tokens, f"--kl-tokens {kl_tokens} is above --tokens {tokens}")
     mse_tokens = (tokens // context - kl_tokens // context) * (context - 1)  # one may be <bos>
@@ -1122,6 +1116,7 @@ def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> di
     start = time.perf_counter()
     (x @ x @ x @ x).sum().item()
     each = 2 * (time.perf_counter() - start) / (3 * 1024**3)
+
     n_saes = len(config.k)
     whole = sum(p.numel() for p in lm.parameters())
     block = sum(p.numel() for p in lm.blocks[0].parameters())
@@ -1190,7 +1185,7 @@ class Run:
         self.guess = guess_seconds(config, self.lm, self.device)
         minutes = sum(self.guess.values()) / 60
         say(f"{budget} {', '.join(config.method)}; roughly {minutes:.0f} minutes")
-        tokenizer = load_tokenizer(config.model, config.bos)
+        tokenizer = model_loaders.load_tokenizer(config.model, config.bos)
         progress("loading the model")
         self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
@@ -1424,36 +1419,10 @@ class Run:
 
 
 # ---- The command line --------------------------------------------------------------------------
-def count(text: str) -> int:
-    """A whole number, also written 500M, 25M, 4k or 1e6."""
-    unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    value = float(text[:-1] if unit > 1 else text) * unit
-    value = round(value, 4)  # 4.1M is not quite 4.1e6
-    if not value.is_integer():
-        raise ValueError(text)
-    return int(value)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
-    first_line = __doc__.splitlines()[0]
-    parser = Parser(description=first_line, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    kinds = {"int": count, "float": float, "str": str}
-    for f in fields(Config):
-        default = f.default_factory()
-        shown = "" if default is None else f" (default: {default})"
-        options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        if f.type == "bool":
-            options["action"] = "store_true"
-        else:
-            options["type"] = next(kinds[name] for name in kinds if name in f.type)
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    parser = model_loaders.flags_of(Config, __doc__.splitlines()[0])
     given = vars(parser.parse_args(argv))
     told = model_loaders.sae_settings(given["start"], given) if "start" in given else {}
     model = Path(given.get("model", told.get("model", Config().model)))
@@ -1468,7 +1437,8 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
-    """The command line. Exit status: 0; 2, user's mistake; 130, 143, a signal; 1, another rank."""
+    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal; 1 where
+    another process of torchrun has ended."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show

@@ -2006,8 +2006,10 @@ def test_lr_warms_up_stays_and_falls_to_0():
 @pytest.mark.parametrize("unit, size", [("", 1), ("k", 10**3), ("M", 10**6), ("b", 10**9)])
 def test_count_is_exact(unit, size):
     tenths = range(0, 2000, 10 if size == 1 else 1)
-    assert [saeft.count(f"{i / 10}{unit}") for i in tenths] == [i * size // 10 for i in tenths]
-    assert saeft.count(f"25{unit}") == 25 * size and saeft.count("1e6") == 10**6
+    assert [model_loaders.count(f"{i / 10}{unit}") for i in tenths] == [
+        i * size // 10 for i in tenths
+    ]
+    assert model_loaders.count(f"25{unit}") == 25 * size and model_loaders.count("1e6") == 10**6
 
 
 def test_flags_override_presets_override_defaults():

@@ -168,15 +168,19 @@ def write_page(data: dict, title: str, path: Path) -> int:
 
 def parse(argv: list[str] | None):
     """The flags; model, layer, data, context and bos from the SAE's metadata unless given."""
-    parser = saeft.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
     parser.add_argument("--model", help="short name, Hub name or folder")
     parser.add_argument("--layer", type=int, help="the block whose output the SAE reads")
     parser.add_argument("--data", help="as of saeft.py")
     parser.add_argument("--context", type=int, help="tokens in a sequence")
     parser.add_argument("--bos", choices=["auto", "yes", "no"])
-    parser.add_argument("--tokens", type=saeft.count, default=100_000, help="held-out tokens")
-    parser.add_argument("--latents", type=saeft.count, default=120, help="how many are shown")
+    parser.add_argument(
+        "--tokens", type=model_loaders.count, default=100_000, help="held-out tokens"
+    )
+    parser.add_argument(
+        "--latents", type=model_loaders.count, default=120, help="how many are shown"
+    )
     parser.add_argument("--sink-norm", type=float, default=4.0, help="as of saeft.py")
     parser.add_argument("--seed", type=int, default=0, help="of the random sample")
     parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
