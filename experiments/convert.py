@@ -30,8 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
-from model_loaders import UserError, fetch
-from model_loaders import Parser, refuse
+from model_loaders import Parser, UserError, fetch, refuse
 
 
 # ---- The files ---------------------------------------------------------------------------------
