@@ -64,7 +64,7 @@ def count(text: str) -> int:
     return int(value)
 
 
-def flag(default, help: str, low: float = -math.inf, high: float = 2**62, **options):
+def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **options):
     """A dataclass's field that is also a flag of the command line; numbers are from low to high."""
     metadata = {"help": help, "range": (low, high), "options": options}
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -93,7 +93,9 @@ def check_ranges(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
         for one in value if isinstance(value, list) else [value]:
             fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
-            refuse(not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low} to {high}")
+            refuse(
+                not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low:g} to {high:g}"
+            )
 
 
 def say(text: str, end: str = "\n"):

@@ -91,7 +91,7 @@ class Config:
     l1: float = flag(0.1, "sparsity penalty lambda of ReLU SAEs", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     rank: int = flag(16, "rank of LoRA and adapters (experiments/baselines.py)", 1)
-    seed: int = flag(0, "seed of everything random", 0, 2**32)
+    seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
