@@ -333,7 +333,8 @@ def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
 
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
     line = (
-        "--sae batchtopk --k 4 16 --tokens 153600 --kl-tokens 102400 --eval-tokens 15k --kl-batch 8"
+        "--sae batchtopk --k 4 16 --layer 5 --tokens 153600 --kl-tokens 102400 --eval-tokens 15k"
+        " --kl-batch 8 --method kl"
     )
     assert command(f"{line} --name x", tmp_path) == 0
     for k in (4, 16):
