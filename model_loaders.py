@@ -47,6 +47,21 @@ def refuse(wrong: bool, message: str):
         raise UserError(message)
 
 
+@contextmanager
+def user_errors(what: str):
+    """Turn whatever goes wrong inside into UserError: `what`, and why, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{what}: pip install {error.name}") from error
+    except Exception as error:  # the disk's or the content's: each decompressor has its own
+        why = str(error) if isinstance(error, UnicodeError) else repr(error)
+        why = re.sub(r"(\\n|\\t|\s)+", " ", why)
+        raise UserError(f"{what} ({why:.300})") from error
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors."""
 
@@ -72,8 +87,8 @@ def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **opt
 
 def flags_of(settings: type, description: str) -> Parser:
     """A parser of the flags that the fields of a dataclass are; it leaves out what is not given."""
-    options = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = Parser(description=description, **options)
+    absent = argparse.SUPPRESS
+    parser = Parser(description=description, argument_default=absent, allow_abbrev=False)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
         default = f.default_factory()
@@ -408,21 +423,6 @@ SAE_SETTINGS = {
     "reshape_activations": ["none", None],
     "activation_fn_str": ["relu"],  # before SAELens 6
 }
-
-
-@contextmanager
-def user_errors(what: str):
-    """Turn whatever goes wrong inside into UserError: `what`, and why, in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{what}: pip install {error.name}") from error
-    except Exception as error:  # the disk's or the content's: each decompressor has its own
-        why = str(error) if isinstance(error, UnicodeError) else repr(error)
-        why = re.sub(r"(\\n|\\t|\s)+", " ", why)
-        raise UserError(f"{what} ({why:.300})") from error
 
 
 @contextmanager

@@ -333,6 +333,9 @@ class SlicedKL(torch.autograd.Function):
 
 
 # ---- Which tokens count, and the buffer of activations -----------------------------------------
+ALL_SINKS = "--sink-norm leaves no token to train on: give a larger one"
+
+
 def content(resid, n_skip: int, limit):
     """[B, T]: which positions of resid [B, T, D] count. Not the first n_skip (<bos>), and not the
     attention sinks, a few tokens whose norm is many times the median's and tells nothing."""
@@ -397,8 +400,7 @@ class ActivationBuffer:
             left = len(self.rows) - self.used
             self.next_sequence = 0
             self.refill()
-            if len(self.rows) == left:
-                raise UserError("--sink-norm leaves no token to train on: give a larger one")
+            refuse(len(self.rows) == left, ALL_SINKS)
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
@@ -1248,7 +1250,7 @@ class Run:
             if sae.median_norm <= 0:
                 sae.median_norm.copy_(median)
             x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
-            refuse(len(x) == 0, "--sink-norm leaves no token to train on: give a larger one")
+            refuse(len(x) == 0, ALL_SINKS)
             scale = x.pow(2).sum(-1).mean().sqrt()
             if not self.config.start:
                 sae.rescale(scale)
