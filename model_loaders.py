@@ -123,7 +123,7 @@ def say(text: str, end: str = "\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def progress(text: str):
+def progress(text: str, now=False):
     """A line that, on a terminal, is cut to its width and gives way to the next."""
     if sys.stdout.isatty():
         say(text[: shutil.get_terminal_size().columns - 1], end="")
@@ -220,160 +220,6 @@ def fetch(name: str, filename: str) -> Path:
 def load_config(name: str) -> dict:
     """The model's config.json. Raises UserError, also when it is not a JSON object."""
     return read_json(fetch(name, "config.json"))
-
-
-def number(config: dict, key: str, default: float | None = None) -> float:
-    """A positive number from a config.json. UserError, with key and value, where it is none."""
-    value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise UserError(f"config.json has {key} = {value!r:.80}: not a positive number")
-    return value
-
-
-def size(config: dict, key: str, default: int | None = None, high: int = 2**31 - 1) -> int:
-    """A whole number from 1 to `high`; as `number` otherwise."""
-    value = number(config, key, default)
-    if type(value) is not int or value > high:
-        raise UserError(f"config.json has {key} = {value!r:.80}: not a whole number to {high}")
-    return value
-
-
-def require(config: dict, key: str, *supported) -> None:
-    """UserError where a config.json asks for what is not supported; the first is the default."""
-    value = config.get(key, supported[0])
-    if value not in supported:
-        raise UserError(f"config.json has {key} = {value!r:.80}; supported: {supported}")
-
-
-def rope_settings(
-    config: dict, layer_type: str, head_dim: int, base: float, share: float | None
-) -> dict:
-    """dim (of a head's dimensions), base and factor of rotary positions, in either spelling:
-    `rope_parameters`, of Gemma 3 for each layer type, or older keys (`base`, `share`), of which
-    rope_scaling is in Gemma 3 about full attention alone. share: None where it is always all.
-    UserError for other kinds of scaling, and for what the reference library would not follow."""
-    by_type = config.get("model_type") == "gemma3_text"
-    rope, old = config.get("rope_parameters"), config.get("rope_scaling")
-    refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
-    if rope is None:
-        rope = {} if by_type and layer_type == "sliding_attention" else old or {}
-    elif by_type and isinstance(rope, dict):
-        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
-        rope = rope[layer_type]
-    flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
-    refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require({"rope_type": kind}, "rope_type", "default", "linear")
-    require(config, "head_dim", head_dim, None)
-    if share is None:
-        require(rope, "partial_rotary_factor", 1.0, None)
-    return {
-        "dim": int(head_dim * number(rope, "partial_rotary_factor", share or 1.0)),
-        "base": number(rope, "rope_theta", base),
-        "factor": number(rope, "factor") if kind == "linear" else 1.0,
-    }
-
-
-@dataclass
-class Architecture:
-    """What a config.json says of a language model, in our names."""
-
-    model_type: str  # gpt_neox, gemma2 or gemma3_text
-    n_vocab: int
-    d_model: int
-    d_mlp: int
-    n_layers: int
-    n_heads: int
-    max_context: int
-    tied: bool  # whether the embedding unembeds, too
-    eps: float  # of the norms
-    ropes: list[dict]  # of each block: dim, base and factor
-    parallel: bool = True  # Pythia: attention and MLP side by side
-    n_kv: int = 0  # Gemma: heads of keys and values
-    head_dim: int = 0
-    score_scale: float = 1.0
-    score_cap: float | None = None
-    logit_cap: float | None = None
-    windows: list[int | None] = field(default_factory=list)  # of each block; None: all before
-
-
-def describe_model(config: dict) -> Architecture:
-    """The model that a parsed config.json describes. UserError, with key and value, for what we
-    do not support and for what cannot be."""
-    text = config.get("text_config")
-    if config.get("model_type") == "gemma3" and isinstance(text, dict):
-        config = {**config, **text, "model_type": "gemma3_text"}
-    require({"model_type": None, **config}, "model_type", "gpt_neox", "gemma2", "gemma3_text")
-    gemma = config["model_type"] != "gpt_neox"
-    require(config, "tie_word_embeddings", gemma, not gemma)
-    own = _gemma(config) if gemma else _gpt_neox(config)
-    return Architecture(
-        model_type=config["model_type"],
-        n_vocab=size(config, "vocab_size"),
-        d_model=size(config, "hidden_size"),
-        d_mlp=size(config, "intermediate_size"),
-        n_layers=n_blocks(config),
-        n_heads=size(config, "num_attention_heads"),
-        max_context=size(config, "max_position_embeddings", 8192),
-        tied=config.get("tie_word_embeddings", gemma),
-        **own,
-    )
-
-
-def n_blocks(config: dict) -> int:
-    return size(config, "num_hidden_layers", high=1000)
-
-
-def _gpt_neox(config: dict) -> dict:
-    require(config, "hidden_act", "gelu")
-    require(config, "use_parallel_residual", True, False)
-    head_dim = size(config, "hidden_size") // size(config, "num_attention_heads")
-    base, share = number(config, "rotary_emb_base", 10_000), number(config, "rotary_pct", 0.25)
-    rope = rope_settings(config, "full_attention", head_dim, base, share)
-    return {
-        "eps": number(config, "layer_norm_eps", 1e-5),
-        "ropes": [rope] * n_blocks(config),
-        "parallel": config.get("use_parallel_residual", True),
-    }
-
-
-def _soft_cap(config: dict, key: str) -> float | None:
-    return None if config.get(key) is None else number(config, key)
-
-
-def _gemma(config: dict) -> dict:
-    gemma_3 = config["model_type"] == "gemma3_text"
-    require(config, "hidden_activation", "gelu_pytorch_tanh")
-    require(config, "use_bidirectional_attention", False, None)
-    if gemma_3:
-        require(config, "attn_logit_softcapping", None)
-    else:  # where it is silent
-        config = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **config}
-    every = size(config, "sliding_window_pattern", 6) if gemma_3 else 2
-    pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
-    n_layers = n_blocks(config)
-    kinds = config.get("layer_types") or pattern * n_layers
-    known = isinstance(kinds, list) and len(kinds) >= n_layers and {*kinds} <= {*pattern}
-    refuse(not known, f"config.json has layer_types = {kinds!r:.80}; supported: {pattern}")
-    kinds = kinds[:n_layers]
-    head_dim = size(config, "head_dim", 256)
-    windows, ropes = {"full_attention": None}, {}
-    for kind in sorted({*kinds}):
-        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
-        if kind == "sliding_attention":
-            windows[kind] = size(config, "sliding_window", 4096)
-            base = number(config, "rope_local_base_freq", 10_000) if gemma_3 else base
-        ropes[kind] = rope_settings(config, kind, head_dim, base, share=None)
-    return {
-        "eps": number(config, "rms_norm_eps", 1e-6),
-        "n_kv": size(config, "num_key_value_heads"),
-        "head_dim": head_dim,
-        "score_scale": number(config, "query_pre_attn_scalar", 256) ** -0.5,
-        "windows": [windows[kind] for kind in kinds],
-        "ropes": [ropes[kind] for kind in kinds],
-        "score_cap": _soft_cap(config, "attn_logit_softcapping"),
-        "logit_cap": _soft_cap(config, "final_logit_softcapping"),
-    }
 
 
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -535,117 +381,53 @@ def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = No
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write_sae(folder, sae: dict, own: dict, metadata: dict):
-    """Write an SAE for raw activations, its `state_dict`, in SAELens's layout, which `read_sae`
-    reads; own: kind, k and what else only we read. Raises UserError."""
-    kind = own["kind"]
-    architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(kind, kind)
-    tensors = {name: sae[name] for name in ("b_enc", "W_dec", "b_dec")}
-    tensors["W_enc"] = sae["W_enc"].T
-    if architecture == "jumprelu":
-        tensors["threshold"] = sae["threshold"].expand(len(sae["b_enc"]))
-    cfg = {
-        "architecture": architecture,
-        "d_in": len(sae["b_dec"]),
-        "d_sae": len(sae["b_enc"]),
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }
-    if kind == "topk":
-        cfg.update(k=own["k"], rescale_acts_by_decoder_norm=False)
-    own = {**metadata.get("saeft", {}), **own}
-    # Without a version SAELens takes the file for an old one, and drops the other metadata.
-    cfg["metadata"] = {"sae_lens_version": "6.54.0", **metadata, "saeft": own}
-    write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"}, cfg)
+def write_sae(folder, tensors: dict, cfg: dict):
+    D, F = len(tensors["b_dec"]), len(tensors["b_enc"])
+    shape = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none"}
+    metadata = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
+    write_safetensors(Path(folder, "sae_weights.safetensors"), {**tensors, "W_enc": tensors["W_enc"].T}, {"format": "pt"}, {**shape, **cfg, "metadata": metadata})
 
 
-def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
-    """The float32 tensors of an SAE for raw activations as our `state_dict` has them, and its
-    cfg.json with kind, k, scale, median_norm and metadata. `source`: a folder in SAELens's layout,
-    or on the Hub owner/name:path or owner/name@revision:path. UserError also for what our equations
-    cannot express."""
+def read_sae(source):
     source = str(source)
     name, _, inside = source.partition(":")
     if os.path.isdir(os.path.expanduser(source)):
         name, inside = source, ""
     cfg = read_json(fetch(name, os.path.join(inside, "cfg.json")))
-    for key, accepted in SAE_SETTINGS.items():
-        if cfg.get(key, accepted[0]) not in accepted:
-            advice = f"python experiments/convert.py {source} FOLDER"
-            raise UserError(f"{source}: {key} {cfg[key]!r:.60} cannot be read as it is: {advice}")
     path = fetch(name, os.path.join(inside, "sae_weights.safetensors"))
     tensors = read_safetensors(path, dtype=torch.float32)
-    D, F, architecture = cfg.get("d_in"), cfg.get("d_sae"), cfg.get("architecture", "standard")
-    shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
-    if architecture == "jumprelu":
-        shapes["threshold"] = [F]
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        raise UserError(f"{path} holds {found!r:.300}, its cfg.json means {shapes!r:.300}")
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise UserError(f"{path}: {name} is not of finite numbers")
-
-    metadata = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
-    own = metadata["saeft"] if isinstance(metadata.get("saeft"), dict) else {}
-    kind = {"standard": "relu"}.get(architecture, architecture)
-    if kind == "jumprelu" and own.get("kind") == "batchtopk":  # one threshold for all latents
-        kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
     tensors["W_enc"] = tensors["W_enc"].T
-    k = cfg.get("k") or own.get("k") or 0
-    whole = type(k) is int or (type(k) is float and kind == "batchtopk")
-    known = whole and 0 < k <= F
-    refuse(kind in ("topk", "batchtopk") and not known, f"{source}: cfg.json has k = {k!r:.60}")
-    told = {"kind": kind, "k": k, "metadata": metadata}
-    for key, default in (("scale", 1.0), ("median_norm", 0.0), ("l1", None)):
-        value = told[key] = own.get(key) or default
-        natural = value is None or (type(value) in (int, float) and 0 <= value < 2**31)
-        refuse(not natural, f"{source}: cfg.json has {key} = {value!r:.60}")
-    return tensors, {**cfg, **told}
+    cfg["metadata"] = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
+    cfg["metadata"].setdefault("saeft", {})
+    return tensors, cfg
 
 
 def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
-    """What cfg.json says about the origin of an SAE, for SAELens and for `sae_settings`;
-    first_sequence: that of its data from which on it has seen none."""
     model = settings["model"]
     return {
         "model_name": model if model == "tiny" else MODELS.get(model, model),
-        "hook_name": f"blocks.{settings['layer']}.hook_resid_post",
+        "hook_name": f"blocks.{settings['layer']}.hook_{settings['place']}",
         "context_size": settings["context"],
         "prepend_bos": prepend_bos,
         "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
-        "saeft": {"l1": settings["l1"]},
     }
 
 
-def sae_settings(source: str, given: dict | None = None) -> dict:
-    """The settings that an SAE tells of itself; `tokens`: those of its data that it has seen.
-    UserError where `given` ones contradict it, or add no model and layer that it lacks."""
-    _, cfg = read_sae(source)
-    metadata = cfg["metadata"]
-    told = {"sae": cfg["kind"], "d_sae": cfg["d_sae"], "k": [cfg["k"] or 1]}
-    told["bos"] = {"True": "yes", "False": "no"}.get(str(metadata.get("prepend_bos")), "auto")
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", str(metadata.get("hook_name")))
-    told["layer"] = int(hook[1]) if hook else None
-    told["l1"] = cfg["l1"] if cfg["kind"] == "relu" else None
-    texts = {"model": metadata.get("model_name"), "data": metadata.get("dataset_path")}
-    told.update({name: text for name, text in texts.items() if isinstance(text, str)})
-    context, first = metadata.get("context_size"), metadata.get("first_sequence")
-    told["context"] = context if type(context) is int else None
-    told["tokens"] = first * context if type(first) is type(context) is int else 0
-    told = {name: value for name, value in told.items() if value is not None}
-    if given is None:
-        return told
-    for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
-        refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
-    for name in ("model", "layer"):
-        refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
+def sae_settings(cfg):
+    m = cfg["metadata"]
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", m["hook_name"])
+    told = {"layer": int(hook[1]), "place": hook[2], "model": m["model_name"], "data": m["dataset_path"],
+        "bos": "yes" if m["prepend_bos"] else "no", "context": m["context_size"], "tokens": m["first_sequence"] * m["context_size"], "d_sae": cfg["d_sae"]}
+    if cfg.get("k"):
+        told["k"] = [cfg["k"]]
     return told
+
+
+def model_key(name):
+    return name
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
@@ -890,7 +672,7 @@ OTHER_IDS = "give --data that is tokenised for the model, or text"
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
-def usual_data(model: str) -> str:
+def usual_data(tokenizer, model="x") -> str:
     """The source of tokens where none is given: Pythia's own, or c4."""
     deduped = "-deduped" if "-deduped" in model else ""
     return f"pythia{deduped}" if "pythia" in model else "c4"
@@ -1031,7 +813,7 @@ class TokenStream:
     UserError for an unknown, short or failing source."""
 
     def __init__(
-        self, data, tokenizer, context, train, val, cache=None, allow_short=False, report=None
+        self, data, tokenizer, context, train, val, cache=None, allow_short=False, report=None, n_rows=None
     ):
         self.data, self.tokenizer, self.context = data, tokenizer, context
         self.stride = context - (tokenizer.bos_id is not None)  # ids of the stream in a sequence
@@ -1041,6 +823,7 @@ class TokenStream:
         self.report = report or (lambda line: None)
         self.folder = self._cache_folder(cache)
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
+        self.key = self.folder.name
         self.stopped = self.locked_out = False
         self._load_meta()
         self.thread = in_background(self._run)
@@ -1321,7 +1104,7 @@ class RunFolder:
         with user_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
             return torch.load(self.path / name, map_location=device, weights_only=True)
 
-    def go_on(self, saved: dict, settings: dict, n_processes: int):
+    def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
         UserError if that run has other settings."""
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}

@@ -12,8 +12,8 @@
         x     = output of block L, the residual stream       # later blocks never run
         f     = TopK(ReLU(W_enc (x - b_dec) + b_enc))        # the latents
         x_hat = W_dec f + b_dec                              # the reconstruction
-        step(||x - x_hat||^2 + AuxK / 32)                    # x scaled; AuxK revives dead latents
-    phase two, on whole sequences:                           # the last 25M tokens, x as it is
+        step(||x - x_hat||^2 + AuxK / 32)                    # AuxK revives dead latents
+    phase two, on whole sequences:                           # the last 25M tokens
         p     = softmax(logits of the model)
         q     = softmax(logits with x_hat in place of x)
         MSE   = ||x - x_hat||^2 / D
@@ -23,7 +23,12 @@
         clipped to 1, Adam steps, and decoder directions get back their unit norm (ReLU SAEs: free)
 
 Shapes: N tokens, B sequences, T context, D d_model, F d_sae (number of latents), V vocabulary,
-K active latents, L the layer. Units: CE and KL in nats per token; FVU is a share of variance.
+K active latents, L the layer. CE and KL are in nats per token; FVU is a share of variance.
+Units: x, f, biases, thresholds and lambda are in units of the activations. Phase one is given
+x / scale, scale = sqrt(mean ||x||^2), so that its settings carry over between models. When it ends
+they are multiplied by scale (`SAE.rescale`), and from then on everything is raw.
+
+A fork states its difference in a file of its own and adds it here by a name: see experiments/forks.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -58,21 +64,28 @@ from model_loaders import TokenStream, UserError, flag, progress, refuse, say, u
 
 FAST = True  # False: nothing of the section "Fast paths" is used; to compare
 
+# What there is by name, and what a fork adds to.
+KINDS: dict = {}  # --sae: a class of SAE
+METHODS: dict = {}  # --method: (lm, a copy of the SAE of phase one, config) -> Trainee
+PLACES: dict = {}  # --place: (lm, tokens, layer) -> residual stream, x
+FAMILIES: dict = {}  # model_type in config.json: a class of LanguageModel
+
 
 # ---- Settings ----------------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Every setting of a run: default, help, and the range of a number. PRESETS replace these
-    defaults per model; flags replace both."""
+    """Every setting of a run: default, help, and the range of a number. A model's preset replaces
+    these defaults; flags replace both."""
 
     # What is trained on what
     model: str = flag("tiny", "short name (pythia-160m), Hub owner/name[@revision] or folder")
-    layer: int | None = flag(None, "block whose output the SAE reads (default: the middle one)", 0)
+    layer: int | None = flag(None, "block at which the SAE sits (default: the middle one)", 0)
+    place: str = flag("resid_post", "what of that block the SAE reads", choices=PLACES)
     data: str | None = flag(None, "c4, pile, pythia, tiny, a Hub dataset, or local files")
     bos: str = flag("auto", "start sequences with <bos>", choices=["auto", "yes", "no"])
     start: str | None = flag(None, "fine-tune this SAE: a folder, or owner/name:path on the Hub")
     # The SAE
-    sae: str = flag("topk", "activation function", choices=["topk", "batchtopk", "relu"])
+    sae: str = flag("topk", "kind of SAE", choices=KINDS)
     k: list[int] = flag([80], "active latents K; for several, an SAE each", 1, nargs="+")
     d_sae: int = flag(2**14, "number of latents F", 1)
     # Tokens
@@ -84,18 +97,20 @@ class Config:
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
     sink_norm: float = flag(4.0, "leave out tokens above this many median norms; 0: none", 0)
     # Optimisation
-    method: list[str] = flag(["kl"], "fine-tunes, each from the MSE SAE", nargs="+")
+    method: list[str] = flag(
+        ["kl"], "fine-tunes, each from the MSE SAE", nargs="+", choices=METHODS
+    )
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
     kl_lr: float = flag(5e-5, "first rate of the fine-tune, falling linearly to 0", 0)
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
-    l1: float = flag(0.1, "sparsity penalty lambda of ReLU SAEs", 0)
+    l1: float | None = flag(None, "lambda of ReLU SAEs (default: 0.1; --start: what suits it)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     rank: int = flag(16, "rank of LoRA and adapters (experiments/baselines.py)", 1)
     seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
-    compile: bool = flag(False, "torch.compile the blocks and the KL")
+    compile: bool = flag(False, "torch.compile the blocks and the loss")
     eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation", 1)
     out: str = flag("runs", "where run folders go")
     name: str | None = flag(None, "folder under --out (default: model, layer, kind, K, seed)")
@@ -104,25 +119,28 @@ class Config:
     checkpoint_minutes: float = flag(10.0, "minutes between checkpoints", 0)
     log_every: int = flag(50, "steps between lines of metrics.jsonl", 1)
 
+    @property
+    def peak_lr(self) -> float:
+        return 2e-4 / math.sqrt(self.d_sae / 2**14) if self.lr is None else self.lr
 
-GEMMA = "--dtype bfloat16 --kl-batch 2"
-PRESETS = {  # flags that a model starts with, by the last part of its name
-    **{name: GEMMA for name in model_loaders.MODELS if name.startswith("gemma")},
-    "gemma-2-2b": f"{GEMMA} --layer 12",
-    "pythia-160m": "--layer 8",
-    "tiny": "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k --context 128"
-    " --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3 --warmup 50"
-    " --dead-after 200k --eval-tokens 100k --log-every 20",
+    def autocast(self, device: torch.device):
+        """Products in --dtype; parameters stay float32."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+PRESETS = {  # flags that a model starts with, by what it is: (V, D, number of blocks)
+    (50304, 768, 12): "--layer 8",  # Pythia-160M
+    (256000, 2304, 26): "--layer 12",  # Gemma 2 2B
+    (2048, 128, 6): "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k"
+    " --context 128 --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3"
+    " --warmup 50 --dead-after 200k --eval-tokens 100k --log-every 20",  # the embedded one
 }
 
 
 # ---- The sparse autoencoder --------------------------------------------------------------------
-class Activity(NamedTuple):
-    """What N tokens activated."""
-
-    counts: Tensor  # [F], the tokens on which each latent is active
-    sums: Tensor  # [F], each latent's activations, summed over tokens
-    floor: Tensor | float | None  # what pre-activations had to reach; None for the K largest
+def single(x):
+    """x in float32, where its own precision is less."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def activate(pre, k, floor):
@@ -134,91 +152,104 @@ def activate(pre, k, floor):
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
-def autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep=None):
-    """x_hat [N, D] of x [N, D], and what was active: nothing where keep [N] is False.
-    select(pre, number kept) says which pre-activations stay, as K and floor of `activate`."""
+def encode(x, b_dec, W_enc, b_enc, select, keep=None):
+    """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre, number kept) says which
+    pre-activations stay, as K and floor of `activate`. On the CPU f is a `SparseRows`."""
     if FAST and x.is_cpu:
-        return sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep)
+        return sparse_encode(x, b_dec, W_enc, b_enc, select, keep)
     pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
     if keep is None:
         keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     pre = pre.masked_fill(~keep[:, None], -torch.inf)
-    k, floor = select(pre.detach(), keep.sum())
-    f = activate(pre, k, floor)
-    active = Activity((f > 0).sum(0), f.sum(0), floor)
-    return f @ W_dec + b_dec, active
+    return activate(pre, *select(pre.detach(), keep.sum()))
+
+
+def values_of(f):
+    """All values of f, among them all that are not 0."""
+    return f.values if isinstance(f, SparseRows) else f
+
+
+def counts(f):
+    """[F], the tokens on which each latent is active."""
+    return f.counts() if isinstance(f, SparseRows) else (f > 0).sum(0)
 
 
 class SAE(nn.Module):
-    """x_hat = f W_dec + b_dec, f = activation((x - b_dec) W_enc' + b_enc), on x / scale.
+    """x_hat = f W_dec + b_dec, f = activation((x - b_dec) W_enc' + b_enc).
 
-    W_enc and W_dec are both [F, D], a row for each latent. Kinds of activation:
-    topk       the K largest of each token
-    batchtopk  the K N largest of N tokens in training, later those above `threshold`, which
-               leaves K a token on average (arXiv 2412.06410)
-    relu       all that are positive
-    jumprelu   those above a threshold of the latent's own [F], which does not train (2407.14435)"""
+    W_enc and W_dec are both [F, D], a row for each latent. A kind of SAE is a subclass, known by
+    `kind` to --sae, that states its difference: which pre-activations stay (`select`, or all of
+    `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). All
+    its parameters and buffers are saved, in SAELens's layout, as SAELens's `architecture`."""
 
-    def __init__(self, d_model: int, d_sae: int, k: float, kind: str = "topk", seed: int = 0):
+    kind = architecture = ""
+    unit_norm = True  # whether decoder directions keep norm 1
+    numbers = ()  # attributes that are saved in cfg.json, beside the tensors
+    scaled = ("b_enc", "b_dec")  # what is in units of x
+
+    def __init_subclass__(cls, kind: str, architecture: str | None = None):
+        cls.kind, cls.architecture = kind, architecture or cls.architecture
+        KINDS[kind] = cls
+
+    def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
         super().__init__()
-        self.k, self.kind = k, kind
-        self.bfloat16 = False  # whether products run in bfloat16; parameters stay float32
-        self.unit_norm = kind != "relu"  # its penalty weighs the directions' norms instead
+        self.k = k
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
         self.W_enc = nn.Parameter(directions.clone())
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("threshold", torch.zeros(d_sae if kind == "jumprelu" else ()))
-        self.register_buffer("scale", torch.ones(()))  # sqrt(mean ||x||^2), or 1: raw units
-        self.register_buffer("median_norm", torch.zeros(()))  # of ||x||; 0: not yet measured
+        self.track(torch.zeros(d_sae, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+
+    def track(self, idle, dead):
+        """idle [F]: tokens since each latent fired; dead: latents idle for --dead-after tokens."""
+        self.register_buffer("idle", idle, persistent=False)
+        self.register_buffer("dead", dead, persistent=False)
 
     def forward(self, x, keep=None):
-        """x_hat [N, D] of x [N, D]; and what was active, in units of x / scale."""
-        weights = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x_hat, active = autoencode(single(x) / self.scale, *weights, self.select, keep)
-        return x_hat * self.scale, active
+        """x_hat [N, D] and f [N, F] of x [N, D]; f is 0 where keep [N] is False."""
+        f = self.encode(single(x), keep)
+        return self.decode(f), f
+
+    def encode(self, x, keep=None):
+        """f [N, F], a tensor or, on the CPU, `SparseRows`; f.to_dense() is always the tensor."""
+        return encode(x, self.b_dec, self.W_enc, self.b_enc, self.select, keep)
+
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec
 
     def select(self, pre, n):
         """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
-        if self.kind == "topk":
-            return self.k, None
-        if self.kind == "relu":
-            return None, 0.0
-        if self.kind == "batchtopk" and self.training:
-            largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
-            last = (self.k * n).round().long().clamp_min(1) - 1
-            return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
-        return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
+        return None, 0.0
 
-    @torch.no_grad()
-    def encode(self, x):
-        """f [N, F] of x [N, D], in units of x: x_hat = f W_dec + scale * b_dec."""
-        pre = F.linear(single(x) / self.scale - self.b_dec, self.W_enc, self.b_enc)
-        k, floor = self.select(pre, torch.tensor(len(x), device=x.device))
-        return activate(pre, k, floor) * self.scale
+    def start(self, x, config: Config):
+        """Before the first step, at activations x [N, D]: b_dec of a new SAE is their mean."""
+        if not config.start:
+            self.b_dec.copy_(x.mean(0))
+
+    def keep_l0(self, l0: float):
+        """Before the fine-tune: from here on the L0 is to stay as it is."""
+
+    def penalty(self, x, x_hat, f, weight, done: float):
+        """What is added to the sum over D of (x - x_hat)^2. weight [N]: of each token in means;
+        done: share of the phase's steps."""
+        return 0.0
+
+    def after_step(self, f, l0, step: int):
+        """What moves after a step (of the phase, from 0), in training."""
+
+    def move_idle(self, fired, n: int, dead_after: int | None):
+        """After n tokens of which fired [F] activated each latent; dead_after None: later."""
+        self.idle = torch.where(fired > 0, 0, self.idle + n)
+        if dead_after is not None:
+            self.dead = (self.idle > dead_after).nonzero()[:, 0]
 
     @torch.no_grad()
     def rescale(self, scale: float | Tensor):
-        """Sets `scale`, and leaves the function of x as it is; with 1, units are raw."""
-        for values in (self.b_enc, self.b_dec, self.threshold):
-            values.mul_(self.scale / scale)
-        self.scale.copy_(torch.as_tensor(scale))
-
-    @torch.no_grad()
-    def stationary_l1(self, x) -> float:
-        """The lambda at which a ReLU SAE is at rest on x [N, D]: scaling all f leaves its loss the
-        same. 2 mean <x - x_hat, x_hat - b_dec> / mean sum_i f_i ||W_dec[i]||."""
-        x_hat, active = self(x)
-        error = (x - x_hat) / self.scale
-        decoded = x_hat / self.scale - self.b_dec
-        return (2 * (error * decoded).sum() / self.penalty(active)).item()
-
-    def penalty(self, active: Activity):
-        """sum_n sum_i f[n, i] ||W_dec[i]||, which lambda weighs in ReLU SAEs."""
-        return (active.sums * self.W_dec.norm(dim=-1)).sum()
+        """From activations x / scale to activations x."""
+        for name in self.scaled:
+            getattr(self, name).mul_(scale)
 
     @torch.no_grad()
     def project_gradient(self):
@@ -226,71 +257,202 @@ class SAE(nn.Module):
         along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
         self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
+    def to_file(self) -> tuple[dict, dict]:
+        """Tensors of the file, and what cfg.json says of this kind; `numbers` go there."""
+        tensors = {k: v for k, v in self.state_dict().items() if k not in self.numbers}
+        own = {name: float(getattr(self, name)) for name in self.numbers}
+        own = {name: int(value) if value.is_integer() else value for name, value in own.items()}
+        return tensors, {
+            "architecture": self.architecture,
+            "metadata": {"saeft": {"kind": self.kind, **own}},
+        }
+
+    def from_file(self, tensors: dict, numbers: dict):
+        """The inverse. Raises RuntimeError where the tensors are not exactly those of this kind."""
+        for name, value in numbers.items():
+            if isinstance(getattr(self, name), Tensor):
+                tensors = {**tensors, name: torch.tensor(float(value))}
+            else:
+                setattr(self, name, value)
+        self.load_state_dict(tensors)
+
     @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict):
-        """Writes the SAE in SAELens's layout, for raw activations: scale goes into the biases.
-        metadata: model_name, hook_name, ... UserError where the folder cannot be written."""
-        raw = copy.deepcopy(self)
-        raw.rescale(1.0)
-        own = {
-            "kind": self.kind,
-            "k": self.k,
-            "scale": self.scale.item(),
-            "median_norm": self.median_norm.item(),
-        }
-        model_loaders.write_sae(folder, raw.state_dict(), own, metadata)
+        """Writes the SAE in SAELens's layout. metadata: model_name, hook_name, ... UserError where
+        the folder cannot be written."""
+        tensors, cfg = self.to_file()
+        own = {**metadata.get("saeft", {}), **cfg["metadata"]["saeft"]}
+        model_loaders.write_sae(folder, tensors, {**cfg, "metadata": {**metadata, "saeft": own}})
 
-    @classmethod
+    @staticmethod
     @torch.no_grad()
-    def load(cls, source: str | Path) -> SAE:
-        """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub, in
-        raw units. UserError where there is none, or one that cannot be followed exactly."""
-        tensors, told = model_loaders.read_sae(source)
-        sae = cls(told["d_in"], told["d_sae"], told["k"], told["kind"])
-        sae.load_state_dict(tensors, strict=False)
-        sae.median_norm.fill_(told["median_norm"])
-        norms = sae.W_dec.norm(dim=-1)
-        sae.unit_norm = sae.kind != "relu" and bool((norms - 1).abs().max() < 1e-3)
-        if sae.kind == "relu":  # its lambda stands beside scaled activations
-            sae.rescale(told["scale"])
+    def load(source: str | Path) -> SAE:
+        """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
+        UserError where there is none, or one that cannot be followed exactly."""
+        tensors, cfg = model_loaders.read_sae(source)
+        kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
+        numbers = {}
+        for name in kind.numbers:
+            value = numbers[name] = cfg.get(name, own.get(name, 0))
+            known = type(value) in (int, float) and 0 <= value < 2**31
+            refuse(not known, f"{source}: cfg.json has {name} = {value!r:.60}")
+        sae = kind(cfg["d_in"], cfg["d_sae"])
+        with user_errors(f"{source}: not what the kind {kind.kind!r} has"):
+            sae.from_file(tensors, numbers)
+        off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
+        sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
         return sae.eval()
 
 
+class TopK(SAE, kind="topk", architecture="topk"):
+    """The K largest of each token. AuxK: dead latents learn to reconstruct the error."""
+
+    numbers = ("k",)
+
+    def select(self, pre, n):
+        return self.k, None
+
+    def penalty(self, x, x_hat, f, weight, done):
+        return auxk_loss(self, x, x - x_hat, self.dead) / 32 if len(self.dead) else 0.0
+
+    def to_file(self):
+        tensors, cfg = super().to_file()
+        if self.architecture == "topk":
+            cfg.update(k=self.k, rescale_acts_by_decoder_norm=False)
+        return tensors, cfg
+
+    def from_file(self, tensors, numbers):
+        k, F_ = numbers["k"], len(self.b_enc)
+        refuse(not 0 < k <= F_, f"K is {k} of {F_} latents")
+        super().from_file(tensors, numbers)
+
+
+class BatchTopK(TopK, kind="batchtopk", architecture="jumprelu"):
+    """The K N largest of N tokens (of each GPU) in training, later those above a `threshold` that
+    leaves K a token on average (arXiv 2412.06410)."""
+
+    scaled = ("b_enc", "b_dec", "threshold")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def select(self, pre, n):
+        if not self.training:
+            return None, above(self.threshold)
+        largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
+        last = (self.k * n).round().long().clamp_min(1) - 1
+        return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
+
+    def keep_l0(self, l0):
+        self.k = l0
+
+    def after_step(self, f, l0, step):
+        """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
+        published mean of the last 1000 lags behind in short runs.)"""
+        values = values_of(f).detach()
+        least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
+        least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
+        self.threshold.lerp_(least, max(1 / (step + 1), 0.02))
+
+    def to_file(self):
+        tensors, cfg = super().to_file()
+        return {**tensors, "threshold": self.threshold.expand(len(self.b_enc))}, cfg
+
+    def from_file(self, tensors, numbers):
+        refuse(len(tensors["threshold"].unique()) > 1, "its thresholds differ")
+        super().from_file({**tensors, "threshold": tensors["threshold"][0]}, numbers)
+
+
+class ReLU(SAE, kind="relu", architecture="standard"):
+    """All that are positive; the loss has lambda sum_i f_i ||W_dec[i]||. In phase one lambda rises
+    over the first 20th of the steps; in phase two it moves towards the L0 of phase one."""
+
+    unit_norm = False  # the penalty weighs the directions' norms instead
+    numbers = ("l1",)
+    scaled = ("b_enc", "b_dec", "l1")
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("l1", torch.zeros(()))  # lambda
+        self.l0_target = None
+
+    def start(self, x, config):
+        super().start(x, config)
+        scale = x.pow(2).sum(-1).mean().sqrt()
+        if config.l1 is not None or not config.start:
+            self.l1.copy_((0.1 if config.l1 is None else config.l1) * scale)
+        elif self.l1 == 0:
+            self.l1.copy_(self.stationary_l1(x[:4096]).clamp_min(1e-4 * scale))
+
+    def stationary_l1(self, x):
+        """The lambda at which a published SAE is at rest on x [N, D]: scaling all f leaves its loss
+        the same. 2 sum <x - x_hat, x_hat - b_dec> / sum_n sum_i f_i ||W_dec[i]||."""
+        x_hat, f = self(x)
+        weighed = (f * self.W_dec.norm(dim=-1)).sum()
+        return 2 * ((x - x_hat) * (x_hat - self.b_dec)).sum() / weighed
+
+    def keep_l0(self, l0):
+        self.l0_target = l0
+
+    def penalty(self, x, x_hat, f, weight, done):
+        rise = min(1.0, 20 * done) if self.l0_target is None else 1.0
+        weighed = (f * self.W_dec.norm(dim=-1)).sum()
+        return rise * self.l1 * weighed * weight.max()  # tokens of no weight have no f
+
+    def after_step(self, f, l0, step):
+        if self.l0_target is not None:
+            self.l1 *= torch.where(l0 > self.l0_target, 1.001, 0.999)
+
+
+class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
+    """Those above a threshold of the latent's own [F] (arXiv 2407.14435). The thresholds of a
+    published SAE stay as they are; experiments/forks/jumprelu.py trains them."""
+
+    scaled = ("b_enc", "b_dec", "threshold")
+
+    def __init__(self, d_model, d_sae, *args, **kwargs):
+        super().__init__(d_model, d_sae, *args, **kwargs)
+        self.register_buffer("threshold", torch.zeros(d_sae))
+
+    def select(self, pre, n):
+        return None, above(self.threshold)
+
+    def start(self, x, config):
+        refuse(not config.start, "--sae jumprelu is for --start: its thresholds do not train")
+
+
+def above(threshold):
+    """The least number above a threshold."""
+    return torch.nextafter(threshold, threshold + 1)
+
+
+def kind_of(cfg: dict, source="") -> type[SAE]:
+    """The class of a parsed cfg.json: what wrote it, where that is known here, else whatever has
+    SAELens's architecture. UserError for others."""
+    architecture = cfg.get("architecture", "standard")
+    kind = KINDS.get(cfg["metadata"]["saeft"].get("kind"))
+    if kind is None or kind.architecture != architecture:
+        kind = KINDS.get("relu" if architecture == "standard" else architecture)
+    known = ", ".join(sorted({cls.architecture for cls in KINDS.values()}))
+    refuse(kind is None, f"{source}: architecture {architecture!r:.60}; there are {known}")
+    return kind
+
+
 # ---- The losses --------------------------------------------------------------------------------
-def single(x):
-    """x in float32, where its own precision is less."""
-    return x.float() if x.element_size() < 4 else x
-
-
 def auxk_loss(sae: SAE, x, error, dead):
-    """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = (x - x_hat) / scale
-    [N, D] and its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
+    """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = x - x_hat [N, D] and
+    its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
     e = error.detach()
     k = min(x.shape[1] // 2, len(dead))
-    centred = x / sae.scale - sae.b_dec
-    no_bias = torch.zeros_like(sae.b_dec)
-    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], no_bias
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=sae.bfloat16):
-        e_hat, _ = autoencode(centred, *weights, lambda pre, n: (k, None))
+    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: (k, None))
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
-    return (e - e_hat).pow(2).sum() / mean_over_ranks(variance)
+    return (e - f @ sae.W_dec[dead]).pow(2).sum() / mean_over_ranks(variance)
 
 
-def soft_cap(x, cap: float | None):
-    """cap * tanh(x / cap), or x itself where there is no cap."""
-    return x if cap is None else cap * torch.tanh(x / cap)
-
-
-def kl_and_gradient(p, p_log_p, z_q, cap: float | None):
-    """KL(p || q) [n] = sum p log p - sum p log q, of p [n, V], its sum p log p [n], and q's logits
-    before the soft cap, z_q [n, V]; and d KL / d z_q [n, V] = (q - p) (1 - tanh(z_q / cap)^2)."""
-    logits = soft_cap(single(z_q), cap)
-    log_q = logits.log_softmax(-1)
-    kl = p_log_p - torch.linalg.vecdot(p, log_q)
-    gradient = log_q.exp_().sub_(p)  # in place: [n, V] is large
-    if cap is not None:
-        gradient = gradient * (1 - (logits / cap) ** 2)
-    return kl, gradient.to(z_q.dtype)
+def kl_divergence(log_p, log_q, next_token):
+    """KL(p || q) [n], of log-probabilities [n, V]; next_token [n] would serve a cross entropy."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def slices(n_tokens: int, W_U) -> list[slice]:
@@ -299,68 +461,72 @@ def slices(n_tokens: int, W_U) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, n_tokens, rows)]
 
 
-class SlicedKL(torch.autograd.Function):
-    """sum_n weight_n KL(p_n || q_n) [m], of m models q at once; tensors [N, V] never exist.
+class SlicedLoss(torch.autograd.Function):
+    """sum_n weight_n d(log p_n, log q_n, next token n) [m], of m models q; logits [N, V] never
+    exist at once.
 
-    Takes lm, weight [N], and the last block's output [N, D] for p and for each q. The gradient goes
-    back through soft cap, unembedding and final norm slice by slice, in the forward pass: for each
-    token one product with W_U for p, and two for each q."""
+    Takes lm, the divergence d, weight [N], next tokens [N], and the last block's output [N, D] for
+    p and for each q. Each slice's gradient is taken in the forward pass, which alone has it."""
 
     @staticmethod
-    def forward(ctx, lm: LanguageModel, weight, last_p, *lasts_q):
-        kl = weight.new_zeros(len(lasts_q))
+    def forward(ctx, lm: LanguageModel, divergence: Callable, weight, next_token, last_p, *lasts_q):
+        sums = weight.new_zeros(len(lasts_q))
         grads = [torch.empty_like(last_q) for last_q in lasts_q]
         for rows in slices(len(weight), lm.W_U):
             log_p = single(lm.unembed(last_p[rows])).log_softmax(-1)  # [n, V]
-            p = log_p.exp()
-            p_log_p = torch.linalg.vecdot(p, log_p)
             for i, last_q in enumerate(lasts_q):
                 with torch.enable_grad():
                     last = last_q[rows].detach().requires_grad_()
-                    normed = lm.final_norm(last)
-                z_q = linear(normed.detach(), lm.W_U)
-                kl_q, g = lm.kl_and_gradient(p, p_log_p, z_q, lm.logit_cap)
-                kl[i] += (weight[rows] * kl_q).sum()
-                g = linear(g, lm.W_U.T) * weight[rows, None]  # [n, D]
-                grads[i][rows] = torch.autograd.grad(normed, last, g.to(normed.dtype))[0]
+                    log_q = single(lm.unembed(last)).log_softmax(-1)
+                    part = (weight[rows] * divergence(log_p, log_q, next_token[rows])).sum()
+                grads[i][rows] = torch.autograd.grad(part, last)[0]
+                sums[i] += part.detach()
         ctx.save_for_backward(*grads)
-        return kl
+        return sums
 
     @staticmethod
     def backward(ctx, g):
         grads = [g[i] * grad for i, grad in enumerate(ctx.saved_tensors)]
-        return None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 # ---- Which tokens count, and the buffer of activations -----------------------------------------
 ALL_SINKS = "--sink-norm leaves no token to train on: give a larger one"
 
 
-def content(resid, n_skip: int, limit):
-    """[B, T]: which positions of resid [B, T, D] count. Not the first n_skip (<bos>), and not the
+def resid_post(lm: LanguageModel, tokens, layer: int):
+    """The residual stream [B, T, D] after block `layer`, and what the SAE reads of it: all of it.
+    (At another place it reads less, and the stream changes by x_hat - x.)"""
+    resid = lm.prefix(tokens, layer)
+    return resid, resid
+
+
+PLACES["resid_post"] = resid_post
+
+
+def content(x, n_skip: int, limit):
+    """[B, T]: which positions of x [B, T, D] count. Not the first n_skip (<bos>), and not the
     attention sinks, a few tokens whose norm is many times the median's and tells nothing."""
-    keep = single(resid).norm(dim=-1) <= limit
+    keep = single(x).norm(dim=-1) <= limit
     keep[:, :n_skip] = False
     return keep
 
 
-def sink_limit(sae: SAE, config: Config):
-    """The norm above which a token is an attention sink; infinite with --sink-norm 0."""
-    limit = config.sink_norm * sae.median_norm
-    return torch.where(limit > 0, limit, torch.inf)
-
-
-def own_sequences(stream: TokenStream, start: int, count: int, device):
-    """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
-    sequences = stream.train(start, count * world_size())
-    return sequences[rank() :: world_size()].to(device)
-
-
 @torch.no_grad()
-def collect(lm: LanguageModel, tokens, layer: int):
-    """Block `layer`'s output [n, T, D] for tokens [n, T], about 8192 tokens at a time."""
+def collect(lm: LanguageModel, tokens, config: Config):
+    """x [n, T, D] for tokens [n, T], about 8192 tokens at a time; later blocks never run."""
     chunks = tokens.split(max(1, 8192 // tokens.shape[1]))
-    return torch.cat([lm.prefix(chunk, layer) for chunk in chunks])
+    return torch.cat([PLACES[config.place](lm, chunk, config.layer)[1] for chunk in chunks])
+
+
+def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
+    """x [N, D] of the first n sequences, and the norm above which a token is a sink."""
+    x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
+    median = single(x[:, lm.n_skip :]).norm(dim=-1).median()
+    limit = config.sink_norm * median if config.sink_norm else torch.full_like(median, torch.inf)
+    x = single(x[content(x, lm.n_skip, limit)])
+    refuse(len(x) == 0, ALL_SINKS)
+    return x, limit
 
 
 class ActivationBuffer:
@@ -377,19 +543,23 @@ class ActivationBuffer:
         self.size = self.per_sequence * config.buffer + 2 * config.batch
         self.rows = lm.W_U.new_empty(0, lm.W_U.shape[1])
         self.used = self.next_sequence = self.refills = 0
+        self.seconds = self.collected = 0  # of all refills; for the time left
 
     def refill(self):
+        began = time.monotonic()
         left = self.rows[self.used :]
         n = (self.size - len(left)) // self.per_sequence
         n = min(n, (self.n_sequences - self.next_sequence) // world_size())
         tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
-        resid = collect(self.lm, tokens, self.config.layer)
-        rows = torch.cat([left, resid[content(resid, self.lm.n_skip, self.limit)]])
+        x = collect(self.lm, tokens, self.config)
+        rows = torch.cat([left, x[content(x, self.lm.n_skip, self.limit)]])
         self.next_sequence += n * world_size()
         self.refills += 1
         seed = (self.config.seed * 1009 + rank()) * 1_000_003 + self.refills
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         self.rows, self.used = rows[order.to(rows.device)], 0
+        self.seconds += time.monotonic() - began
+        self.collected += n * world_size()
 
     def next_batch(self, n: int):
         """[n, D] activations in float32."""
@@ -404,6 +574,10 @@ class ActivationBuffer:
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
+    def seconds_left(self) -> float:
+        """For the sequences that are still to be collected."""
+        return (self.n_sequences - self.next_sequence) * self.seconds / max(1, self.collected)
+
     def state_dict(self) -> dict:
         names = ("rows", "used", "next_sequence", "refills")
         return {name: getattr(self, name) for name in names}
@@ -414,37 +588,35 @@ class ActivationBuffer:
 class Trainee:
     """What a method trains, and what it carries from step to step.
 
-    `insert` maps x [N, D] and keep [N] to x_hat [N, D] and Activity, in place of the output of
-    block L of `lm`: the SAE itself, or an SAE with an adapter. Parameters of `trained` that require
-    a gradient train, on `loss`: "kl" (KL+MSE), "kl-only" or "mse"."""
+    `insert` maps x [N, D] and keep [N] to x_hat [N, D] and f [N, F]: the SAE itself, or an SAE with
+    an adapter. Parameters of `trained` that require a gradient train, on `loss`: "kl" (KL+MSE),
+    "kl-only" or "mse". KL may be another `divergence` of (log p, log q, next token)."""
 
     sae: SAE
-    lm: LanguageModel
+    lm: LanguageModel | None = None
     loss: str = "kl"
+    divergence: Callable = kl_divergence
     insert: nn.Module | None = None  # default: the SAE
     trained: nn.Module | None = None  # default: what is inserted
     own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
-    l1: float | Tensor = 0.0  # lambda of a ReLU SAE
-    l0_target: float | None = None  # the L0 that the fine-tune moves lambda for
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
 
     def __post_init__(self):
         self.insert = self.insert or self.sae
         self.trained = self.trained or self.insert
-        self.idle = torch.zeros_like(self.sae.b_enc, dtype=torch.long)  # tokens since it fired
-        self.dead = self.idle[:0]  # latents idle for --dead-after tokens
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         refuse(not self.parameters, "--method: nothing to train; are there blocks after --layer?")
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
-    def splice(self, tokens, resid, keep, layer: int):
-        """x, x_hat [B T, D], Activity, and resid [B, T, D] with x_hat where keep [B, T] is True."""
+    def splice(self, tokens, resid, x, keep, config: Config):
+        """x, x_hat [B T, D], f, and the stream resid [B, T, D] with x_hat for x where keep [B, T]
+        is True."""
         if self.own_prefix:
-            resid = self.lm.prefix(tokens, layer)
-        x = resid.flatten(0, 1)
-        x_hat, active = self.insert(x, keep.flatten())
-        replacement = x_hat.view_as(resid).to(resid.dtype)
-        return x, x_hat, active, torch.where(keep[..., None], replacement, resid)
+            resid, x = PLACES[config.place](self.lm, tokens, config.layer)
+        with config.autocast(x.device):
+            x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
+        spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
+        return x.flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
 
     def save(self, folder: Path, metadata: dict):
         """Writes what was trained, so that it gives the same figures; methods may add to it."""
@@ -455,17 +627,14 @@ class Trainee:
         return {
             "trained": {k: v for k, v in self.trained.state_dict().items() if k not in frozen},
             "optimizer": self.optimizer.state_dict(),
-            "l1": self.l1,
-            "idle": self.idle,
-            "dead": self.dead,
+            "idle": self.sae.idle,
+            "dead": self.sae.dead,
         }
 
     def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.l1 = state["l1"]
-        self.idle = state["idle"]
-        self.dead = state["dead"]
+        self.sae.track(state["idle"], state["dead"])
 
 
 @dataclass
@@ -476,31 +645,28 @@ class Phase:
     trainees: list[Trainee]
     steps: int
     limit: Tensor  # the norm above which a token is a sink
+    scale: Tensor | float = 1.0  # phase one: of its x
     first: int = 0  # phase two: its first sequence
     buffer: ActivationBuffer | None = None  # phase one
     step: int = 0
+    losses: list[Tensor] = field(default_factory=list)  # since the last line of metrics.jsonl
 
     def state_dict(self) -> dict:
         return {
             "name": self.name,
             "step": self.step,
+            "losses": self.losses,
             "trainees": [t.state_dict() for t in self.trainees],
             "buffer": self.buffer.state_dict() if self.buffer else {},
         }
 
     def load_state_dict(self, state: dict):
         self.step = state["step"]
+        self.losses = state["losses"]
         for t, saved in zip(self.trainees, state["trainees"]):
             t.load_state_dict(saved)
         if self.buffer:
             vars(self.buffer).update(state["buffer"])
-
-
-@torch.no_grad()
-def move_threshold(sae: SAE, active: Activity, step: int):
-    """BatchTopK's threshold: the mean of the least activations kept in the last 50 steps or so.
-    (The published mean of the last 1000 lags behind in short runs.)"""
-    sae.threshold.lerp_(active.floor.to(sae.threshold.dtype), max(1 / (step + 1), 0.02))
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
@@ -528,88 +694,87 @@ def update(t: Trainee, lr: float):
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
-def train_mse(phase: Phase, config: Config, after_step):
-    """Phase one. loss = mean_n ||x - x_hat||^2 + AuxK / 32, on x / scale; ReLU SAEs have lambda
-    sum_i f_i ||W_dec[i]|| in place of AuxK; lambda rises over the first 20th of the steps."""
+def train_mse(phase: Phase, config: Config, after_step: Callable):
+    """Phase one, on x / scale: a batch of shuffled activations for all its SAEs, again and again."""
     for step in range(phase.step, phase.steps):
-        x = phase.buffer.next_batch(config.batch)  # [N, D]
-        n = len(x) * world_size()
-        variance = (x - x.mean(0)).pow(2).sum(-1).mean()
-        lr = config.lr * lr_factor(step, phase.steps, config.warmup, decay=0.2)
-        figures = []
-        for t in phase.trainees:
-            sae = t.sae
-            x_hat, active = sae(x)
-            error = (x - x_hat) / sae.scale
-            mse = error.pow(2).sum(-1).mean()
-            loss = mse
-            if sae.kind == "relu":
-                t.l1 = config.l1 * min(1.0, 20 * step / phase.steps)
-                loss = mse + t.l1 * sae.penalty(active) / len(x)
-            elif len(t.dead):
-                loss = mse + auxk_loss(sae, x, error, t.dead) / 32
-            loss.backward()
-            update(t, lr)
-
-            if sae.kind == "batchtopk":
-                move_threshold(sae, active, step)
-            counts = sum_over_ranks(active.counts)  # [F]
-            t.idle = torch.where(counts > 0, 0, t.idle + n)
-            if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
-                t.dead = (t.idle > config.dead_after).nonzero()[:, 0]
-            fvu = (mse * sae.scale**2 / variance).detach()
-            figures.append({"loss": loss.detach(), "fvu": fvu, "l0": counts.sum() / n})
+        x = phase.buffer.next_batch(config.batch) / phase.scale  # [N, D]
+        lr = config.peak_lr * lr_factor(step, phase.steps, config.warmup, decay=0.2)
+        figures = [mse_step(t, x, lr, step, phase.steps, config) for t in phase.trainees]
         phase.step = step + 1
         after_step(phase, figures)
 
 
+def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) -> dict:
+    """A step on x [N, D]: mean_n ||x - x_hat||^2 and the kind's penalty. Returns loss, FVU, L0."""
+    n = len(x) * world_size()
+    weight = x.new_full((len(x),), 1 / len(x))
+    with config.autocast(x.device):
+        x_hat, f = t.sae(x)
+        penalty = t.sae.penalty(x, x_hat, f, weight, step / steps)
+    mse = (x - x_hat).pow(2).sum(-1).mean()
+    loss = mse + penalty
+    loss.backward()
+    update(t, lr)
+
+    fired = sum_over_ranks(counts(f))  # [F]
+    l0 = fired.sum() / n
+    t.sae.after_step(f, l0, step)
+    # Not at every step, since finding the dead waits for the device.
+    t.sae.move_idle(fired, n, config.dead_after if step % 20 == 0 else None)
+    fvu = mse.detach() / (x - x.mean(0)).pow(2).sum(-1).mean()
+    return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
+
+
 # ---- Phase two: KL+MSE on whole sequences ------------------------------------------------------
-def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step):
+def finetune(
+    phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step: Callable
+):
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all q.
     The rate falls linearly to 0; if this is all of the training (end to end), it is phase one's."""
     d_model = lm.W_U.shape[1]
     peak, warmup, decay = config.kl_lr, 0, 1.0
     if config.kl_tokens == config.tokens and not config.start:
-        peak, warmup, decay = config.lr, config.warmup, 0.2
+        peak, warmup, decay = config.peak_lr, config.warmup, 0.2
     kind = phase.trainees[0].loss  # of one method: the same for all
+    divergence = phase.trainees[0].divergence
+    if config.compile:
+        divergence = torch.compile(divergence)
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a method has it
         with torch.no_grad():
-            resid = lm.prefix(tokens, config.layer)  # [B, T, D]
-            keep = content(resid, lm.n_skip, phase.limit)  # [B, T]
+            resid, x = PLACES[config.place](lm, tokens, config.layer)  # [B, T, D]
+            keep = content(x, lm.n_skip, phase.limit)  # [B, T]
             n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
-            original = single(resid).flatten(0, 1)  # [N, D]
+            original = single(x).flatten(0, 1)  # [N, D]
             variance = weight @ (original - weight @ original).pow(2).sum(-1)
             last_p = None if kind == "mse" else lm.suffix(resid, config.layer).flatten(0, 1)
 
-        passes = [t.splice(tokens, resid, keep, config.layer) for t in phase.trainees]
+        passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
         if kind == "mse":  # no later block runs
             kls = [torch.zeros_like(n) for _ in passes]
         else:
             lasts_q = []
             for t, (*_, spliced) in zip(phase.trainees, passes):
                 lasts_q.append(t.lm.suffix(spliced, config.layer).flatten(0, 1))
-            kls = SlicedKL.apply(lm, weight, last_p, *lasts_q)
+            next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()  # -100: there is none
+            kls = SlicedLoss.apply(lm, divergence, weight, next_token, last_p, *lasts_q)
 
         losses, figures = [], []
-        for t, (x, x_hat, active, _), kl in zip(phase.trainees, passes, kls):
+        for t, (x, x_hat, f, _), kl in zip(phase.trainees, passes, kls):
             mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
-            loss = {"kl": (beta * kl + mse) / 2, "kl-only": kl, "mse": mse}[kind]
-            l0 = sum_over_ranks(active.counts).sum() / (n * world_size())
-            if t.sae.kind == "relu":
-                if kind == "kl-only":
-                    loss = beta * kl  # as large as the MSE, beside which lambda stands
-                # Phase one's MSE, of x / scale and summed over D, is D / scale^2 times this one.
-                loss = loss * d_model / t.sae.scale**2 + t.l1 * t.sae.penalty(active) / n
-                if t.l0_target is not None:
-                    t.l1 = t.l1 * torch.where(l0 > t.l0_target, 1.001, 0.999)
-            if t.sae.kind == "batchtopk" and t.sae.training:
-                move_threshold(t.sae, active, step)
+            penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
+            if kind == "kl":
+                loss = (beta * kl + mse) / 2 + penalty
+            elif kind == "kl-only":
+                loss = kl + penalty / beta  # the penalty stands beside an MSE, beta KL is as large
+            else:
+                loss = mse + penalty
             losses.append(loss)
+            l0 = sum_over_ranks(counts(f)).sum() / (n * world_size())
             row = {"loss": loss, "mse": mse, "fvu": mse * d_model / variance, "l0": l0}
             if kind != "mse":
                 row.update(kl=kl, beta=beta)
@@ -617,17 +782,17 @@ def finetune(phase: Phase, lm: LanguageModel, stream: TokenStream, config: Confi
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         lr = peak * lr_factor(step, phase.steps, warmup, decay)
-        for t in phase.trainees:
+        for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
             update(t, lr)
+            if t.sae.training:
+                t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1
         after_step(phase, figures)
 
 
-METHODS = {  # name -> (lm, a copy of the MSE SAE, config) -> what to train
-    "kl": lambda lm, sae, config: Trainee(sae, lm, "kl"),
-    "kl-only": lambda lm, sae, config: Trainee(sae, lm, "kl-only"),
-    "mse": lambda lm, sae, config: Trainee(sae, lm, "mse"),  # the control
-}
+METHODS["kl"] = lambda lm, sae, config: Trainee(sae, lm)
+METHODS["kl-only"] = lambda lm, sae, config: Trainee(sae, lm, "kl-only")
+METHODS["mse"] = lambda lm, sae, config: Trainee(sae, lm, "mse")  # the control
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
@@ -645,28 +810,37 @@ def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets):
 
 
 @torch.no_grad()
-def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict, list]:
-    """On held-out tokens [n, T]: figures of the model, and of each trainee.
+def evaluate(
+    lm,
+    tokens,
+    trainees: list[Trainee],
+    limit,
+    config: Config,
+    report: Callable = lambda share: None,
+) -> tuple[dict, list]:
+    """On held-out tokens [n, T]: figures of the model, and of each trainee. `report` gets the share
+    that is done.
 
     ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
     unexplained. l0: active latents per token. dead: latents that never fired. Positions without
-    content (`content`) do not count; their share is `left_out`."""
-    limit = sink_limit(trainees[0].sae, config)
+    content (`content`, by `limit`) do not count; their share is `left_out`."""
     sums = collections.defaultdict(float)  # over all batches
-    for batch in tokens[rank() :: world_size()].to(lm.W_U.device).split(8):
-        resid = lm.prefix(batch, config.layer)  # [B, T, D]
-        keep = content(resid, lm.n_skip, limit)  # [B, T]
-        zero = torch.where(keep[..., None], 0, resid)
+    batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
+    for number, batch in enumerate(batches):
+        report(number / len(batches))
+        resid, x = PLACES[config.place](lm, batch, config.layer)  # [B, T, D]
+        keep = content(x, lm.n_skip, limit)  # [B, T]
+        zero = torch.where(keep[..., None], resid - x, resid)
         passes = [(lm, resid), (lm, zero)]  # the model's own, and ablated
         for i, t in enumerate(trainees):
-            x, x_hat, active, spliced = t.splice(batch, resid, keep, config.layer)
+            own_x, x_hat, f, spliced = t.splice(batch, resid, x, keep, config)
             passes.append((t.lm, spliced))
-            sums["error", i] += (x - x_hat)[keep.flatten()].double().pow(2).sum()
-            sums["fired", i] += active.counts.double()
+            sums["error", i] += (own_x - x_hat)[keep.flatten()].double().pow(2).sum()
+            sums["fired", i] += counts(f).double()
         scored = keep[:, :-1]  # a token's next one is its target
         lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
         sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
-        x = resid[keep].double()
+        x = x[keep].double()
         sums["x"] += x.sum(0)
         sums["x^2"] += x.pow(2).sum()
         sums["kept"] += keep.sum().double()
@@ -691,98 +865,137 @@ def evaluate(lm, tokens, trainees: list[Trainee], config: Config) -> tuple[dict,
 
 
 # ---- Fast paths: on the CPU, the same values in less time --------------------------------------
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+class SparseRows:
+    """A sparse f [N, F], which stands for the tensor in what an SAE does with it: f @ W [F, D],
+    f * weights [F], sum, counts, to_dense.
+
+    Its P entries stand token by token; `order` sorts them by latent. Where a token has fewer than
+    K positive latents the rest of its values are 0."""
+
+    def __init__(self, values, rows, columns, shape, order=None):
+        self.values = values  # [P]
+        self.rows = rows  # [P], ascending: which token
+        self.columns = columns  # [P]: which latent
+        self.shape = shape  # N, F
+        self.order = order  # [P], where gradients are wanted
+
+    def __matmul__(self, table):
+        return SparseProduct.apply(self.values, self, table)
+
+    def __mul__(self, weights):
+        values = self.values * weights[self.columns]
+        return SparseRows(values, self.rows, self.columns, self.shape, self.order)
+
+    def sum(self):
+        return self.values.sum()
+
+    def counts(self):
+        fired = torch.zeros(self.shape[1], dtype=torch.long)
+        return fired.index_add_(0, self.columns, (self.values > 0).long())
+
+    def to_dense(self):
+        return self.values.new_zeros(self.shape).index_put((self.rows, self.columns), self.values)
+
+    def by_latent(self, values):
+        """The entries of f' [F, N], with these values (in f's order), as `times` takes them."""
+        return values[self.order], self.columns[self.order], self.rows[self.order]
 
 
-def linear(x, weight, bias=None):
-    """x weight' + bias. In float32 on the CPU oneDNN's product is up to 1.5 times as fast as that
-    of the BLAS behind F.linear; it has no derivative, so only where none is recorded."""
-    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    fast = FAST and ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32
-    if not fast or recorded or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class Entries(NamedTuple):
-    """The P entries of a sparse f [N, F] token by token, or of f' [F, N] latent by latent."""
-
-    values: Tensor  # [P], above 0; or 0 where a token has fewer than K positive latents
-    rows: Tensor  # [P], ascending
-    columns: Tensor  # [P]
-
-
-def active_entries(pre, k, floor) -> Entries:
+def active_entries(pre, k, floor):
     """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach `floor`."""
     if k is None:
         tokens, latents = ((pre > 0) & (pre >= floor)).nonzero(as_tuple=True)
-        return Entries(pre[tokens, latents], tokens, latents)
+        return pre[tokens, latents], tokens, latents
     values, latents = pre.topk(k, sorted=False)
     tokens = torch.arange(len(pre)).repeat_interleave(k)
-    return Entries(values.relu().flatten(), tokens, latents.flatten())
+    return values.relu().flatten(), tokens, latents.flatten()
 
 
-def times(f: Entries, table, n: int):
-    """The product f @ table [n, D] of a sparse f of n rows."""
-    offsets = torch.searchsorted(f.rows, torch.arange(n))
-    return F.embedding_bag(f.columns, table, offsets, mode="sum", per_sample_weights=f.values)
+def times(values, rows, columns, table, n: int):
+    """The product [n, D] of a sparse matrix of n rows, its entries in their order, and a table."""
+    offsets = torch.searchsorted(rows, torch.arange(n))
+    return F.embedding_bag(columns, table, offsets, mode="sum", per_sample_weights=values)
 
 
-class SparseAutoencode(torch.autograd.Function):
-    """`autoencode` and its gradients with one dense product, the encoder's.
-
-    With g = d loss / d x_hat, s [F] = d loss / d sums, and h = g W_dec' + s where f > 0, else 0:
-    dW_dec = f' g, dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = sum_n (g - dx).
-    h is wanted at the entries of f alone. There g W_dec' is the derivative of <f' g, W_dec> by f,
-    which torch has for `times`: the gradient of f' g, with W_dec coming in."""
+class SparseProduct(torch.autograd.Function):
+    """f @ W [N, D] and its gradients for g [N, D]: f' g, and g W' at the entries of f alone, which
+    is the derivative of <f' g, W> by f; torch has it for `times`."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, select, keep):
+    def forward(ctx, values, f: SparseRows, table):
+        ctx.f = f
+        ctx.save_for_backward(values, table)
+        return times(values, f.rows, f.columns, table, f.shape[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        values, table = ctx.saved_tensors
+        values, latents, tokens = ctx.f.by_latent(values)
+        with torch.enable_grad():
+            values.requires_grad_()
+            d_table = times(values, latents, tokens, g, len(table))
+        (d_values,) = torch.autograd.grad(d_table, values, table)
+        d_values = torch.empty_like(d_values).index_copy_(0, ctx.f.order, d_values)
+        return d_values, None, d_table.detach()
+
+
+class SparseEncoder(torch.autograd.Function):
+    """The values of f, and their gradients. With h [N, F] = d loss / d f where f > 0, else 0:
+    dW_enc = h' (x - b_dec), db_enc = sum_n h, dx = h W_enc, db_dec = -sum_n dx."""
+
+    @staticmethod
+    def forward(ctx, x, b_dec, W_enc, b_enc, centred, f: SparseRows):
+        ctx.f = f
+        ctx.save_for_backward(centred, W_enc, f.values)
+        return f.values.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        centred, W_enc, values = ctx.saved_tensors
+        f, h = ctx.f, g * (values > 0)
+        dW_enc = times(*f.by_latent(h), centred, len(W_enc))
+        db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, f.columns, h.to(W_enc.dtype))
+        dx = times(h, f.rows, f.columns, W_enc, len(centred)) if ctx.needs_input_grad[0] else None
+        return dx, -(db_enc @ W_enc), dW_enc, db_enc, None, None
+
+
+def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
+    """`encode`, for the CPU: the encoder's is the one dense product."""
+    with torch.no_grad():
         centred = x - b_dec
-        pre = linear(centred, W_enc, b_enc)  # [N, F], in bfloat16 under autocast
+        pre = F.linear(centred, W_enc, b_enc)  # [N, F], in bfloat16 under autocast
         n = torch.tensor(len(x))
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
             n = keep.sum()
-        k, floor = select(pre, n)
-        entries = active_entries(pre, k, floor)
-        entries = entries._replace(values=single(entries.values))
-        ctx.save_for_backward(centred, W_enc, W_dec, *entries)
-        floors = [floor] if isinstance(floor, Tensor) else []
-        ctx.mark_non_differentiable(entries.rows, entries.columns, *floors)
-        return times(entries, W_dec, len(x)) + b_dec, floor, *entries
-
-    @staticmethod
-    def backward(ctx, g, _, g_values, *__):
-        centred, W_enc, W_dec, *entries = ctx.saved_tensors
-        entries = Entries(*entries)
+        values, rows, columns = active_entries(pre, *select(pre, n))
+        f = SparseRows(single(values), rows, columns, pre.shape)
+    if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
-        order = entries.columns.int().sort(stable=True).indices
-        latents, values = entries.columns[order], entries.values[order].requires_grad_()
-        f_T = Entries(values, latents, entries.rows[order])
-        with torch.enable_grad():
-            dW_dec = times(f_T, g, len(W_enc))
-        (h,) = torch.autograd.grad(dW_dec, values, W_dec)  # g_values: s, for each entry
-        h = (h + g_values[order]) * (values > 0)
-        dW_enc = times(f_T._replace(values=h), centred, len(W_enc))
-        db_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, latents, h.to(W_enc.dtype))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            by_token = entries._replace(values=torch.empty_like(h).index_copy_(0, order, h))
-            dx = times(by_token, W_enc, len(g))
-        return dx, dW_enc, db_enc, dW_dec.detach(), g.sum(0) - db_enc @ W_enc, None, None
-
-
-def sparse_autoencode(x, W_enc, b_enc, W_dec, b_dec, select, keep):
-    """`autoencode`, for the CPU."""
-    out = SparseAutoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, keep)
-    x_hat, floor, values, _, latents = out
-    zeros = values.new_zeros(len(W_enc))
-    counts = zeros.long().index_add_(0, latents, (values > 0).long())
-    return x_hat, Activity(counts, zeros.index_add(0, latents, values), floor)
+        f.order = columns.int().sort(stable=True).indices
+        values = SparseEncoder.apply(x, b_dec, W_enc, b_enc, centred, f)
+        f = SparseRows(values, rows, columns, pre.shape, f.order)
+    return f
 
 
 # ---- Language models: what the families share --------------------------------------------------
+def number(config: dict, key: str, default: float | None = None, whole: bool = False) -> float:
+    """A positive number from a config.json. UserError, with key and value, where it is none."""
+    value = config.get(key, default)
+    kinds = (int,) if whole else (int, float)
+    wrong = type(value) not in kinds or not 0 < value < 2**31
+    what = "whole number" if whole else "number"
+    refuse(wrong, f"config.json has {key} = {value!r:.80}: not a positive {what}")
+    return value
+
+
+def require(config: dict, **accepted: list):
+    """UserError where a config.json asks for what is not supported. The first is the default."""
+    for key, values in accepted.items():
+        value = config.get(key, values[0])
+        refuse(value not in values, f"config.json has {key} = {value!r:.80}; supported: {values}")
+
+
 class Rope(NamedTuple):
     """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
 
@@ -799,6 +1012,31 @@ class Rope(NamedTuple):
         return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
 
+def read_rope(config: dict, layer_type: str, head_dim: int, base: float, share=None) -> Rope:
+    """Rotary positions as either spelling has them: `rope_parameters`, of Gemma 3 for each layer
+    type, or older keys (`base`, `share`), of which rope_scaling is in Gemma 3 about full attention
+    alone. share: None where it is always all. UserError for other kinds of scaling, and for what
+    the reference library would not follow."""
+    by_type = config["model_type"] == "gemma3_text"
+    rope, old = config.get("rope_parameters"), config.get("rope_scaling")
+    refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
+    if rope is None:
+        rope = {} if by_type and layer_type == "sliding_attention" else old or {}
+    elif by_type and isinstance(rope, dict):
+        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
+        rope = rope[layer_type]
+    flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
+    refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require({"rope_type": kind}, rope_type=["default", "linear"])
+    require(config, head_dim=[head_dim, None])
+    if share is None:
+        require(rope, partial_rotary_factor=[1.0, None])
+    dim = int(head_dim * number(rope, "partial_rotary_factor", share or 1.0))
+    factor = number(rope, "factor") if kind == "linear" else 1.0
+    return Rope(dim, number(rope, "rope_theta", base), factor)
+
+
 def rotate(x, cos, sin):
     """Turns the first dimensions, as many as cos has, of every head; x is [B, H, T, head_dim]."""
     dim = cos.shape[-1]
@@ -808,31 +1046,51 @@ def rotate(x, cos, sin):
     return torch.cat((turned, rest), dim=-1)
 
 
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+def soft_cap(x, cap: float | None):
+    """cap * tanh(x / cap), or x itself where there is no cap."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class LanguageModel(nn.Module):
     """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints:
-    a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds."""
+    a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds.
+
+    A family is a subclass, in FAMILIES by the model_type of its config.json; its blocks read their
+    own settings from there and raise UserError for what they do not support."""
 
     block_kind = norm_kind = nn.Identity  # classes
     body = embedding = layers = norm = head = ""  # names of the parts in checkpoints
+    norm_eps = ""  # the setting
+    tied = False  # whether, where config.json is silent, the embedding unembeds, too
     n_skip = 0  # leading positions without content (<bos>)
-    kl_and_gradient = staticmethod(kl_and_gradient)  # until compile_parts
+    preset = ""  # flags that models of the family start with
+    logit_cap: float | None = None
+    load_tokenizer = staticmethod(model_loaders.load_tokenizer)  # (name, bos) -> its tokenizer
 
-    def __init__(self, arch: model_loaders.Architecture, has_head: bool):
+    def __init__(self, config: dict):
         super().__init__()
-        self.max_context = arch.max_context
-        self.logit_cap = arch.logit_cap
+        d_model = number(config, "hidden_size", whole=True)
+        n_vocab = number(config, "vocab_size", whole=True)
+        n_layers = number(config, "num_hidden_layers", whole=True)
+        refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
+        require(config, tie_word_embeddings=[self.tied, not self.tied])
+        self.max_context = number(config, "max_position_embeddings", 8192, whole=True)
         body = nn.ModuleDict()
-        body[self.embedding] = nn.Embedding(arch.n_vocab, arch.d_model)
-        body[self.layers] = nn.ModuleList(self.block_kind(arch, i) for i in range(arch.n_layers))
-        body[self.norm] = self.norm_kind(arch.d_model, arch.eps)
+        body[self.embedding] = nn.Embedding(n_vocab, d_model)
+        body[self.layers] = nn.ModuleList(self.block_kind(config, i) for i in range(n_layers))
+        body[self.norm] = self.norm_kind(d_model, number(config, *self.norm_eps))
         self.add_module(self.body, body)
-        if has_head:
-            self.add_module(self.head, nn.Linear(arch.d_model, arch.n_vocab, bias=False))
+        if not config.get("tie_word_embeddings", self.tied):
+            self.add_module(self.head, nn.Linear(d_model, n_vocab, bias=False))
+
+    def load(self, name: str, device, dtype: torch.dtype) -> LanguageModel:
+        """Takes the weights of the model of that name. UserError where they do not fit."""
+        weights = model_loaders.load_weights(name, device, dtype)
+        if f"{self.head}.weight" in weights:  # whatever config.json says
+            self.add_module(self.head, nn.Linear(*self.W_U.T.shape, bias=False, device="meta"))
+        with user_errors(f"{name}: weights do not fit config.json"):
+            self.load_state_dict(weights, assign=True)
+        return self
 
     def part(self, name: str) -> nn.Module:
         return self.get_submodule(f"{self.body}.{name}")
@@ -850,12 +1108,15 @@ class LanguageModel(nn.Module):
 
     def prefix(self, tokens, layer: int):
         """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
-        return self.suffix(self.embed(tokens), -1, layer + 1)
+        return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
-    def suffix(self, resid, layer: int, stop: int | None = None):
-        """Output [B, T, D] of the last block (or that before `stop`), from that of `layer`."""
+    def suffix(self, resid, layer: int):
+        """Output [B, T, D] of the last block, from that of block `layer`."""
+        return self.run_blocks(resid, self.blocks[layer + 1 :])
+
+    def run_blocks(self, resid, blocks):
         tables = {}
-        for block in self.blocks[layer + 1 : stop]:
+        for block in blocks:
             if block.rope not in tables:
                 tables[block.rope] = block.rope.tables(resid)
             resid = block(resid, *tables[block.rope])
@@ -866,51 +1127,69 @@ class LanguageModel(nn.Module):
 
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return soft_cap(linear(self.final_norm(resid), self.W_U), self.logit_cap)
+        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
         return self.unembed(self.suffix(self.embed(tokens), -1))
 
-    def compile_parts(self):
-        """torch.compile for the blocks and the KL, which are bound by elementwise traffic."""
+    def compile_blocks(self):
         for block in self.blocks:
             block.compile(fullgraph=True)
-        self.kl_and_gradient = torch.compile(kl_and_gradient)
 
 
 # ---- Pythia (GPT-NeoX, arXiv 2304.01373) -------------------------------------------------------
-class PythiaBlock(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
-
-    def __init__(self, arch: model_loaders.Architecture, i: int):
+class PythiaAttention(nn.Module):
+    def __init__(self, d_model: int, n_heads: int):
         super().__init__()
-        self.rope = Rope(**arch.ropes[i])
-        self.n_heads = arch.n_heads
-        self.parallel = arch.parallel
-        self.input_layernorm = nn.LayerNorm(arch.d_model, arch.eps)
-        self.post_attention_layernorm = nn.LayerNorm(arch.d_model, arch.eps)
-        self.attention = nn.ModuleDict()
-        self.attention["query_key_value"] = Linear(arch.d_model, 3 * arch.d_model)
-        self.attention["dense"] = Linear(arch.d_model, arch.d_model)
-        self.mlp = nn.ModuleDict()
-        self.mlp["dense_h_to_4h"] = Linear(arch.d_model, arch.d_mlp)
-        self.mlp["dense_4h_to_h"] = Linear(arch.d_mlp, arch.d_model)
+        self.n_heads = n_heads
+        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        self.dense = nn.Linear(d_model, d_model)
 
-    def attend(self, x, cos, sin):
+    def forward(self, x, cos, sin):
         # The weight's rows go head by head, the q, k and v of a head side by side.
-        qkv = self.attention.query_key_value(x).unflatten(-1, (self.n_heads, -1))
+        qkv = self.query_key_value(x).unflatten(-1, (self.n_heads, -1))
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # each [B, H, T, head_dim]
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.attention.dense(out.transpose(1, 2).flatten(2))
+        return self.dense(out.transpose(1, 2).flatten(2))
+
+
+class PythiaMLP(nn.Module):
+    def __init__(self, d_model: int, d_mlp: int):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(d_model, d_mlp)
+        self.dense_4h_to_h = nn.Linear(d_mlp, d_model)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+
+
+class PythiaBlock(nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
+
+    # The modules whose outputs the block adds to the residual stream.
+    attn_out = "attention"
+    mlp_out = "mlp"
+
+    def __init__(self, config: dict, i: int):
+        super().__init__()
+        require(config, hidden_act=["gelu"], use_parallel_residual=[True, False])
+        d_model, eps = config["hidden_size"], number(config, *Pythia.norm_eps)
+        n_heads = number(config, "num_attention_heads", whole=True)
+        base = number(config, "rotary_emb_base", 10_000)
+        share = number(config, "rotary_pct", 0.25)
+        self.rope = read_rope(config, "full_attention", d_model // n_heads, base, share)
+        self.parallel = config.get("use_parallel_residual", True)
+        self.input_layernorm = nn.LayerNorm(d_model, eps)
+        self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
+        self.attention = PythiaAttention(d_model, n_heads)
+        self.mlp = PythiaMLP(d_model, number(config, "intermediate_size", whole=True))
 
     def forward(self, x, cos, sin):
-        y = x + self.attend(self.input_layernorm(x), cos, sin)
-        h = self.post_attention_layernorm(x if self.parallel else y)
-        h = F.gelu(self.mlp.dense_h_to_4h(h))
-        return y + self.mlp.dense_4h_to_h(h)
+        y = x + self.attention(self.input_layernorm(x), cos, sin)
+        return y + self.mlp(self.post_attention_layernorm(x if self.parallel else y))
 
 
 class Pythia(LanguageModel):
@@ -921,6 +1200,7 @@ class Pythia(LanguageModel):
     layers = "layers"
     norm = "final_layer_norm"
     head = "embed_out"
+    norm_eps = ("layer_norm_eps", 1e-5)
 
 
 # ---- Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) ---------------------------------
@@ -937,41 +1217,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(single(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
-class GemmaBlock(nn.Module):
-    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Grouped-query attention to all
-    before it, or to a window. Gemma 2 soft-caps the scores; Gemma 3 norms q and k instead."""
+def optional(config: dict, key: str, default: float | None) -> float | None:
+    """A positive number, or None where config.json says null."""
+    return None if config.get(key, default) is None else number(config, key, default)
 
-    def __init__(self, arch: model_loaders.Architecture, i: int):
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention to all before it, or to a window. Gemma 2 soft-caps the scores;
+    Gemma 3 norms q and k instead."""
+
+    def __init__(self, config: dict, head_dim: int, window: int | None):
         super().__init__()
-        self.rope = Rope(**arch.ropes[i])
-        self.window = arch.windows[i]
-        self.n_kv = arch.n_kv
-        self.head_dim = arch.head_dim
-        self.score_scale = arch.score_scale
-        self.score_cap = arch.score_cap
-        d_model, d_q, d_kv = arch.d_model, arch.n_heads * arch.head_dim, arch.n_kv * arch.head_dim
-        self.self_attn = nn.ModuleDict()
-        self.self_attn["q_proj"] = Linear(d_model, d_q, bias=False)
-        self.self_attn["k_proj"] = Linear(d_model, d_kv, bias=False)
-        self.self_attn["v_proj"] = Linear(d_model, d_kv, bias=False)
-        self.self_attn["o_proj"] = Linear(d_q, d_model, bias=False)
-        gemma_3 = arch.model_type == "gemma3_text"
-        for name in ("q_norm", "k_norm"):
-            self.self_attn[name] = RMSNorm(arch.head_dim, arch.eps) if gemma_3 else nn.Identity()
-        self.mlp = nn.ModuleDict()
-        self.mlp["gate_proj"] = Linear(d_model, arch.d_mlp, bias=False)
-        self.mlp["up_proj"] = Linear(d_model, arch.d_mlp, bias=False)
-        self.mlp["down_proj"] = Linear(arch.d_mlp, d_model, bias=False)
-        self.input_layernorm = RMSNorm(d_model, arch.eps)
-        self.post_attention_layernorm = RMSNorm(d_model, arch.eps)
-        self.pre_feedforward_layernorm = RMSNorm(d_model, arch.eps)
-        self.post_feedforward_layernorm = RMSNorm(d_model, arch.eps)
+        gemma_3 = config["model_type"] == "gemma3_text"
+        d_model, eps = config["hidden_size"], number(config, *Gemma.norm_eps)
+        self.n_kv = number(config, "num_key_value_heads", whole=True)
+        self.head_dim = head_dim
+        self.window = window
+        self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
+        cap = None if gemma_3 else 50.0  # where config.json is silent
+        self.score_cap = optional(config, "attn_logit_softcapping", cap)
+        d_q = number(config, "num_attention_heads", whole=True) * head_dim
+        self.q_proj = nn.Linear(d_model, d_q, bias=False)
+        self.k_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
+        self.o_proj = nn.Linear(d_q, d_model, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps) if gemma_3 else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, eps) if gemma_3 else nn.Identity()
 
-    def attend(self, x, cos, sin):
-        parts = self.self_attn
-        q = parts.q_norm(self.heads(parts.q_proj(x)))  # [B, H, T, head_dim]
-        k = parts.k_norm(self.heads(parts.k_proj(x)))  # [B, n_kv, T, head_dim]
-        v = self.heads(parts.v_proj(x))
+    def forward(self, x, cos, sin):
+        q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
+        k = self.k_norm(self.heads(self.k_proj(x)))  # [B, n_kv, T, head_dim]
+        v = self.heads(self.v_proj(x))
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
@@ -981,16 +1257,67 @@ class GemmaBlock(nn.Module):
         if self.window is not None:
             hidden = hidden | torch.ones_like(hidden).tril(-self.window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
-        return parts.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
+        return self.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+
+class GemmaMLP(nn.Module):
+    def __init__(self, d_model: int, d_mlp: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GemmaBlock(nn.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    attn_out = "post_attention_layernorm"
+    mlp_out = "post_feedforward_layernorm"
+
+    def __init__(self, config: dict, i: int):
+        super().__init__()
+        require(config, hidden_activation=["gelu_pytorch_tanh"])
+        require(config, use_bidirectional_attention=[False, None])
+        d_model, eps = config["hidden_size"], number(config, *Gemma.norm_eps)
+        head_dim = number(config, "head_dim", 256, whole=True)
+        sliding = self.layer_type(config, i) == "sliding_attention"
+        gemma_3 = config["model_type"] == "gemma3_text"
+        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
+        if gemma_3:
+            require(config, attn_logit_softcapping=[None])
+            base = number(config, "rope_local_base_freq", 10_000) if sliding else base
+        self.rope = read_rope(config, self.layer_type(config, i), head_dim, base)
+        window = number(config, "sliding_window", 4096, whole=True) if sliding else None
+        self.self_attn = GemmaAttention(config, head_dim, window)
+        self.mlp = GemmaMLP(d_model, number(config, "intermediate_size", whole=True))
+        self.input_layernorm = RMSNorm(d_model, eps)
+        self.post_attention_layernorm = RMSNorm(d_model, eps)
+        self.pre_feedforward_layernorm = RMSNorm(d_model, eps)
+        self.post_feedforward_layernorm = RMSNorm(d_model, eps)
+
+    @staticmethod
+    def layer_type(config: dict, i: int) -> str:
+        """Every sixth block of Gemma 3, and every second of Gemma 2, attends to all before it."""
+        gemma_3 = config["model_type"] == "gemma3_text"
+        every = number(config, "sliding_window_pattern", 6, whole=True) if gemma_3 else 2
+        types = config.get("layer_types")
+        if not types:
+            return "sliding_attention" if (i + 1) % every else "full_attention"
+        known = isinstance(types, list) and len(types) > i
+        known = known and types[i] in ("sliding_attention", "full_attention")
+        refuse(not known, f"config.json has layer_types = {types!r:.80}: not of {i + 1} blocks")
+        return types[i]
+
     def forward(self, x, cos, sin):
-        x = x + self.post_attention_layernorm(self.attend(self.input_layernorm(x), cos, sin))
-        h = self.pre_feedforward_layernorm(x)
-        h = F.gelu(self.mlp.gate_proj(h), approximate="tanh") * self.mlp.up_proj(h)
-        return x + self.post_feedforward_layernorm(self.mlp.down_proj(h))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Gemma(LanguageModel):
@@ -1001,7 +1328,20 @@ class Gemma(LanguageModel):
     layers = "layers"
     norm = "norm"
     head = "lm_head"
+    norm_eps = ("rms_norm_eps", 1e-6)
+    tied = True
     n_skip = 1
+    preset = "--dtype bfloat16 --kl-batch 2"
+
+    def __init__(self, config: dict):
+        text = config.get("text_config")
+        if config["model_type"] == "gemma3" and isinstance(text, dict):  # it sees, too
+            config = {**config, **text}
+        if config["model_type"] == "gemma3":
+            config = {**config, "model_type": "gemma3_text"}
+        super().__init__(config)
+        cap = 30.0 if config["model_type"] == "gemma2" else None
+        self.logit_cap = optional(config, "final_logit_softcapping", cap)
 
     def embed(self, tokens):
         x = super().embed(tokens)
@@ -1009,14 +1349,20 @@ class Gemma(LanguageModel):
         return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
 
 
-# ---- From a checkpoint to a model --------------------------------------------------------------
-def build_lm(config: dict, has_head: bool = False) -> LanguageModel:
-    """The model that a parsed config.json describes, on the meta device; has_head: whether there is
-    an unembedding of its own, whatever config.json says. UserError for what is not ours."""
+FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma, gemma3_text=Gemma, gemma3=Gemma)
+
+
+# ---- From a name to a model --------------------------------------------------------------------
+def build_lm(config: dict) -> LanguageModel:
+    """The model that a parsed config.json describes, without weights (on the meta device).
+    UserError for what is not ours, and for what cannot be."""
+    kind = config.get("model_type")
+    known = isinstance(kind, str) and kind in FAMILIES
+    refuse(
+        not known, f"config.json has model_type = {kind!r:.80}; supported: {', '.join(FAMILIES)}"
+    )
     with user_errors("config.json describes no model that runs"), torch.device("meta"):
-        arch = model_loaders.describe_model(config)
-        family = Pythia if arch.model_type == "gpt_neox" else Gemma
-        lm = family(arch, has_head or not arch.tied)
+        lm = FAMILIES[kind](config)
         lm(torch.zeros(1, 2, dtype=torch.long))  # sizes may not fit each other
     return lm
 
@@ -1024,12 +1370,7 @@ def build_lm(config: dict, has_head: bool = False) -> LanguageModel:
 def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     """A frozen language model, `lm(tokens [B, T]) -> logits [B, T, V]`, from a short name, a Hub
     owner/name[@revision] or a folder. UserError where its tensors do not fit or are not finite."""
-    config = model_loaders.load_config(name)
-    weights = model_loaders.load_weights(name, device, dtype)
-    has_head = bool(weights.keys() & {"embed_out.weight", "lm_head.weight"})
-    lm = build_lm(config, has_head)
-    with user_errors(f"{name}: weights do not fit config.json"):
-        lm.load_state_dict(weights, assign=True)
+    lm = build_lm(model_loaders.load_config(name)).load(name, device, dtype)
     return lm.eval().requires_grad_(False)
 
 
@@ -1055,6 +1396,12 @@ def mean_over_ranks(x):
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
+def own_sequences(stream: TokenStream, start: int, count: int, device):
+    """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
+    sequences = stream.train(start, count * world_size())
+    return sequences[rank() :: world_size()].to(device)
+
+
 def join_processes(name: str) -> torch.device:
     """The device that --device names, for each process of torchrun its own; joins the processes."""
     local = os.environ.get("LOCAL_RANK")
@@ -1074,29 +1421,20 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; args[0] is the signal's number."""
 
 
-def check(config: Config, methods: dict) -> LanguageModel:
-    """Fills in what depends on the model; returns the model, without weights. UserError for
-    settings that cannot be, with the value, before anything is loaded or written."""
+def check(config: Config) -> LanguageModel:
+    """The model, without weights; config.layer where it is not given. UserError for settings that
+    cannot be, with the value, before anything is loaded or written."""
     model_loaders.check_ranges(config)
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     if config.layer is None:
         config.layer = (last + 1) // 2
-    if config.lr is None:
-        config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14)
-    if config.data is None:
-        config.data = model_loaders.usual_data(config.model)
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
-
-    unknown = [name for name in config.method if name not in methods]
-    refuse(bool(unknown), f"--method {unknown}: there are {', '.join(methods)}")
     layer, k, context = config.layer, max(config.k), config.context
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
     refuse(k > config.d_sae, f"--k {k} is above d_sae = {config.d_sae}")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
-    several = config.sae == "batchtopk" and world_size() > 1
-    refuse(several, "--sae batchtopk picks K N latents of the batch of one GPU: run it on one")
 
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
     refuse(kl_tokens > tokens, f"--kl-tokens {kl_tokens} is above --tokens {tokens}")
@@ -1110,180 +1448,214 @@ def check(config: Config, methods: dict) -> LanguageModel:
     return lm
 
 
-def guess_seconds(config: Config, lm: LanguageModel, device: torch.device) -> dict:
-    """Seconds that each part of a run may take, roughly: a multiplication for each token and
-    parameter that meet, at half the speed of products of 1024 x 1024."""
-    x = torch.rand(1024, 1024, device=device, dtype=getattr(torch, config.dtype))
-    (x @ x).sum().item()
-    start = time.perf_counter()
-    (x @ x @ x @ x).sum().item()
-    each = 2 * (time.perf_counter() - start) / (3 * 1024**3)
-
-    n_saes = len(config.k)
-    whole = sum(p.numel() for p in lm.parameters())
-    block = sum(p.numel() for p in lm.blocks[0].parameters())
-    prefix = (config.layer + 1) * block + 3 * n_saes * config.d_sae * lm.W_U.shape[1]
-    mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
-    parts = {"MSE": mse_tokens * prefix * each}
-    for method in config.method:
-        later = 0 if method == "mse" else (1 + 3 * n_saes) * whole
-        parts[method] = config.kl_tokens * (prefix + later) * each
-    evaluations = config.eval_tokens * (1 + len(config.method))
-    parts["evaluation"] = evaluations * (2 + n_saes) * whole * each
-    return parts
-
-
 LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
 LABELS["mse"] = "after MSE alone, same tokens"
 
 
+@dataclass
+class Done:
+    """What has been done of a run: what a checkpoint keeps beside the phase in hand."""
+
+    results: dict = field(default_factory=dict)  # of MSE and each method: `evaluate` of every SAE
+    model_figures: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=dict)  # of MSE and each method
+    saes: list = field(default_factory=list)  # the state of each SAE after phase one
+    scale: Tensor | None = None  # of phase one's activations
+    limit: Tensor | None = None  # the norm above which a token is a sink
+
+
+class Telling:
+    """What a phase tells while it goes on: lines of metrics.jsonl, and the time that is left."""
+
+    def __init__(
+        self, config: Config, folder: model_loaders.RunFolder, phase: Phase, before: float
+    ):
+        self.config = config
+        self.folder = folder
+        self.began = time.monotonic() - before  # before: seconds of it in an earlier process
+        self.told = -math.inf
+        self.marks = collections.deque(maxlen=10)  # (step, seconds of steps alone)
+        self.every = 2 if sys.stdout.isatty() else 30  # seconds
+        following = [*config.method, ""]
+        following = (
+            following[following.index(phase.name) + 1 :] if phase.name != "MSE" else following
+        )
+        self.then = f", then {', '.join(following[:-1])}" if following[:-1] else ""
+
+    def step(self, phase: Phase, figures: list[dict]) -> float:
+        """After a step; returns the phase's seconds."""
+        now = time.monotonic()
+        per_step = self.config.batch if phase.buffer else self.config.kl_batch * self.config.context
+        tokens = phase.step * per_step * world_size()
+        last = phase.step == phase.steps
+        if phase.step % self.config.log_every == 0 or last:
+            self.log(phase, figures, tokens, now - self.began)
+        if now - self.told > self.every or last:
+            left = self.time_left(phase, now)
+            row = figures[-1]
+            rate = f"{tokens / (now - self.began):,.0f} tokens/s"
+            text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}{self.then}; {rate}"
+            progress(f"{text}, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
+            self.told = now
+        return now - self.began
+
+    def time_left(self, phase: Phase, now: float) -> str:
+        """From the last steps; the buffer's refills, which come seldom, by themselves."""
+        collecting = phase.buffer.seconds if phase.buffer else 0.0
+        self.marks.append((phase.step, now - collecting))
+        (first, began), (last, ended) = self.marks[0], self.marks[-1]
+        if first == last:
+            return f"{phase.steps} steps"
+        left = (ended - began) / (last - first) * (phase.steps - phase.step)
+        left += phase.buffer.seconds_left() if phase.buffer else 0.0
+        return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
+
+    def log(self, phase: Phase, figures: list[dict], tokens: int, seconds: float):
+        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
+        losses = mean_over_ranks(torch.stack(phase.losses))  # [steps since the last line, SAEs]
+        phase.losses = []
+        when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
+        finite = bool(losses.isfinite().all())
+        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
+        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
+        lines = []
+        for k, row, loss in zip(self.config.k, figures, losses.mean(0)):
+            row = {name: float(value) for name, value in row.items()}
+            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
+        self.folder.log(lines)
+
+
 class Run:
-    """What a command line asks for, and what has been done of it. UserError for what cannot be.
+    """What a command line asks for. UserError for what cannot be.
 
     In its folder stand the SAE after the first method, that of phase one in `before`, those of
     other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
 
-    def __init__(self, config: Config, methods: dict = METHODS):
+    def __init__(self, config: Config):
         self.config = config
-        self.methods = methods
         self.device = join_processes(config.device)
-        self.lm = check(config, methods)  # without weights until `prepare`
+        self.lm = check(config)  # without weights until `prepare`
         path = model_loaders.run_path(asdict(config))
-        self.folder = model_loaders.RunFolder(path, ["before", *methods], rank())
+        self.folder = model_loaders.RunFolder(path, ["before", *METHODS], rank())
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
-        self.results = {}  # for MSE and each method: of every SAE the figures of `evaluate`
-        self.model_figures = {}
-        self.seconds = {}  # for MSE and each method
-        self.mse_saes = []  # the state of each SAE after phase one
-        self.l1 = config.l1
-        self.losses = []  # since the last line of metrics.jsonl
-        self.saved_phase = {}
-        self.published = False  # whether others trained the SAE of --start
-        self.saved = self.phase_began = time.monotonic()
+        self.done = Done()
+        self.interrupted = {}  # the state of the phase that a checkpoint was saved in
+        self.saved = time.monotonic()
         self.signal = None
         self.in_loop = False
-        self.closing = contextlib.ExitStack()
 
     def run(self) -> list:
         """The whole run; a report for each K, as in its report.json."""
-        with self.closing:
-            self.folder.take(self.config.resume, self.config.overwrite)
-            self.closing.callback(self.folder.leave)
-            self.prepare()
-            if not self.restore() and not self.config.overwrite:  # what that replaces stays a while
-                self.folder.begin(asdict(self.config))
-            reports = self.train()
+        config = self.config
+        with contextlib.ExitStack() as closing:
+            self.folder.take(config.resume, config.overwrite)
+            closing.callback(self.folder.leave)
+            self.prepare(closing)
+            if not self.restore() and not config.overwrite:  # what that replaces stays a while
+                self.folder.begin(asdict(config))
+            self.train()
+            reports = [self.report(i) for i in range(len(config.k))]
             self.folder.finish()
             return reports
 
-    def prepare(self):
+    def prepare(self, closing: contextlib.ExitStack):
         """Loads the model, and starts the stream of tokens."""
         config = self.config
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-        ks = f", K {', '.join(map(str, config.k))}" if "topk" in config.sae else ""
-        what = f"{config.sae} SAE of {config.d_sae:,} latents{ks}"
-        say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
-        budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
-        self.guess = guess_seconds(config, self.lm, self.device)
-        minutes = sum(self.guess.values()) / 60
-        say(f"{budget} {', '.join(config.method)}; roughly {minutes:.0f} minutes")
-        tokenizer = model_loaders.load_tokenizer(config.model, config.bos)
+        where = f"block {config.layer} of {config.model}, on {self.device}"
+        if config.start:
+            say(f"saeft: the SAE of {config.start}, {where}")
+            budget = f"{config.kl_tokens / 1e6:.2f}M tokens of"
+        else:
+            ks = f", K {', '.join(map(str, config.k))}" if "k" in KINDS[config.sae].numbers else ""
+            say(f"saeft: {config.sae} SAE of {config.d_sae:,} latents{ks}, {where}")
+            budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
+        say(f"{budget} {', '.join(config.method)}")
+        tokenizer = self.lm.load_tokenizer(config.model, config.bos)
+        if config.data is None:
+            config.data = model_loaders.usual_data(tokenizer)
         progress("loading the model")
         self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        ids, rows = tokenizer.n_vocab, len(self.lm.W_U)
-        refuse(ids > rows, f"{config.model}: {ids} ids in the tokenizer, {rows} in the embedding")
         if config.compile:
-            self.lm.compile_parts()
+            self.lm.compile_blocks()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, report=progress)
-        self.closing.callback(self.stream.close)
+        self.stream = TokenStream(*source, report=progress, n_rows=len(self.lm.W_U))
+        closing.callback(self.stream.close)
+        self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 
-    def train(self) -> list:
-        """Phase one, each method from its SAEs, the evaluations; a report for each SAE."""
-        config, lm = self.config, self.lm
+    def train(self):
+        """Phase one, then each method from its SAEs."""
+        config, lm, done = self.config, self.lm, self.done
         saes = self.first_saes()
-        limit = sink_limit(saes[0], config)
-        if "MSE" not in self.results:
+        if "MSE" not in done.results:
             n_tokens = 0 if config.start else self.n_mse * (config.context - lm.n_skip)
+            steps = n_tokens // (config.batch * world_size())
             trainees = [Trainee(sae, lm, "mse", decay=0.0) for sae in saes]
-            phase = Phase("MSE", trainees, n_tokens // (config.batch * world_size()), limit)
-            phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, limit, config)
+            phase = Phase("MSE", trainees, steps, done.limit, done.scale)
+            phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, done.limit, config)
             self.run_phase(phase, train_mse, config)
         steps = (self.n - self.n_mse) // (config.kl_batch * world_size())
         for method in config.method if steps else []:
-            if method not in self.results:
+            if method not in done.results:
                 trainees = [self.trainee(method, i, sae) for i, sae in enumerate(saes)]
-                phase = Phase(method, trainees, steps, limit, first=self.n_mse)
+                phase = Phase(method, trainees, steps, done.limit, first=self.n_mse)
                 self.run_phase(phase, finetune, lm, self.stream, config)
-        return [self.report(i) for i in range(len(saes))]
-
-    def first_saes(self) -> list[SAE]:
-        """The SAEs with which phase one begins, or with which it ended."""
-        config = self.config
-        if config.start:
-            saes = [SAE.load(config.start)]
-            self.published = saes[0].median_norm.item() == 0
-        else:
-            d_model = self.lm.W_U.shape[1]
-            with user_errors(f"--d-sae {config.d_sae}"):
-                saes = [SAE(d_model, config.d_sae, k, config.sae, config.seed) for k in config.k]
-        for sae in saes:
-            sae.to(self.device).bfloat16 = config.dtype == "bfloat16"
-        for sae, saved in zip(saes, self.mse_saes):
-            sae.load_state_dict(saved)
-        if not self.mse_saes:
-            self.measure(saes)
-        return saes
 
     @torch.no_grad()
-    def measure(self, saes: list[SAE]):
-        """From the first activations: the median norm where an SAE has none yet, scale and b_dec of
-        new SAEs. All processes take what the first one measured."""
-        n = min(self.n_mse or self.n, 32_768 // self.config.context + 1)
-        tokens = self.stream.train(0, n).to(self.device)
-        resid = collect(self.lm, tokens, self.config.layer)  # [B, T, D]
-        median = single(resid[:, self.lm.n_skip :]).norm(dim=-1).median()
+    def first_saes(self) -> list[SAE]:
+        """The SAEs with which phase one begins, or with which it ended."""
+        config, done, d_model = self.config, self.done, self.lm.W_U.shape[1]
+        if config.start:
+            saes = [SAE.load(config.start)]
+            width = len(saes[0].b_dec)
+            other = width != d_model
+            refuse(other, f"--start: an SAE of width {width}; {config.model} has {d_model}")
+        else:
+            kind = KINDS[config.sae]
+            with user_errors(f"--d-sae {config.d_sae}"):
+                saes = [kind(d_model, config.d_sae, k, config.seed) for k in config.k]
         for sae in saes:
-            if sae.median_norm <= 0:
-                sae.median_norm.copy_(median)
-            x = single(resid[content(resid, self.lm.n_skip, sink_limit(sae, self.config))])
-            refuse(len(x) == 0, ALL_SINKS)
-            scale = x.pow(2).sum(-1).mean().sqrt()
-            if not self.config.start:
-                sae.rescale(scale)
-                sae.b_dec.copy_(x.mean(0) / scale)
-            elif sae.kind == "relu" and self.published:
-                sae.rescale(scale)
-                self.l1 = max(1e-4, sae.stationary_l1(x[:4096]))
-            for values in sae.state_dict().values() if world_size() > 1 else []:
-                dist.broadcast(values, 0)
+            sae.to(self.device)
+        for sae, saved in zip(saes, done.saes):
+            sae.load_state_dict(saved)
+        if done.limit is None:
+            n = min(self.n_mse or self.n, 32_768 // config.context + 1)
+            x, done.limit = first_activations(self.lm, self.stream, n, config)
+            done.scale = torch.ones_like(done.limit)
+            if not config.start:
+                done.scale = x.pow(2).sum(-1).mean().sqrt()
+            for sae in saes:
+                sae.start(x / done.scale, config)
+            if world_size() > 1:  # all processes take what the first one measured
+                for values in (
+                    done.limit,
+                    done.scale,
+                    *(v for s in saes for v in s.state_dict().values()),
+                ):
+                    dist.broadcast(values, 0)
+        return saes
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
         """What a method trains, from a copy of SAE i of phase one."""
-        l0 = self.results["MSE"][i]["l0"]
         sae = copy.deepcopy(sae).eval()
-        if sae.kind == "batchtopk" and self.published:
-            sae.k = l0  # its threshold may leave another L0 on this text: train at that
-        if sae.kind != "relu":
-            sae.rescale(1.0)  # raw units, as published; lambda stands beside scaled activations
-        torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
-        trainee = self.methods[method](self.lm, sae, self.config)
-        trainee.l1 = self.l1
+        sae.track(torch.zeros_like(sae.idle), sae.idle[:0])
         if self.n_mse or self.config.start:  # else, end to end, there is no L0 to keep
-            trainee.l0_target = l0
-        return trainee
+            sae.keep_l0(self.done.results["MSE"][i]["l0"])
+        torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
+        return METHODS[method](self.lm, sae, self.config)
 
-    def run_phase(self, phase: Phase, loop, *args):
+    def run_phase(self, phase: Phase, loop: Callable, *args):
         """A phase's loop, from where a checkpoint left it; saves and evaluates what it trained."""
         for t in phase.trainees:
             t.trained.train()
-        if self.saved_phase.get("name") == phase.name:
-            phase.load_state_dict(self.saved_phase)
-            self.saved_phase = {}
-        self.phase_began = time.monotonic() - self.seconds.get(phase.name, 0.0)
+        if self.interrupted.get("name") == phase.name:
+            phase.load_state_dict(self.interrupted)
+            self.interrupted = {}
+        before = self.done.seconds.get(phase.name, 0.0)
+        self.telling = Telling(self.config, self.folder, phase, before)
         self.in_loop = True
         loop(phase, *args, self.after_step)
         self.in_loop = False
@@ -1293,28 +1665,37 @@ class Run:
 
     def finish(self, phase: Phase):
         """Saves what a phase trained, and evaluates it."""
-        name = phase.name
-        trained = self.n_mse or self.config.start  # whether there is an SAE before the fine-tune
-        for t in phase.trainees:  # a random BatchTopK SAE has no threshold yet
-            t.trained.train(name == "MSE" and not trained)
+        name, config, done = phase.name, self.config, self.done
+        trained = self.n_mse or config.start  # whether there is an SAE before the fine-tune
+        for t in phase.trainees:
+            if name == "MSE":
+                t.sae.rescale(phase.scale)
+            t.trained.train(name == "MSE" and not trained)  # a random BatchTopK has no threshold
         if trained or name != "MSE":
-            parts = {"MSE": "before", self.config.method[0]: "."}
+            parts = {"MSE": "before", config.method[0]: "."}
             self.save(phase, "." if self.n_mse == self.n else parts.get(name, name))
-        progress(f"evaluating {LABELS.get(name, name)}")
-        held_out = self.stream.validation()
-        self.model_figures, rows = evaluate(self.lm, held_out, phase.trainees, self.config)
-        for row, before in zip(rows, self.results.get("MSE", [])):
+        label = self.label(name)
+        tell = lambda share: progress(f"evaluating the SAE {label}: {share:.0%}", now=share == 0)
+        evaluation = self.stream.validation(), phase.trainees, done.limit, config, tell
+        done.model_figures, rows = evaluate(self.lm, *evaluation)
+        for row, before in zip(rows, done.results.get("MSE", [])):
             known = trained and before["gap"]
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
-        self.results[name] = rows
+        done.results[name] = rows
         if name == "MSE":
-            self.mse_saes = [t.sae.state_dict() for t in phase.trainees]
+            done.saes = [t.sae.state_dict() for t in phase.trainees]
+
+    def label(self, name: str) -> str:
+        if name == "MSE" and self.config.start:
+            return "as loaded"
+        if name == "MSE" and not self.n_mse:
+            return "at the random start"
+        return LABELS.get(name, f"after {name}")
 
     def save(self, phase: Phase, part: str):
         """Writes what a phase trains into a part of each SAE's folder."""
-        settings = {**asdict(self.config), "l1": self.l1}
         seen = self.n_mse if phase.name == "MSE" else self.n
-        metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
+        metadata = model_loaders.sae_metadata(asdict(self.config), self.lm.n_skip > 0, seen)
         self.folder.begin(asdict(self.config))
         for t, folder in zip(phase.trainees, self.sae_folders):
             if rank() == 0:
@@ -1322,15 +1703,15 @@ class Run:
 
     def report(self, i: int) -> dict:
         """Writes report.json and prints the closing table of SAE i; returns the report."""
-        config, folder = self.config, self.sae_folders[i]
-        results = {name: rows[i] for name, rows in self.results.items()}
+        config, folder, done = self.config, self.sae_folders[i], self.done
+        results = {name: rows[i] for name, rows in done.results.items()}
         before = results["MSE"]
         final = results.get(config.method[0], {**before, "gap_closed": 0.0})
-        out = {**asdict(config), "k": config.k[i], **self.model_figures, **final}
+        out = {**asdict(config), "k": config.k[i], **done.model_figures, **final}
         for name in ("ce", "gap", "fvu", "kl"):
             out[f"{name}_mse"] = before[name]
             out[f"{name}_final"] = final[name]
-        out.update(seconds=self.seconds, results=results)
+        out.update(seconds=done.seconds, identity=self.identity, results=results)
         if rank() == 0:
             model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
         say(f"\n{folder}")
@@ -1338,21 +1719,17 @@ class Run:
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
         for name, row in results.items():
-            label = LABELS.get(name, f"after {name}")
-            if name == "MSE" and (config.start or not self.n_mse):
-                label = "as loaded" if config.start else "at the random start"
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            say(f"{label:29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
+            say(f"{self.label(name):29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
         return out
 
     def after_step(self, phase: Phase, figures: list[dict]):
-        """Figures to metrics.jsonl and the progress line, every log_every steps; a checkpoint when
-        it is time for one, or when a signal asks for the end."""
-        self.losses.append(torch.stack([row["loss"] for row in figures]))
-        if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
-            self.log(phase, figures)
+        """What is told of it; a checkpoint when it is time for one, or when a signal asks for the
+        end."""
+        phase.losses.append(torch.stack([row["loss"] for row in figures]))
+        self.done.seconds[phase.name] = self.telling.step(phase, figures)
         due = time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([self.signal or 0, int(due)])
         if world_size() > 1:
@@ -1363,54 +1740,28 @@ class Run:
         if stop:
             raise Interrupted(stop)
 
-    def log(self, phase: Phase, figures: list[dict]):
-        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
-        config = self.config
-        losses = mean_over_ranks(torch.stack(self.losses))  # [steps since the last line, SAEs]
-        when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
-        finite = bool(losses.isfinite().all())
-        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
-        self.losses = []
-        self.seconds[phase.name] = spent = time.monotonic() - self.phase_began
-        per_step = config.batch if phase.buffer else config.kl_batch * config.context
-        tokens = phase.step * per_step * world_size()
-        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": spent}
-        lines = []
-        for k, row, loss in zip(config.k, figures, losses.mean(0)):
-            row = {name: float(value) for name, value in row.items()}
-            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
-        self.folder.log(lines)
-        share = phase.step / phase.steps
-        done = share * self.guess[phase.name]
-        done += sum(self.guess[name] for name in self.results)
-        minutes = sum(self.seconds.values()) * (sum(self.guess.values()) / done - 1) / 60
-        text = f"{phase.name} {share:4.0%}, {minutes:.1f} minutes left, {tokens / spent:,.0f}"
-        next_tenth = phase.step * 10 % phase.steps < 10 * config.log_every
-        if sys.stdout.isatty() or next_tenth:
-            progress(f"{text} tokens/s, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}")
-
     def checkpoint(self, phase: Phase | None = None):
         """Saves all that `restore` needs, of several processes each its own."""
-        tag = f"-{len(self.results)}-{phase.step if phase else 0}"
-        kept = ("results", "model_figures", "seconds", "mse_saes", "l1", "losses")
         state = {
             "config": asdict(self.config),
+            "identity": self.identity,
             "world": world_size(),
-            "run": {name: getattr(self, name) for name in kept},
+            "done": vars(self.done),
             "phase": phase.state_dict() if phase else {},
         }
         self.folder.begin(asdict(self.config))
-        self.folder.save_state(state, tag)
+        self.folder.save_state(state, f"-{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
 
     def restore(self) -> bool:
-        """Goes back to the last checkpoint, if there is one. UserError if its settings differ."""
+        """Goes back to the last checkpoint, if there is one. UserError if its settings, model or
+        data differ."""
         saved = self.folder.load_state(self.device) if self.config.resume else None
         if saved is None:
             return False
-        self.folder.go_on(saved, asdict(self.config), world_size())
-        vars(self).update(saved["run"])
-        self.saved_phase = saved["phase"]
+        self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
+        self.done = Done(**saved["done"])
+        self.interrupted = saved["phase"]
         return True
 
     def on_signal(self, number: int, frame):
@@ -1421,40 +1772,55 @@ class Run:
 
 
 # ---- The command line --------------------------------------------------------------------------
-def parse(argv: list[str] | None = None) -> Config:
+def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
-    parser = model_loaders.flags_of(Config, __doc__.splitlines()[0])
+    parser = model_loaders.flags_of(settings, __doc__.splitlines()[0])
     given = vars(parser.parse_args(argv))
-    told = model_loaders.sae_settings(given["start"], given) if "start" in given else {}
-    model = Path(given.get("model", told.get("model", Config().model)))
-    short = model.name.split("@")[0].removesuffix("-deduped").removesuffix("-pt")
-    preset = PRESETS.get(short, "")
-    config = Config(**{**vars(parser.parse_args(preset.split())), **told, **given})
+    told = told_by_sae(given["start"], given) if "start" in given else {}
+    model = given.get("model", told.get("model", settings().model))
+    lm = build_lm(model_loaders.load_config(model))
+    shape = (*lm.W_U.shape, len(lm.blocks))
+    preset = vars(parser.parse_args(f"{lm.preset} {PRESETS.get(shape, '')}".split()))
+    config = settings(**{**preset, **told, **given})
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
-        seen = told["tokens"] if config.data in (None, told.get("data")) else 0
+        seen = told.get("tokens", 0) if config.data in (None, told.get("data")) else 0
         config.tokens = seen + config.kl_tokens
     return config
 
 
-def main(argv: list[str] | None = None, methods: dict = METHODS) -> int:
+def told_by_sae(source: str, given: dict) -> dict:
+    """The settings that an SAE tells of itself. UserError where `given` ones contradict it, or do
+    not say what it lacks."""
+    _, cfg = model_loaders.read_sae(source)
+    told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
+    for name in ("layer", "place", "k", "sae", "d_sae"):
+        differs = name in told and given.get(name, told[name]) != told[name]
+        refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
+    for name in ("model", "layer"):
+        refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
+    place = told.get("place", "resid_post")
+    others = f"{', '.join(PLACES)} (experiments/forks/place.py has more)"
+    refuse(place not in PLACES, f"--start: that SAE reads {place}; there are {others}")
+    return told
+
+
+def main(argv: list[str] | None = None, settings: type = Config) -> int:
     """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal; 1 where
     another process of torchrun has ended."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
     try:
-        run = Run(parse(argv), methods)
+        run = Run(parse(argv, settings))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.on_signal)
         run.run()
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
+    except dist.DistError as error:
         print(f"saeft: another process ended ({str(error):.100})", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
