@@ -36,6 +36,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -164,11 +165,6 @@ def encode(x, b_dec, W_enc, b_enc, select, keep=None):
     return activate(pre, *select(pre.detach(), keep.sum()))
 
 
-def values_of(f):
-    """All values of f, among them all that are not 0."""
-    return f.values if isinstance(f, SparseRows) else f
-
-
 def counts(f):
     """[F], the tokens on which each latent is active."""
     return f.counts() if isinstance(f, SparseRows) else (f > 0).sum(0)
@@ -179,13 +175,16 @@ class SAE(nn.Module):
 
     W_enc and W_dec are both [F, D], a row for each latent. A kind of SAE is a subclass, known by
     `kind` to --sae, that states its difference: which pre-activations stay (`select`, or all of
-    `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). All
-    its parameters and buffers are saved, in SAELens's layout, as SAELens's `architecture`."""
+    `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
+    parameters and buffers are saved in SAELens's layout, as SAELens's `architecture`; `numbers`,
+    which its constructor takes, in cfg.json."""
 
     kind = architecture = ""
-    unit_norm = True  # whether decoder directions keep norm 1
-    numbers = ()  # attributes that are saved in cfg.json, beside the tensors
+    numbers = ("k",)
     scaled = ("b_enc", "b_dec")  # what is in units of x
+    unit_norm = True  # whether decoder directions keep norm 1
+    dead = ()  # in phase one, latents that have not fired for --dead-after tokens
+    l0_target = None  # in phase two, the L0 of phase one
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
         cls.kind, cls.architecture = kind, architecture or cls.architecture
@@ -200,24 +199,16 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.track(torch.zeros(d_sae, dtype=torch.long), torch.zeros(0, dtype=torch.long))
-
-    def track(self, idle, dead):
-        """idle [F]: tokens since each latent fired; dead: latents idle for --dead-after tokens."""
-        self.register_buffer("idle", idle, persistent=False)
-        self.register_buffer("dead", dead, persistent=False)
+        self.register_buffer("idle", torch.zeros(d_sae).long(), persistent=False)  # see `dead`
 
     def forward(self, x, keep=None):
         """x_hat [N, D] and f [N, F] of x [N, D]; f is 0 where keep [N] is False."""
         f = self.encode(single(x), keep)
-        return self.decode(f), f
+        return f @ self.W_dec + self.b_dec, f
 
     def encode(self, x, keep=None):
         """f [N, F], a tensor or, on the CPU, `SparseRows`; f.to_dense() is always the tensor."""
         return encode(x, self.b_dec, self.W_enc, self.b_enc, self.select, keep)
-
-    def decode(self, f):
-        return f @ self.W_dec + self.b_dec
 
     def select(self, pre, n):
         """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
@@ -228,22 +219,13 @@ class SAE(nn.Module):
         if not config.start:
             self.b_dec.copy_(x.mean(0))
 
-    def keep_l0(self, l0: float):
-        """Before the fine-tune: from here on the L0 is to stay as it is."""
-
     def penalty(self, x, x_hat, f, weight, done: float):
-        """What is added to the sum over D of (x - x_hat)^2. weight [N]: of each token in means;
-        done: share of the phase's steps."""
-        return 0.0
+        """What is added to mean_n ||x - x_hat||^2: AuxK. weight [N]: of each token in means; done:
+        share of the phase's steps."""
+        return auxk_loss(self, x, x - x_hat) / 32 if len(self.dead) else 0.0
 
     def after_step(self, f, l0, step: int):
-        """What moves after a step (of the phase, from 0), in training."""
-
-    def move_idle(self, fired, n: int, dead_after: int | None):
-        """After n tokens of which fired [F] activated each latent; dead_after None: later."""
-        self.idle = torch.where(fired > 0, 0, self.idle + n)
-        if dead_after is not None:
-            self.dead = (self.idle > dead_after).nonzero()[:, 0]
+        """What moves after a step (from 0) of training, at f [N, F] and its L0."""
 
     @torch.no_grad()
     def rescale(self, scale: float | Tensor):
@@ -257,32 +239,19 @@ class SAE(nn.Module):
         along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
         self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
-    def to_file(self) -> tuple[dict, dict]:
-        """Tensors of the file, and what cfg.json says of this kind; `numbers` go there."""
-        tensors = {k: v for k, v in self.state_dict().items() if k not in self.numbers}
-        own = {name: float(getattr(self, name)) for name in self.numbers}
-        own = {name: int(value) if value.is_integer() else value for name, value in own.items()}
-        return tensors, {
-            "architecture": self.architecture,
-            "metadata": {"saeft": {"kind": self.kind, **own}},
-        }
-
-    def from_file(self, tensors: dict, numbers: dict):
-        """The inverse. Raises RuntimeError where the tensors are not exactly those of this kind."""
-        for name, value in numbers.items():
-            if isinstance(getattr(self, name), Tensor):
-                tensors = {**tensors, name: torch.tensor(float(value))}
-            else:
-                setattr(self, name, value)
-        self.load_state_dict(tensors)
+    def cfg(self) -> dict:
+        """What SAELens's cfg.json says of this kind."""
+        return {"architecture": self.architecture}
 
     @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict):
         """Writes the SAE in SAELens's layout. metadata: model_name, hook_name, ... UserError where
         the folder cannot be written."""
-        tensors, cfg = self.to_file()
-        own = {**metadata.get("saeft", {}), **cfg["metadata"]["saeft"]}
-        model_loaders.write_sae(folder, tensors, {**cfg, "metadata": {**metadata, "saeft": own}})
+        numbers = {name: float(getattr(self, name)) for name in self.numbers}
+        own = {"kind": self.kind, **numbers}
+        tensors = {k: v for k, v in self.state_dict().items() if k not in numbers}
+        cfg = {**self.cfg(), "metadata": {**metadata, "saeft": own}}
+        model_loaders.write_sae(folder, tensors, cfg)
 
     @staticmethod
     @torch.no_grad()
@@ -290,141 +259,110 @@ class SAE(nn.Module):
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
-        numbers = {}
+        kind, own, numbers = kind_of(cfg, source), cfg["metadata"]["saeft"], {}
         for name in kind.numbers:
             value = numbers[name] = cfg.get(name, own.get(name, 0))
-            known = type(value) in (int, float) and 0 <= value < 2**31
-            refuse(not known, f"{source}: cfg.json has {name} = {value!r:.60}")
-        sae = kind(cfg["d_in"], cfg["d_sae"])
-        with user_errors(f"{source}: not what the kind {kind.kind!r} has"):
-            sae.from_file(tensors, numbers)
+            fits = type(value) in (int, float) and 0 <= value < 2**31
+            refuse(not fits, f"{source}: cfg.json has {name} = {value!r:.60}")
+        with user_errors(f"{source}: not what an SAE of kind {kind.kind} has"):
+            sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
+            numbers = {k: v for k, v in sae.state_dict().items() if k in numbers}
+            sae.load_state_dict({**numbers, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
         return sae.eval()
 
 
 class TopK(SAE, kind="topk", architecture="topk"):
-    """The K largest of each token. AuxK: dead latents learn to reconstruct the error."""
-
-    numbers = ("k",)
+    """The K largest of each token."""
 
     def select(self, pre, n):
-        return self.k, None
+        return int(self.k), None
 
-    def penalty(self, x, x_hat, f, weight, done):
-        return auxk_loss(self, x, x - x_hat, self.dead) / 32 if len(self.dead) else 0.0
-
-    def to_file(self):
-        tensors, cfg = super().to_file()
-        if self.architecture == "topk":
-            cfg.update(k=self.k, rescale_acts_by_decoder_norm=False)
-        return tensors, cfg
-
-    def from_file(self, tensors, numbers):
-        k, F_ = numbers["k"], len(self.b_enc)
-        refuse(not 0 < k <= F_, f"K is {k} of {F_} latents")
-        super().from_file(tensors, numbers)
-
-
-class BatchTopK(TopK, kind="batchtopk", architecture="jumprelu"):
-    """The K N largest of N tokens (of each GPU) in training, later those above a `threshold` that
-    leaves K a token on average (arXiv 2412.06410)."""
-
-    scaled = ("b_enc", "b_dec", "threshold")
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer("threshold", torch.zeros(()))
-
-    def select(self, pre, n):
-        if not self.training:
-            return None, above(self.threshold)
-        largest = pre.flatten().topk(math.ceil(self.k * len(pre))).values
-        last = (self.k * n).round().long().clamp_min(1) - 1
-        return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
-
-    def keep_l0(self, l0):
-        self.k = l0
-
-    def after_step(self, f, l0, step):
-        """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
-        published mean of the last 1000 lags behind in short runs.)"""
-        values = values_of(f).detach()
-        least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
-        least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
-        self.threshold.lerp_(least, max(1 / (step + 1), 0.02))
-
-    def to_file(self):
-        tensors, cfg = super().to_file()
-        return {**tensors, "threshold": self.threshold.expand(len(self.b_enc))}, cfg
-
-    def from_file(self, tensors, numbers):
-        refuse(len(tensors["threshold"].unique()) > 1, "its thresholds differ")
-        super().from_file({**tensors, "threshold": tensors["threshold"][0]}, numbers)
-
-
-class ReLU(SAE, kind="relu", architecture="standard"):
-    """All that are positive; the loss has lambda sum_i f_i ||W_dec[i]||. In phase one lambda rises
-    over the first 20th of the steps; in phase two it moves towards the L0 of phase one."""
-
-    unit_norm = False  # the penalty weighs the directions' norms instead
-    numbers = ("l1",)
-    scaled = ("b_enc", "b_dec", "l1")
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer("l1", torch.zeros(()))  # lambda
-        self.l0_target = None
-
-    def start(self, x, config):
-        super().start(x, config)
-        scale = x.pow(2).sum(-1).mean().sqrt()
-        if config.l1 is not None or not config.start:
-            self.l1.copy_((0.1 if config.l1 is None else config.l1) * scale)
-        elif self.l1 == 0:
-            self.l1.copy_(self.stationary_l1(x[:4096]).clamp_min(1e-4 * scale))
-
-    def stationary_l1(self, x):
-        """The lambda at which a published SAE is at rest on x [N, D]: scaling all f leaves its loss
-        the same. 2 sum <x - x_hat, x_hat - b_dec> / sum_n sum_i f_i ||W_dec[i]||."""
-        x_hat, f = self(x)
-        weighed = (f * self.W_dec.norm(dim=-1)).sum()
-        return 2 * ((x - x_hat) * (x_hat - self.b_dec)).sum() / weighed
-
-    def keep_l0(self, l0):
-        self.l0_target = l0
-
-    def penalty(self, x, x_hat, f, weight, done):
-        rise = min(1.0, 20 * done) if self.l0_target is None else 1.0
-        weighed = (f * self.W_dec.norm(dim=-1)).sum()
-        return rise * self.l1 * weighed * weight.max()  # tokens of no weight have no f
-
-    def after_step(self, f, l0, step):
-        if self.l0_target is not None:
-            self.l1 *= torch.where(l0 > self.l0_target, 1.001, 0.999)
+    def cfg(self):
+        return {**super().cfg(), "k": int(self.k), "rescale_acts_by_decoder_norm": False}
 
 
 class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
     """Those above a threshold of the latent's own [F] (arXiv 2407.14435). The thresholds of a
     published SAE stay as they are; experiments/forks/jumprelu.py trains them."""
 
+    numbers = ()
     scaled = ("b_enc", "b_dec", "threshold")
 
-    def __init__(self, d_model, d_sae, *args, **kwargs):
-        super().__init__(d_model, d_sae, *args, **kwargs)
-        self.register_buffer("threshold", torch.zeros(d_sae))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
     def select(self, pre, n):
-        return None, above(self.threshold)
+        return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     def start(self, x, config):
-        refuse(not config.start, "--sae jumprelu is for --start: its thresholds do not train")
+        new = self.kind == "jumprelu" and not config.start
+        refuse(new, "--sae jumprelu is for --start: its thresholds do not train")
+        super().start(x, config)
 
 
-def above(threshold):
-    """The least number above a threshold."""
-    return torch.nextafter(threshold, threshold + 1)
+class BatchTopK(JumpReLU, kind="batchtopk"):
+    """The K N largest of N tokens (of each GPU) in training, later those above a `threshold`, one
+    for all latents, that leaves K a token on average (arXiv 2412.06410)."""
+
+    numbers = ("k",)
+
+    def select(self, pre, n):
+        if not self.training:
+            return super().select(pre, n)
+        k = self.l0_target or self.k  # a published threshold may leave another L0 on this text
+        largest = pre.flatten().topk(math.ceil(k * len(pre))).values
+        last = (k * n).round().long().clamp_min(1) - 1
+        return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
+
+    @torch.no_grad()
+    def after_step(self, f, l0, step):
+        """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
+        published mean of the last 1000 lags behind in short runs.)"""
+        values = f.values if isinstance(f, SparseRows) else f
+        least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
+        least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
+        self.threshold.lerp_(least, max(1 / (step + 1), 0.02))
+
+
+class ReLU(SAE, kind="relu", architecture="standard"):
+    """All that are positive; the loss has lambda sum_i f_i ||W_dec[i]||. In phase one lambda rises
+    over the first 20th of the steps; in phase two it moves towards the L0 of phase one."""
+
+    numbers = ("l1",)
+    scaled = ("b_enc", "b_dec", "l1")
+    unit_norm = False  # the penalty weighs the directions' norms instead
+
+    def __init__(self, *args, l1: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("l1", torch.tensor(float(l1)))  # lambda
+
+    def start(self, x, config):
+        """A published SAE does not say its lambda. It is the one at which the SAE is at rest, where
+        scaling all f leaves its loss the same: 2 sum <x - x_hat, x_hat - b_dec> / sum_n sum_i f_i
+        ||W_dec[i]||."""
+        super().start(x, config)
+        scale = x.pow(2).sum(-1).mean().sqrt()
+        if config.l1 is not None or not config.start:
+            self.l1.copy_(scale * (0.1 if config.l1 is None else config.l1))
+        elif self.l1 == 0:
+            x = x[:4096]
+            x_hat, f = self(x)
+            along = 2 * ((x - x_hat) * (x_hat - self.b_dec)).sum()
+            self.l1.copy_((along / self.weighed(f)).clamp_min(1e-4 * scale))
+
+    def weighed(self, f):
+        return (f * self.W_dec.norm(dim=-1)).sum()
+
+    def penalty(self, x, x_hat, f, weight, done):
+        rise = 1.0 if self.l0_target else min(1.0, 20 * done)
+        return rise * self.l1 * self.weighed(f) * weight.max()  # tokens of no weight have no f
+
+    def after_step(self, f, l0, step):
+        if self.l0_target:
+            self.l1 *= torch.where(l0 > self.l0_target, 1.001, 0.999)
 
 
 def kind_of(cfg: dict, source="") -> type[SAE]:
@@ -440,10 +378,10 @@ def kind_of(cfg: dict, source="") -> type[SAE]:
 
 
 # ---- The losses --------------------------------------------------------------------------------
-def auxk_loss(sae: SAE, x, error, dead):
+def auxk_loss(sae: SAE, x, error):
     """AuxK: sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2 of the error e = x - x_hat [N, D] and
-    its reconstruction e_hat, without bias, by the D/2 most active `dead` latents."""
-    e = error.detach()
+    its reconstruction e_hat, without bias, by the D/2 most active dead latents."""
+    e, dead = error.detach(), sae.dead
     k = min(x.shape[1] // 2, len(dead))
     f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: (k, None))
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
@@ -586,19 +524,17 @@ class ActivationBuffer:
 # ---- What both phases share --------------------------------------------------------------------
 @dataclass
 class Trainee:
-    """What a method trains, and what it carries from step to step.
+    """What a method trains. A method that differs in more than fields overrides what follows.
 
     `insert` maps x [N, D] and keep [N] to x_hat [N, D] and f [N, F]: the SAE itself, or an SAE with
-    an adapter. Parameters of `trained` that require a gradient train, on `loss`: "kl" (KL+MSE),
-    "kl-only" or "mse". KL may be another `divergence` of (log p, log q, next token)."""
+    an adapter. Parameters of `trained` that require a gradient train. `divergence` is a function
+    of log p, log q [n, V] and next tokens [n]; None: the MSE alone, later blocks do not run."""
 
     sae: SAE
     lm: LanguageModel | None = None
-    loss: str = "kl"
-    divergence: Callable = kl_divergence
+    divergence: Callable | None = kl_divergence
     insert: nn.Module | None = None  # default: the SAE
     trained: nn.Module | None = None  # default: what is inserted
-    own_prefix: bool = False  # whether lm differs from the original in blocks 0..L
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
 
     def __post_init__(self):
@@ -608,33 +544,32 @@ class Trainee:
         refuse(not self.parameters, "--method: nothing to train; are there blocks after --layer?")
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
+    def loss(self, kl, mse, beta, penalty):
+        """Of phase two; beta = MSE / KL."""
+        return (beta * kl + mse) / 2 + penalty
+
     def splice(self, tokens, resid, x, keep, config: Config):
         """x, x_hat [B T, D], f, and the stream resid [B, T, D] with x_hat for x where keep [B, T]
         is True."""
-        if self.own_prefix:
-            resid, x = PLACES[config.place](self.lm, tokens, config.layer)
         with config.autocast(x.device):
             x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
         spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
         return x.flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
 
     def save(self, folder: Path, metadata: dict):
-        """Writes what was trained, so that it gives the same figures; methods may add to it."""
+        """Writes what was trained, so that it gives the same figures."""
         self.sae.save(folder, metadata)
 
     def state_dict(self) -> dict:
         frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
-        return {
-            "trained": {k: v for k, v in self.trained.state_dict().items() if k not in frozen},
-            "optimizer": self.optimizer.state_dict(),
-            "idle": self.sae.idle,
-            "dead": self.sae.dead,
-        }
+        trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
+        own = {"idle": self.sae.idle, "dead": self.sae.dead}
+        return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
 
     def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sae.track(state["idle"], state["dead"])
+        self.sae.idle, self.sae.dead = state["idle"], state["dead"]
 
 
 @dataclass
@@ -650,19 +585,28 @@ class Phase:
     buffer: ActivationBuffer | None = None  # phase one
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)  # since the last line of metrics.jsonl
+    began: float = 0.0  # by time.monotonic; that of an interrupted phase as if it had gone on
+
+    def __post_init__(self):
+        self.marks = collections.deque(maxlen=50)  # of the last steps: number, clock
+
+    def time_left(self) -> str:
+        """From the last steps; the buffer's refills, which come seldom, by themselves."""
+        left = self.buffer.seconds_left() if self.buffer else 0.0
+        (first, began), (last, ended) = self.marks[0], self.marks[-1]
+        if first == last:
+            return f"{self.steps} steps"
+        left += (ended - began) / (last - first) * (self.steps - self.step)
+        return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
 
     def state_dict(self) -> dict:
-        return {
-            "name": self.name,
-            "step": self.step,
-            "losses": self.losses,
-            "trainees": [t.state_dict() for t in self.trainees],
-            "buffer": self.buffer.state_dict() if self.buffer else {},
-        }
+        trainees = [t.state_dict() for t in self.trainees]
+        buffer = self.buffer.state_dict() if self.buffer else {}
+        plain = {"name": self.name, "step": self.step, "losses": self.losses}
+        return {**plain, "trainees": trainees, "buffer": buffer}
 
     def load_state_dict(self, state: dict):
-        self.step = state["step"]
-        self.losses = state["losses"]
+        self.step, self.losses = state["step"], state["losses"]
         for t, saved in zip(self.trainees, state["trainees"]):
             t.load_state_dict(saved)
         if self.buffer:
@@ -695,7 +639,7 @@ def update(t: Trainee, lr: float):
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
 def train_mse(phase: Phase, config: Config, after_step: Callable):
-    """Phase one, on x / scale: a batch of shuffled activations for all its SAEs, again and again."""
+    """Phase one, on x / scale: batches of shuffled activations, each for all its SAEs."""
     for step in range(phase.step, phase.steps):
         x = phase.buffer.next_batch(config.batch) / phase.scale  # [N, D]
         lr = config.peak_lr * lr_factor(step, phase.steps, config.warmup, decay=0.2)
@@ -719,8 +663,9 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     fired = sum_over_ranks(counts(f))  # [F]
     l0 = fired.sum() / n
     t.sae.after_step(f, l0, step)
-    # Not at every step, since finding the dead waits for the device.
-    t.sae.move_idle(fired, n, config.dead_after if step % 20 == 0 else None)
+    t.sae.idle = torch.where(fired > 0, 0, t.sae.idle + n)
+    if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
+        t.sae.dead = (t.sae.idle > config.dead_after).nonzero()[:, 0]
     fvu = mse.detach() / (x - x.mean(0)).pow(2).sum(-1).mean()
     return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
 
@@ -735,9 +680,9 @@ def finetune(
     peak, warmup, decay = config.kl_lr, 0, 1.0
     if config.kl_tokens == config.tokens and not config.start:
         peak, warmup, decay = config.peak_lr, config.warmup, 0.2
-    kind = phase.trainees[0].loss  # of one method: the same for all
-    divergence = phase.trainees[0].divergence
-    if config.compile:
+    divergence = phase.trainees[0].divergence  # of one method: the same for all
+    by_mse = divergence is None  # no later block runs
+    if config.compile and not by_mse:
         divergence = torch.compile(divergence)
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
@@ -750,12 +695,11 @@ def finetune(
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
             original = single(x).flatten(0, 1)  # [N, D]
             variance = weight @ (original - weight @ original).pow(2).sum(-1)
-            last_p = None if kind == "mse" else lm.suffix(resid, config.layer).flatten(0, 1)
+            last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
-        if kind == "mse":  # no later block runs
-            kls = [torch.zeros_like(n) for _ in passes]
-        else:
+        kls = [torch.zeros_like(n) for _ in passes]
+        if not by_mse:
             lasts_q = []
             for t, (*_, spliced) in zip(phase.trainees, passes):
                 lasts_q.append(t.lm.suffix(spliced, config.layer).flatten(0, 1))
@@ -767,16 +711,11 @@ def finetune(
             mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
             penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
-            if kind == "kl":
-                loss = (beta * kl + mse) / 2 + penalty
-            elif kind == "kl-only":
-                loss = kl + penalty / beta  # the penalty stands beside an MSE, beta KL is as large
-            else:
-                loss = mse + penalty
+            loss = mse + penalty if by_mse else t.loss(kl, mse, beta, penalty)
             losses.append(loss)
             l0 = sum_over_ranks(counts(f)).sum() / (n * world_size())
             row = {"loss": loss, "mse": mse, "fvu": mse * d_model / variance, "l0": l0}
-            if kind != "mse":
+            if not by_mse:
                 row.update(kl=kl, beta=beta)
             figures.append({name: value.detach() for name, value in row.items()})
         sum(losses).backward()  # each loss reaches its own SAE alone
@@ -790,9 +729,15 @@ def finetune(
         after_step(phase, figures)
 
 
+@dataclass
+class KLOnly(Trainee):
+    def loss(self, kl, mse, beta, penalty):
+        return kl + penalty / beta  # the penalty stands beside an MSE, and beta KL is as large
+
+
 METHODS["kl"] = lambda lm, sae, config: Trainee(sae, lm)
-METHODS["kl-only"] = lambda lm, sae, config: Trainee(sae, lm, "kl-only")
-METHODS["mse"] = lambda lm, sae, config: Trainee(sae, lm, "mse")  # the control
+METHODS["kl-only"] = lambda lm, sae, config: KLOnly(sae, lm)
+METHODS["mse"] = lambda lm, sae, config: Trainee(sae, lm, divergence=None)  # the control
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
@@ -811,15 +756,10 @@ def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets):
 
 @torch.no_grad()
 def evaluate(
-    lm,
-    tokens,
-    trainees: list[Trainee],
-    limit,
-    config: Config,
-    report: Callable = lambda share: None,
+    lm, tokens, trainees: list[Trainee], limit, config: Config, label: str = "evaluating"
 ) -> tuple[dict, list]:
-    """On held-out tokens [n, T]: figures of the model, and of each trainee. `report` gets the share
-    that is done.
+    """On held-out tokens [n, T]: figures of the model, and of each trainee. `label` begins the line
+    for the reader.
 
     ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
     unexplained. l0: active latents per token. dead: latents that never fired. Positions without
@@ -827,7 +767,7 @@ def evaluate(
     sums = collections.defaultdict(float)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
-        report(number / len(batches))
+        progress(f"{label}: {number / len(batches):.0%}", now=number == 0)
         resid, x = PLACES[config.place](lm, batch, config.layer)  # [B, T, D]
         keep = content(x, lm.n_skip, limit)  # [B, T]
         zero = torch.where(keep[..., None], resid - x, resid)
@@ -979,14 +919,17 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def number(config: dict, key: str, default: float | None = None, whole: bool = False) -> float:
+def number(config: dict, key: str, default: float | None = None, kinds=(int, float)) -> float:
     """A positive number from a config.json. UserError, with key and value, where it is none."""
     value = config.get(key, default)
-    kinds = (int,) if whole else (int, float)
-    wrong = type(value) not in kinds or not 0 < value < 2**31
-    what = "whole number" if whole else "number"
-    refuse(wrong, f"config.json has {key} = {value!r:.80}: not a positive {what}")
+    right = type(value) in kinds and 0 < value < 2**31
+    what = f"no positive {kinds[-1].__name__}"
+    refuse(not right, f"config.json has {key} = {value!r:.80}: {what}")
     return value
+
+
+def size(config: dict, key: str, default: int | None = None) -> int:
+    return number(config, key, default, kinds=(int,))
 
 
 def require(config: dict, **accepted: list):
@@ -1069,16 +1012,17 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        d_model = number(config, "hidden_size", whole=True)
-        n_vocab = number(config, "vocab_size", whole=True)
-        n_layers = number(config, "num_hidden_layers", whole=True)
+        d_model = size(config, "hidden_size")
+        n_vocab = size(config, "vocab_size")
+        n_layers = size(config, "num_hidden_layers")
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
         require(config, tie_word_embeddings=[self.tied, not self.tied])
-        self.max_context = number(config, "max_position_embeddings", 8192, whole=True)
+        self.max_context = size(config, "max_position_embeddings", 8192)
         body = nn.ModuleDict()
         body[self.embedding] = nn.Embedding(n_vocab, d_model)
-        body[self.layers] = nn.ModuleList(self.block_kind(config, i) for i in range(n_layers))
-        body[self.norm] = self.norm_kind(d_model, number(config, *self.norm_eps))
+        norm = functools.partial(self.norm_kind, eps=number(config, *self.norm_eps))
+        body[self.layers] = nn.ModuleList(self.block_kind(config, i, norm) for i in range(n_layers))
+        body[self.norm] = norm(d_model)
         self.add_module(self.body, body)
         if not config.get("tie_word_embeddings", self.tied):
             self.add_module(self.head, nn.Linear(d_model, n_vocab, bias=False))
@@ -1173,19 +1117,19 @@ class PythiaBlock(nn.Module):
     attn_out = "attention"
     mlp_out = "mlp"
 
-    def __init__(self, config: dict, i: int):
+    def __init__(self, config: dict, i: int, norm: Callable):
         super().__init__()
         require(config, hidden_act=["gelu"], use_parallel_residual=[True, False])
-        d_model, eps = config["hidden_size"], number(config, *Pythia.norm_eps)
-        n_heads = number(config, "num_attention_heads", whole=True)
+        d_model = config["hidden_size"]
+        n_heads = size(config, "num_attention_heads")
         base = number(config, "rotary_emb_base", 10_000)
         share = number(config, "rotary_pct", 0.25)
         self.rope = read_rope(config, "full_attention", d_model // n_heads, base, share)
         self.parallel = config.get("use_parallel_residual", True)
-        self.input_layernorm = nn.LayerNorm(d_model, eps)
-        self.post_attention_layernorm = nn.LayerNorm(d_model, eps)
+        self.input_layernorm = norm(d_model)
+        self.post_attention_layernorm = norm(d_model)
         self.attention = PythiaAttention(d_model, n_heads)
-        self.mlp = PythiaMLP(d_model, number(config, "intermediate_size", whole=True))
+        self.mlp = PythiaMLP(d_model, size(config, "intermediate_size"))
 
     def forward(self, x, cos, sin):
         y = x + self.attention(self.input_layernorm(x), cos, sin)
@@ -1226,23 +1170,23 @@ class GemmaAttention(nn.Module):
     """Grouped-query attention to all before it, or to a window. Gemma 2 soft-caps the scores;
     Gemma 3 norms q and k instead."""
 
-    def __init__(self, config: dict, head_dim: int, window: int | None):
+    def __init__(self, config: dict, head_dim: int, window: int | None, norm: Callable):
         super().__init__()
         gemma_3 = config["model_type"] == "gemma3_text"
-        d_model, eps = config["hidden_size"], number(config, *Gemma.norm_eps)
-        self.n_kv = number(config, "num_key_value_heads", whole=True)
+        d_model = config["hidden_size"]
+        self.n_kv = size(config, "num_key_value_heads")
         self.head_dim = head_dim
         self.window = window
         self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
         cap = None if gemma_3 else 50.0  # where config.json is silent
         self.score_cap = optional(config, "attn_logit_softcapping", cap)
-        d_q = number(config, "num_attention_heads", whole=True) * head_dim
+        d_q = size(config, "num_attention_heads") * head_dim
         self.q_proj = nn.Linear(d_model, d_q, bias=False)
         self.k_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
         self.v_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
         self.o_proj = nn.Linear(d_q, d_model, bias=False)
-        self.q_norm = RMSNorm(head_dim, eps) if gemma_3 else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, eps) if gemma_3 else nn.Identity()
+        self.q_norm = norm(head_dim) if gemma_3 else nn.Identity()
+        self.k_norm = norm(head_dim) if gemma_3 else nn.Identity()
 
     def forward(self, x, cos, sin):
         q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
@@ -1280,12 +1224,12 @@ class GemmaBlock(nn.Module):
     attn_out = "post_attention_layernorm"
     mlp_out = "post_feedforward_layernorm"
 
-    def __init__(self, config: dict, i: int):
+    def __init__(self, config: dict, i: int, norm: Callable):
         super().__init__()
         require(config, hidden_activation=["gelu_pytorch_tanh"])
         require(config, use_bidirectional_attention=[False, None])
-        d_model, eps = config["hidden_size"], number(config, *Gemma.norm_eps)
-        head_dim = number(config, "head_dim", 256, whole=True)
+        d_model = config["hidden_size"]
+        head_dim = size(config, "head_dim", 256)
         sliding = self.layer_type(config, i) == "sliding_attention"
         gemma_3 = config["model_type"] == "gemma3_text"
         base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
@@ -1293,19 +1237,19 @@ class GemmaBlock(nn.Module):
             require(config, attn_logit_softcapping=[None])
             base = number(config, "rope_local_base_freq", 10_000) if sliding else base
         self.rope = read_rope(config, self.layer_type(config, i), head_dim, base)
-        window = number(config, "sliding_window", 4096, whole=True) if sliding else None
-        self.self_attn = GemmaAttention(config, head_dim, window)
-        self.mlp = GemmaMLP(d_model, number(config, "intermediate_size", whole=True))
-        self.input_layernorm = RMSNorm(d_model, eps)
-        self.post_attention_layernorm = RMSNorm(d_model, eps)
-        self.pre_feedforward_layernorm = RMSNorm(d_model, eps)
-        self.post_feedforward_layernorm = RMSNorm(d_model, eps)
+        window = size(config, "sliding_window", 4096) if sliding else None
+        self.self_attn = GemmaAttention(config, head_dim, window, norm)
+        self.mlp = GemmaMLP(d_model, size(config, "intermediate_size"))
+        self.input_layernorm = norm(d_model)
+        self.post_attention_layernorm = norm(d_model)
+        self.pre_feedforward_layernorm = norm(d_model)
+        self.post_feedforward_layernorm = norm(d_model)
 
     @staticmethod
     def layer_type(config: dict, i: int) -> str:
         """Every sixth block of Gemma 3, and every second of Gemma 2, attends to all before it."""
         gemma_3 = config["model_type"] == "gemma3_text"
-        every = number(config, "sliding_window_pattern", 6, whole=True) if gemma_3 else 2
+        every = size(config, "sliding_window_pattern", 6) if gemma_3 else 2
         types = config.get("layer_types")
         if not types:
             return "sliding_attention" if (i + 1) % every else "full_attention"
@@ -1396,6 +1340,13 @@ def mean_over_ranks(x):
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
+def same_in_all_processes(*values):
+    """What the first process has, tensors and states of modules, in all others, too."""
+    for value in values if world_size() > 1 else ():
+        for tensor in value.state_dict().values() if isinstance(value, nn.Module) else [value]:
+            dist.broadcast(tensor, 0)
+
+
 def own_sequences(stream: TokenStream, start: int, count: int, device):
     """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
     sequences = stream.train(start, count * world_size())
@@ -1439,17 +1390,12 @@ def check(config: Config) -> LanguageModel:
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
     refuse(kl_tokens > tokens, f"--kl-tokens {kl_tokens} is above --tokens {tokens}")
     mse_tokens = (tokens // context - kl_tokens // context) * (context - 1)  # one may be <bos>
-    by_mse = kl_tokens < tokens and not config.start
-    few = by_mse and mse_tokens < batch * world_size()
+    few = mse_tokens < batch * world_size() and kl_tokens < tokens and not config.start
     refuse(few, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
     step = config.kl_batch * context * world_size()
     few = 0 < kl_tokens < step
     refuse(few, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
     return lm
-
-
-LABELS = {"MSE": "after MSE", "kl": "after KL+MSE", "kl-only": "after KL alone"}
-LABELS["mse"] = "after MSE alone, same tokens"
 
 
 @dataclass
@@ -1462,67 +1408,6 @@ class Done:
     saes: list = field(default_factory=list)  # the state of each SAE after phase one
     scale: Tensor | None = None  # of phase one's activations
     limit: Tensor | None = None  # the norm above which a token is a sink
-
-
-class Telling:
-    """What a phase tells while it goes on: lines of metrics.jsonl, and the time that is left."""
-
-    def __init__(
-        self, config: Config, folder: model_loaders.RunFolder, phase: Phase, before: float
-    ):
-        self.config = config
-        self.folder = folder
-        self.began = time.monotonic() - before  # before: seconds of it in an earlier process
-        self.told = -math.inf
-        self.marks = collections.deque(maxlen=10)  # (step, seconds of steps alone)
-        self.every = 2 if sys.stdout.isatty() else 30  # seconds
-        following = [*config.method, ""]
-        following = (
-            following[following.index(phase.name) + 1 :] if phase.name != "MSE" else following
-        )
-        self.then = f", then {', '.join(following[:-1])}" if following[:-1] else ""
-
-    def step(self, phase: Phase, figures: list[dict]) -> float:
-        """After a step; returns the phase's seconds."""
-        now = time.monotonic()
-        per_step = self.config.batch if phase.buffer else self.config.kl_batch * self.config.context
-        tokens = phase.step * per_step * world_size()
-        last = phase.step == phase.steps
-        if phase.step % self.config.log_every == 0 or last:
-            self.log(phase, figures, tokens, now - self.began)
-        if now - self.told > self.every or last:
-            left = self.time_left(phase, now)
-            row = figures[-1]
-            rate = f"{tokens / (now - self.began):,.0f} tokens/s"
-            text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}{self.then}; {rate}"
-            progress(f"{text}, FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
-            self.told = now
-        return now - self.began
-
-    def time_left(self, phase: Phase, now: float) -> str:
-        """From the last steps; the buffer's refills, which come seldom, by themselves."""
-        collecting = phase.buffer.seconds if phase.buffer else 0.0
-        self.marks.append((phase.step, now - collecting))
-        (first, began), (last, ended) = self.marks[0], self.marks[-1]
-        if first == last:
-            return f"{phase.steps} steps"
-        left = (ended - began) / (last - first) * (phase.steps - phase.step)
-        left += phase.buffer.seconds_left() if phase.buffer else 0.0
-        return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
-
-    def log(self, phase: Phase, figures: list[dict], tokens: int, seconds: float):
-        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
-        losses = mean_over_ranks(torch.stack(phase.losses))  # [steps since the last line, SAEs]
-        phase.losses = []
-        when = f"in the {len(losses)} steps to {phase.step} of {phase.steps}"
-        finite = bool(losses.isfinite().all())
-        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
-        line = {"phase": phase.name, "step": phase.step, "tokens": tokens, "seconds": seconds}
-        lines = []
-        for k, row, loss in zip(self.config.k, figures, losses.mean(0)):
-            row = {name: float(value) for name, value in row.items()}
-            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
-        self.folder.log(lines)
 
 
 class Run:
@@ -1540,37 +1425,33 @@ class Run:
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
         self.done = Done()
         self.interrupted = {}  # the state of the phase that a checkpoint was saved in
-        self.saved = time.monotonic()
+        self.saved = self.told = time.monotonic()
         self.signal = None
         self.in_loop = False
 
-    def run(self) -> list:
-        """The whole run; a report for each K, as in its report.json."""
-        config = self.config
+    def run(self):
+        """The whole run."""
         with contextlib.ExitStack() as closing:
-            self.folder.take(config.resume, config.overwrite)
+            self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            if not self.restore() and not config.overwrite:  # what that replaces stays a while
-                self.folder.begin(asdict(config))
+            if not self.restore() and not self.config.overwrite:  # what that replaces stays a while
+                self.folder.begin(asdict(self.config))
             self.train()
-            reports = [self.report(i) for i in range(len(config.k))]
+            for i in range(len(self.config.k)):
+                self.report(i)
             self.folder.finish()
-            return reports
 
     def prepare(self, closing: contextlib.ExitStack):
         """Loads the model, and starts the stream of tokens."""
         config = self.config
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-        where = f"block {config.layer} of {config.model}, on {self.device}"
+        what = f"{config.sae} SAE of {config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        tokens = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them"
         if config.start:
-            say(f"saeft: the SAE of {config.start}, {where}")
-            budget = f"{config.kl_tokens / 1e6:.2f}M tokens of"
-        else:
-            ks = f", K {', '.join(map(str, config.k))}" if "k" in KINDS[config.sae].numbers else ""
-            say(f"saeft: {config.sae} SAE of {config.d_sae:,} latents{ks}, {where}")
-            budget = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them for"
-        say(f"{budget} {', '.join(config.method)}")
+            what, tokens = f"the SAE of {config.start}", f"{config.kl_tokens / 1e6:.2f}M tokens"
+        say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
+        say(f"{tokens} for {', '.join(config.method)}")
         tokenizer = self.lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
             config.data = model_loaders.usual_data(tokenizer)
@@ -1593,7 +1474,7 @@ class Run:
         if "MSE" not in done.results:
             n_tokens = 0 if config.start else self.n_mse * (config.context - lm.n_skip)
             steps = n_tokens // (config.batch * world_size())
-            trainees = [Trainee(sae, lm, "mse", decay=0.0) for sae in saes]
+            trainees = [Trainee(sae, lm, divergence=None, decay=0.0) for sae in saes]
             phase = Phase("MSE", trainees, steps, done.limit, done.scale)
             phase.buffer = ActivationBuffer(lm, self.stream, self.n_mse, done.limit, config)
             self.run_phase(phase, train_mse, config)
@@ -1611,39 +1492,30 @@ class Run:
         if config.start:
             saes = [SAE.load(config.start)]
             width = len(saes[0].b_dec)
-            other = width != d_model
-            refuse(other, f"--start: an SAE of width {width}; {config.model} has {d_model}")
+            refuse(width != d_model, f"--start: width {width}; {config.model} has {d_model}")
         else:
-            kind = KINDS[config.sae]
+            kind, size = KINDS[config.sae], (d_model, config.d_sae)
             with user_errors(f"--d-sae {config.d_sae}"):
-                saes = [kind(d_model, config.d_sae, k, config.seed) for k in config.k]
-        for sae in saes:
-            sae.to(self.device)
+                saes = [kind(*size, k=k, seed=config.seed) for k in config.k]
+        saes = [sae.to(self.device) for sae in saes]
         for sae, saved in zip(saes, done.saes):
             sae.load_state_dict(saved)
         if done.limit is None:
             n = min(self.n_mse or self.n, 32_768 // config.context + 1)
             x, done.limit = first_activations(self.lm, self.stream, n, config)
-            done.scale = torch.ones_like(done.limit)
-            if not config.start:
-                done.scale = x.pow(2).sum(-1).mean().sqrt()
+            scale = x.pow(2).sum(-1).mean().sqrt()
+            done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
                 sae.start(x / done.scale, config)
-            if world_size() > 1:  # all processes take what the first one measured
-                for values in (
-                    done.limit,
-                    done.scale,
-                    *(v for s in saes for v in s.state_dict().values()),
-                ):
-                    dist.broadcast(values, 0)
+            same_in_all_processes(done.limit, done.scale, *saes)
         return saes
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
         """What a method trains, from a copy of SAE i of phase one."""
         sae = copy.deepcopy(sae).eval()
-        sae.track(torch.zeros_like(sae.idle), sae.idle[:0])
+        sae.dead = ()
         if self.n_mse or self.config.start:  # else, end to end, there is no L0 to keep
-            sae.keep_l0(self.done.results["MSE"][i]["l0"])
+            sae.l0_target = self.done.results["MSE"][i]["l0"]
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         return METHODS[method](self.lm, sae, self.config)
 
@@ -1654,8 +1526,7 @@ class Run:
         if self.interrupted.get("name") == phase.name:
             phase.load_state_dict(self.interrupted)
             self.interrupted = {}
-        before = self.done.seconds.get(phase.name, 0.0)
-        self.telling = Telling(self.config, self.folder, phase, before)
+        phase.began = time.monotonic() - self.done.seconds.get(phase.name, 0.0)
         self.in_loop = True
         loop(phase, *args, self.after_step)
         self.in_loop = False
@@ -1674,10 +1545,8 @@ class Run:
         if trained or name != "MSE":
             parts = {"MSE": "before", config.method[0]: "."}
             self.save(phase, "." if self.n_mse == self.n else parts.get(name, name))
-        label = self.label(name)
-        tell = lambda share: progress(f"evaluating the SAE {label}: {share:.0%}", now=share == 0)
-        evaluation = self.stream.validation(), phase.trainees, done.limit, config, tell
-        done.model_figures, rows = evaluate(self.lm, *evaluation)
+        arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
+        done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
             known = trained and before["gap"]
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
@@ -1686,11 +1555,10 @@ class Run:
             done.saes = [t.sae.state_dict() for t in phase.trainees]
 
     def label(self, name: str) -> str:
-        if name == "MSE" and self.config.start:
-            return "as loaded"
-        if name == "MSE" and not self.n_mse:
-            return "at the random start"
-        return LABELS.get(name, f"after {name}")
+        start = "at the random start" if not self.n_mse else "after MSE"
+        labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
+        labels.update({"kl-only": "after KL alone", "mse": "after MSE alone, same tokens"})
+        return labels.get(name, f"after {name}")
 
     def save(self, phase: Phase, part: str):
         """Writes what a phase trains into a part of each SAE's folder."""
@@ -1701,8 +1569,8 @@ class Run:
             if rank() == 0:
                 t.save(folder / part, metadata)
 
-    def report(self, i: int) -> dict:
-        """Writes report.json and prints the closing table of SAE i; returns the report."""
+    def report(self, i: int):
+        """Writes report.json and prints the closing table of SAE i."""
         config, folder, done = self.config, self.sae_folders[i], self.done
         results = {name: rows[i] for name, rows in done.results.items()}
         before = results["MSE"]
@@ -1723,14 +1591,22 @@ class Run:
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
             say(f"{self.label(name):29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
-        return out
 
     def after_step(self, phase: Phase, figures: list[dict]):
-        """What is told of it; a checkpoint when it is time for one, or when a signal asks for the
-        end."""
+        """Figures to metrics.jsonl; a line for the reader; a checkpoint when it is time for one, or
+        when a signal asks for the end."""
+        now, first_or_last = time.monotonic(), phase.step in (1, phase.steps)
+        self.done.seconds[phase.name] = now - phase.began
+        phase.marks.append((phase.step, now - (phase.buffer.seconds if phase.buffer else 0.0)))
         phase.losses.append(torch.stack([row["loss"] for row in figures]))
-        self.done.seconds[phase.name] = self.telling.step(phase, figures)
-        due = time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
+        if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
+            self.log(phase, figures)
+        if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
+            row, left = figures[-1], phase.time_left()
+            text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then the evaluation"
+            progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
+            self.told = now
+        due = now - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([self.signal or 0, int(due)])
         if world_size() > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)  # all processes stop at the same step
@@ -1740,15 +1616,27 @@ class Run:
         if stop:
             raise Interrupted(stop)
 
+    def log(self, phase: Phase, figures: list[dict]):
+        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
+        config, step = self.config, phase.step
+        losses = mean_over_ranks(torch.stack(phase.losses))  # [steps since the last line, SAEs]
+        phase.losses = []
+        when = f"in the {len(losses)} steps to {step} of {phase.steps}"
+        finite = bool(losses.isfinite().all())
+        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
+        per_step = config.batch if phase.buffer else config.kl_batch * config.context
+        line = {"phase": phase.name, "step": step, "tokens": step * per_step * world_size()}
+        line["seconds"] = self.done.seconds[phase.name]
+        lines = []
+        for k, row, loss in zip(config.k, figures, losses.mean(0)):
+            row = {name: float(value) for name, value in row.items()}
+            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
+        self.folder.log(lines)
+
     def checkpoint(self, phase: Phase | None = None):
         """Saves all that `restore` needs, of several processes each its own."""
-        state = {
-            "config": asdict(self.config),
-            "identity": self.identity,
-            "world": world_size(),
-            "done": vars(self.done),
-            "phase": phase.state_dict() if phase else {},
-        }
+        state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
+        state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
         self.folder.begin(asdict(self.config))
         self.folder.save_state(state, f"-{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
@@ -1757,12 +1645,11 @@ class Run:
         """Goes back to the last checkpoint, if there is one. UserError if its settings, model or
         data differ."""
         saved = self.folder.load_state(self.device) if self.config.resume else None
-        if saved is None:
-            return False
-        self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
-        self.done = Done(**saved["done"])
-        self.interrupted = saved["phase"]
-        return True
+        if saved:
+            self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
+            self.done = Done(**saved["done"])
+            self.interrupted = saved["phase"]
+        return saved is not None
 
     def on_signal(self, number: int, frame):
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
