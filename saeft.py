@@ -47,6 +47,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported ends quietly, too
@@ -919,24 +920,22 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def number(config: dict, key: str, default: float | None = None, kinds=(int, float)) -> float:
-    """A positive number from a config.json. UserError, with key and value, where it is none."""
-    value = config.get(key, default)
-    right = type(value) in kinds and 0 < value < 2**31
-    what = f"no positive {kinds[-1].__name__}"
-    refuse(not right, f"config.json has {key} = {value!r:.80}: {what}")
-    return value
-
-
-def size(config: dict, key: str, default: int | None = None) -> int:
-    return number(config, key, default, kinds=(int,))
-
-
-def require(config: dict, **accepted: list):
-    """UserError where a config.json asks for what is not supported. The first is the default."""
-    for key, values in accepted.items():
-        value = config.get(key, values[0])
-        refuse(value not in values, f"config.json has {key} = {value!r:.80}; supported: {values}")
+def read_settings(config: dict, numbers: dict, choices: dict) -> SimpleNamespace:
+    """A config.json's settings as attributes. UserError, with key and value, for others than:
+    numbers: key -> what silence means, or a type where there must be one. Above 0, whole where that
+    is; null where silence may mean it, too, as (number, None). choices: key -> what is supported,
+    first what silence means."""
+    read = dict(config)
+    for key, silent in numbers.items():
+        silent, *null = silent if isinstance(silent, tuple) else (silent,)
+        kind = silent if isinstance(silent, type) else type(silent)
+        value = read[key] = config.get(key, None if kind is silent else silent)
+        fits = type(value) in (kind, int) and 0 < value < 2**31 or value in null
+        refuse(not fits, f"config.json has {key} = {value!r:.80}: no positive {kind.__name__}")
+    for key, known in choices.items():
+        value = read[key] = config.get(key, known[0])
+        refuse(value not in known, f"config.json has {key} = {value!r:.80}; supported: {known}")
+    return SimpleNamespace(**read)
 
 
 class Rope(NamedTuple):
@@ -955,29 +954,28 @@ class Rope(NamedTuple):
         return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
 
-def read_rope(config: dict, layer_type: str, head_dim: int, base: float, share=None) -> Rope:
+def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type="") -> Rope:
     """Rotary positions as either spelling has them: `rope_parameters`, of Gemma 3 for each layer
-    type, or older keys (`base`, `share`), of which rope_scaling is in Gemma 3 about full attention
-    alone. share: None where it is always all. UserError for other kinds of scaling, and for what
-    the reference library would not follow."""
-    by_type = config["model_type"] == "gemma3_text"
+    type, or older keys (`base`, `share` of a head's dimensions), of which rope_scaling is in Gemma
+    3 about full attention alone. UserError for other kinds of scaling."""
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
-        rope = {} if by_type and layer_type == "sliding_attention" else old or {}
-    elif by_type and isinstance(rope, dict):
+        rope = {} if layer_type == "sliding_attention" else old or {}
+    elif layer_type and isinstance(rope, dict):
         refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
         rope = rope[layer_type]
     flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
     refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require({"rope_type": kind}, rope_type=["default", "linear"])
-    require(config, head_dim=[head_dim, None])
-    if share is None:
-        require(rope, partial_rotary_factor=[1.0, None])
-    dim = int(head_dim * number(rope, "partial_rotary_factor", share or 1.0))
-    factor = number(rope, "factor") if kind == "linear" else 1.0
-    return Rope(dim, number(rope, "rope_theta", base), factor)
+    rope = {"rope_type": rope.get("type", "default"), **rope}
+    linear = rope["rope_type"] == "linear"
+    shares = {} if share < 1 else {"partial_rotary_factor": [1.0, None]}  # Gemma has no other
+    numbers = {"rope_theta": base, "factor": float if linear else 1.0}
+    if share < 1:
+        numbers["partial_rotary_factor"] = share
+    rope = read_settings(rope, numbers, {"rope_type": ["default", "linear"], **shares})
+    dim = int(head_dim * (rope.partial_rotary_factor or 1.0))
+    return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
 
 
 def rotate(x, cos, sin):
@@ -998,13 +996,21 @@ class LanguageModel(nn.Module):
     """Runs to block L, goes on from block L + 1, unembeds. Parameters are named as in checkpoints:
     a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds.
 
-    A family is a subclass, in FAMILIES by the model_type of its config.json; its blocks read their
-    own settings from there and raise UserError for what they do not support."""
+    A family is a subclass, in FAMILIES by the model_type of its config.json: what that means
+    (`numbers` and `choices` of `read_settings`), the blocks, the names of the parts."""
 
-    block_kind = norm_kind = nn.Identity  # classes
-    body = embedding = layers = norm = head = ""  # names of the parts in checkpoints
-    norm_eps = ""  # the setting
-    tied = False  # whether, where config.json is silent, the embedding unembeds, too
+    block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
+    names = ()  # of body, embedding, blocks, final norm and head
+    eps = ""  # the setting of the norms
+    numbers = {
+        "vocab_size": int,
+        "hidden_size": int,
+        "intermediate_size": int,
+        "num_hidden_layers": int,
+        "num_attention_heads": int,
+        "max_position_embeddings": 8192,
+    }
+    choices = {}
     n_skip = 0  # leading positions without content (<bos>)
     preset = ""  # flags that models of the family start with
     logit_cap: float | None = None
@@ -1012,43 +1018,43 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        d_model = size(config, "hidden_size")
-        n_vocab = size(config, "vocab_size")
-        n_layers = size(config, "num_hidden_layers")
+        c = read_settings(config, self.numbers, self.choices)
+        n_layers = c.num_hidden_layers
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
-        require(config, tie_word_embeddings=[self.tied, not self.tied])
-        self.max_context = size(config, "max_position_embeddings", 8192)
-        body = nn.ModuleDict()
-        body[self.embedding] = nn.Embedding(n_vocab, d_model)
-        norm = functools.partial(self.norm_kind, eps=number(config, *self.norm_eps))
-        body[self.layers] = nn.ModuleList(self.block_kind(config, i, norm) for i in range(n_layers))
-        body[self.norm] = norm(d_model)
-        self.add_module(self.body, body)
-        if not config.get("tie_word_embeddings", self.tied):
-            self.add_module(self.head, nn.Linear(d_model, n_vocab, bias=False))
+        self.max_context = c.max_position_embeddings
+        self.settings = c
+        norm = functools.partial(self.norm_kind, eps=getattr(c, self.eps))
+        body, embedding, blocks, final_norm, head = self.names
+        parts = nn.ModuleDict()
+        parts[embedding] = nn.Embedding(c.vocab_size, c.hidden_size)
+        parts[blocks] = nn.ModuleList(self.block_kind(c, i, norm) for i in range(n_layers))
+        parts[final_norm] = norm(c.hidden_size)
+        self.add_module(body, parts)
+        if not c.tie_word_embeddings:
+            self.add_module(head, nn.Linear(c.hidden_size, c.vocab_size, bias=False))
 
     def load(self, name: str, device, dtype: torch.dtype) -> LanguageModel:
         """Takes the weights of the model of that name. UserError where they do not fit."""
-        weights = model_loaders.load_weights(name, device, dtype)
-        if f"{self.head}.weight" in weights:  # whatever config.json says
-            self.add_module(self.head, nn.Linear(*self.W_U.T.shape, bias=False, device="meta"))
+        weights, head = model_loaders.load_weights(name, device, dtype), self.names[-1]
+        if f"{head}.weight" in weights:  # whatever config.json says
+            self.add_module(head, nn.Linear(*self.W_U.T.shape, bias=False, device="meta"))
         with user_errors(f"{name}: weights do not fit config.json"):
             self.load_state_dict(weights, assign=True)
         return self
 
-    def part(self, name: str) -> nn.Module:
-        return self.get_submodule(f"{self.body}.{name}")
+    def part(self, i: int) -> nn.Module:
+        return getattr(self, self.names[0])[self.names[i]]
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.part(self.layers)
+        return self.part(2)
 
     @property
     def W_U(self):  # [V, D]
-        return getattr(self, self.head, self.part(self.embedding)).weight
+        return getattr(self, self.names[-1], self.part(1)).weight
 
     def embed(self, tokens):
-        return self.part(self.embedding)(tokens)
+        return self.part(1)(tokens)
 
     def prefix(self, tokens, layer: int):
         """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
@@ -1066,29 +1072,22 @@ class LanguageModel(nn.Module):
             resid = block(resid, *tables[block.rope])
         return resid
 
-    def final_norm(self, resid):
-        return self.part(self.norm)(resid)
-
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
+        return soft_cap(F.linear(self.part(3)(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
         return self.unembed(self.suffix(self.embed(tokens), -1))
 
-    def compile_blocks(self):
-        for block in self.blocks:
-            block.compile(fullgraph=True)
-
 
 # ---- Pythia (GPT-NeoX, arXiv 2304.01373) -------------------------------------------------------
 class PythiaAttention(nn.Module):
-    def __init__(self, d_model: int, n_heads: int):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.n_heads = n_heads
-        self.query_key_value = nn.Linear(d_model, 3 * d_model)
-        self.dense = nn.Linear(d_model, d_model)
+        self.n_heads = c.num_attention_heads
+        self.query_key_value = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x, cos, sin):
         # The weight's rows go head by head, the q, k and v of a head side by side.
@@ -1101,10 +1100,10 @@ class PythiaAttention(nn.Module):
 
 
 class PythiaMLP(nn.Module):
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(d_model, d_mlp)
-        self.dense_4h_to_h = nn.Linear(d_mlp, d_model)
+        self.dense_h_to_4h = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
@@ -1113,23 +1112,18 @@ class PythiaMLP(nn.Module):
 class PythiaBlock(nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)), or one after the other; rotary on a part of a head."""
 
-    # The modules whose outputs the block adds to the residual stream.
-    attn_out = "attention"
-    mlp_out = "mlp"
+    attn_out, mlp_out = "attention", "mlp"  # modules whose outputs are added to the stream
 
-    def __init__(self, config: dict, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
         super().__init__()
-        require(config, hidden_act=["gelu"], use_parallel_residual=[True, False])
-        d_model = config["hidden_size"]
-        n_heads = size(config, "num_attention_heads")
-        base = number(config, "rotary_emb_base", 10_000)
-        share = number(config, "rotary_pct", 0.25)
-        self.rope = read_rope(config, "full_attention", d_model // n_heads, base, share)
-        self.parallel = config.get("use_parallel_residual", True)
-        self.input_layernorm = norm(d_model)
-        self.post_attention_layernorm = norm(d_model)
-        self.attention = PythiaAttention(d_model, n_heads)
-        self.mlp = PythiaMLP(d_model, size(config, "intermediate_size"))
+        head_dim = c.hidden_size // c.num_attention_heads
+        read_settings(vars(c), {}, {"head_dim": [head_dim, None]})
+        self.rope = read_rope(vars(c), head_dim, c.rotary_emb_base, c.rotary_pct)
+        self.parallel = c.use_parallel_residual
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+        self.attention = PythiaAttention(c)
+        self.mlp = PythiaMLP(c)
 
     def forward(self, x, cos, sin):
         y = x + self.attention(self.input_layernorm(x), cos, sin)
@@ -1139,12 +1133,12 @@ class PythiaBlock(nn.Module):
 class Pythia(LanguageModel):
     block_kind = PythiaBlock
     norm_kind = nn.LayerNorm
-    body = "gpt_neox"
-    embedding = "embed_in"
-    layers = "layers"
-    norm = "final_layer_norm"
-    head = "embed_out"
-    norm_eps = ("layer_norm_eps", 1e-5)
+    names = ("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out")
+    numbers = {**LanguageModel.numbers, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
+    numbers["layer_norm_eps"] = 1e-5
+    choices = {"hidden_act": ["gelu"], "use_parallel_residual": [True, False]}
+    choices["tie_word_embeddings"] = [False, True]
+    eps = "layer_norm_eps"
 
 
 # ---- Gemma 2 (arXiv 2408.00118) and Gemma 3 (arXiv 2503.19786) ---------------------------------
@@ -1161,32 +1155,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(single(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
-def optional(config: dict, key: str, default: float | None) -> float | None:
-    """A positive number, or None where config.json says null."""
-    return None if config.get(key, default) is None else number(config, key, default)
-
-
 class GemmaAttention(nn.Module):
     """Grouped-query attention to all before it, or to a window. Gemma 2 soft-caps the scores;
     Gemma 3 norms q and k instead."""
 
-    def __init__(self, config: dict, head_dim: int, window: int | None, norm: Callable):
+    def __init__(self, c: SimpleNamespace, window: int | None, norm: Callable):
         super().__init__()
-        gemma_3 = config["model_type"] == "gemma3_text"
-        d_model = config["hidden_size"]
-        self.n_kv = size(config, "num_key_value_heads")
-        self.head_dim = head_dim
+        self.n_kv = c.num_key_value_heads
+        self.head_dim = c.head_dim
         self.window = window
-        self.score_scale = number(config, "query_pre_attn_scalar", 256) ** -0.5
-        cap = None if gemma_3 else 50.0  # where config.json is silent
-        self.score_cap = optional(config, "attn_logit_softcapping", cap)
-        d_q = size(config, "num_attention_heads") * head_dim
-        self.q_proj = nn.Linear(d_model, d_q, bias=False)
-        self.k_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, self.n_kv * head_dim, bias=False)
-        self.o_proj = nn.Linear(d_q, d_model, bias=False)
-        self.q_norm = norm(head_dim) if gemma_3 else nn.Identity()
-        self.k_norm = norm(head_dim) if gemma_3 else nn.Identity()
+        self.score_scale = c.query_pre_attn_scalar**-0.5
+        self.score_cap = c.attn_logit_softcapping
+        d_q, d_kv = c.num_attention_heads * c.head_dim, self.n_kv * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, d_q, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
+        self.o_proj = nn.Linear(d_q, c.hidden_size, bias=False)
+        self.q_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
+        self.k_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
 
     def forward(self, x, cos, sin):
         q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
@@ -1208,11 +1194,11 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaMLP(nn.Module):
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, c: SimpleNamespace):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -1221,42 +1207,27 @@ class GemmaMLP(nn.Module):
 class GemmaBlock(nn.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
-    attn_out = "post_attention_layernorm"
-    mlp_out = "post_feedforward_layernorm"
+    attn_out, mlp_out = "post_attention_layernorm", "post_feedforward_layernorm"
 
-    def __init__(self, config: dict, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
         super().__init__()
-        require(config, hidden_activation=["gelu_pytorch_tanh"])
-        require(config, use_bidirectional_attention=[False, None])
-        d_model = config["hidden_size"]
-        head_dim = size(config, "head_dim", 256)
-        sliding = self.layer_type(config, i) == "sliding_attention"
-        gemma_3 = config["model_type"] == "gemma3_text"
-        base = number(config, "rope_theta", 1_000_000 if gemma_3 else 10_000)
-        if gemma_3:
-            require(config, attn_logit_softcapping=[None])
-            base = number(config, "rope_local_base_freq", 10_000) if sliding else base
-        self.rope = read_rope(config, self.layer_type(config, i), head_dim, base)
-        window = size(config, "sliding_window", 4096) if sliding else None
-        self.self_attn = GemmaAttention(config, head_dim, window, norm)
-        self.mlp = GemmaMLP(d_model, size(config, "intermediate_size"))
-        self.input_layernorm = norm(d_model)
-        self.post_attention_layernorm = norm(d_model)
-        self.pre_feedforward_layernorm = norm(d_model)
-        self.post_feedforward_layernorm = norm(d_model)
-
-    @staticmethod
-    def layer_type(config: dict, i: int) -> str:
-        """Every sixth block of Gemma 3, and every second of Gemma 2, attends to all before it."""
-        gemma_3 = config["model_type"] == "gemma3_text"
-        every = size(config, "sliding_window_pattern", 6) if gemma_3 else 2
-        types = config.get("layer_types")
-        if not types:
-            return "sliding_attention" if (i + 1) % every else "full_attention"
-        known = isinstance(types, list) and len(types) > i
-        known = known and types[i] in ("sliding_attention", "full_attention")
-        refuse(not known, f"config.json has layer_types = {types!r:.80}: not of {i + 1} blocks")
-        return types[i]
+        kinds = ["sliding_attention", "full_attention"]
+        every = c.sliding_window_pattern if c.gemma_3 else 2
+        kind = kinds[(i + 1) % every == 0]
+        if c.layer_types:
+            known = isinstance(c.layer_types, list) and {*c.layer_types[i : i + 1]} <= {*kinds}
+            known = known and len(c.layer_types) > i
+            refuse(not known, f"config.json has layer_types = {c.layer_types!r:.80}")
+            kind = c.layer_types[i]
+        sliding = kind == "sliding_attention"
+        base = c.rope_local_base_freq if c.gemma_3 and sliding else c.rope_theta
+        self.rope = read_rope(vars(c), c.head_dim, base, 1.0, kind if c.gemma_3 else "")
+        self.self_attn = GemmaAttention(c, c.sliding_window if sliding else None, norm)
+        self.mlp = GemmaMLP(c)
+        self.input_layernorm = norm(c.hidden_size)
+        self.post_attention_layernorm = norm(c.hidden_size)
+        self.pre_feedforward_layernorm = norm(c.hidden_size)
+        self.post_feedforward_layernorm = norm(c.hidden_size)
 
     def forward(self, x, cos, sin):
         attended = self.self_attn(self.input_layernorm(x), cos, sin)
@@ -1264,28 +1235,23 @@ class GemmaBlock(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Gemma(LanguageModel):
+class Gemma2(LanguageModel):
     block_kind = GemmaBlock
     norm_kind = RMSNorm
-    body = "model"
-    embedding = "embed_tokens"
-    layers = "layers"
-    norm = "norm"
-    head = "lm_head"
-    norm_eps = ("rms_norm_eps", 1e-6)
-    tied = True
+    names = ("model", "embed_tokens", "layers", "norm", "lm_head")
+    numbers = {**LanguageModel.numbers, "num_key_value_heads": int, "head_dim": 256}
+    numbers.update(query_pre_attn_scalar=256.0, rope_theta=1e4, sliding_window=4096)
+    numbers.update(attn_logit_softcapping=(50.0, None), final_logit_softcapping=(30.0, None))
+    numbers["rms_norm_eps"] = 1e-6
+    choices = {"hidden_activation": ["gelu_pytorch_tanh"], "tie_word_embeddings": [True, False]}
+    choices.update(use_bidirectional_attention=[False, None], gemma_3=[False])
+    eps = "rms_norm_eps"
     n_skip = 1
     preset = "--dtype bfloat16 --kl-batch 2"
 
     def __init__(self, config: dict):
-        text = config.get("text_config")
-        if config["model_type"] == "gemma3" and isinstance(text, dict):  # it sees, too
-            config = {**config, **text}
-        if config["model_type"] == "gemma3":
-            config = {**config, "model_type": "gemma3_text"}
-        super().__init__(config)
-        cap = 30.0 if config["model_type"] == "gemma2" else None
-        self.logit_cap = optional(config, "final_logit_softcapping", cap)
+        super().__init__({"layer_types": None, **config})
+        self.logit_cap = self.settings.final_logit_softcapping
 
     def embed(self, tokens):
         x = super().embed(tokens)
@@ -1293,7 +1259,17 @@ class Gemma(LanguageModel):
         return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
 
 
-FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma, gemma3_text=Gemma, gemma3=Gemma)
+class Gemma3(Gemma2):
+    numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    numbers.update(sliding_window_pattern=6, final_logit_softcapping=(float, None))
+    choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
+
+    def __init__(self, config: dict):
+        text = config.get("text_config")
+        super().__init__({**config, **text} if isinstance(text, dict) else config)  # if it sees
+
+
+FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma2, gemma3_text=Gemma3, gemma3=Gemma3)
 
 
 # ---- From a name to a model --------------------------------------------------------------------
@@ -1302,9 +1278,7 @@ def build_lm(config: dict) -> LanguageModel:
     UserError for what is not ours, and for what cannot be."""
     kind = config.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
-    refuse(
-        not known, f"config.json has model_type = {kind!r:.80}; supported: {', '.join(FAMILIES)}"
-    )
+    refuse(not known, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
     with user_errors("config.json describes no model that runs"), torch.device("meta"):
         lm = FAMILIES[kind](config)
         lm(torch.zeros(1, 2, dtype=torch.long))  # sizes may not fit each other
@@ -1458,8 +1432,8 @@ class Run:
         progress("loading the model")
         self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        if config.compile:
-            self.lm.compile_blocks()
+        for block in self.lm.blocks if config.compile else []:
+            block.compile(fullgraph=True)
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         self.stream = TokenStream(*source, report=progress, n_rows=len(self.lm.W_U))
         closing.callback(self.stream.close)
