@@ -1,0 +1,1191 @@
+"""The experiments: other fine-tunes, conversion of public SAEs, the page of features, SAEBench."""
+
+import copy
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model_loaders
+import saeft
+from experiments import baselines, convert, features
+from saeft import SAE, Phase
+from test_saeft import (
+    LOOP,
+    PYTHIA_160M,
+    SMALL,
+    TOKENS,
+    Hub,
+    Stream,
+    assert_close,
+    command,
+    nothing,
+    report_of,
+    sinks,
+    small_sae,
+    start,
+    weights_of,
+)
+
+# ---- Baselines: the other methods of the paper ---------------------------------------------------
+METHODS = [name for name in baselines.METHODS if name not in ("kl-only", "mse")]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
+    lm, method, kind, tmp_path
+):
+    limit, keep = sinks(lm, TOKENS, n_skip=1)
+    sae, logits, state = small_sae(kind), lm(TOKENS), copy.deepcopy(lm.state_dict())
+    t = baselines.METHODS[method](lm, copy.deepcopy(sae), LOOP)
+    t.l1, t.l0_target = 0.1, 6.0
+    x, x_hat, active, _ = t.splice(TOKENS, lm.prefix(TOKENS, 1), keep, 1)
+    kept = keep.flatten()
+    assert_close(x_hat[kept], sae(x, kept)[0][kept])
+
+    trained = {name: p for name, p in t.trained.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    frozen = [p for m in (t.insert, t.lm) for p in m.parameters() if not p.requires_grad]
+    assert {*lm.parameters()} <= {*frozen} and len(trained) > 1
+    t.trained.train()
+    stream = Stream(torch.randint(96, (60, 20)))
+    saeft.finetune(Phase(method, [t], 3, limit), lm, stream, replace(LOOP, kl_lr=1e-2), nothing)
+    assert not any(torch.equal(before[name], p) for name, p in trained.items())
+    assert torch.equal(lm(TOKENS), logits)
+    assert all(torch.equal(state[name], value) for name, value in lm.state_dict().items())
+
+    # What it saves gives the same figures, through `baselines.load`.
+    t.trained.eval()
+    t.save(tmp_path / "saved", {})
+    loaded = baselines.load(tmp_path / "saved", lm, 1)
+    tokens = torch.randint(96, (8, 20))
+    _, ours = saeft.evaluate(lm, tokens, [t], LOOP)
+    _, again = saeft.evaluate(lm, tokens, [loaded], LOOP)
+    # The gap, 0.001 here, is the difference of two CE of 6, each right to 7 digits.
+    assert again[0].pop("gap") == pytest.approx(ours[0].pop("gap"), abs=1e-5)
+    assert again[0] == pytest.approx(ours[0], rel=1e-4, abs=1e-6)
+
+
+def test_every_method_takes_two_steps_at_pythia_160m_shape():
+    lm = saeft.build_lm({**PYTHIA_160M, "model_type": "gpt_neox", "layer_norm_eps": 1e-5})
+    lm.to_empty(device="cpu").requires_grad_(False)
+    for p in lm.parameters():
+        p.uniform_(-0.03, 0.03)
+    sae, tokens = SAE(768, 256, 80), torch.randint(50304, (2, 8))
+    config = replace(LOOP, layer=8, context=8, kl_batch=1, kl_tokens=16, d_sae=256)
+    start(sae, lm.prefix(tokens, 8).flatten(0, 1))
+    logits = lm(tokens[:1])
+    assert len(baselines.METHODS) == 8
+    for name, method in baselines.METHODS.items():
+        t, seen = method(lm, copy.deepcopy(sae), config), []
+        phase = Phase(name, [t], 2, torch.tensor(torch.inf))
+        saeft.finetune(phase, lm, Stream(tokens), config, lambda phase, rows: seen.extend(rows))
+        assert len(seen) == 2 and all(row["loss"].isfinite() for row in seen)
+    assert torch.equal(lm(tokens[:1]), logits)
+
+
+def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
+    names = "kl lora-sae linear-adapter lora-lm"
+    assert command(f"--name all --rank 2 --method {names}", tmp_path, baselines.METHODS) == 0
+    together = report_of(tmp_path / "all")["results"]
+    for name in ("lora-sae", "lora-lm"):
+        line = f"--name {name} --rank 2 --method {name}"
+        assert command(line, tmp_path, baselines.METHODS) == 0
+        assert report_of(tmp_path / name)["results"][name] == together[name]
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "all" / name)
+    for name in names.split():  # and what it saves gives the figures that it reported
+        folder = tmp_path / "all" / ("" if name == "kl" else name)
+        lm, config = saeft.load_lm("tiny"), saeft.parse([*SMALL.split(), "--layer", "2"])
+        loaded = baselines.load(folder, lm, 2)
+        stream = model_loaders.TokenStream(
+            "tiny", model_loaders.load_tokenizer("tiny"), 64, 100, 2000
+        )
+        _, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], config)
+        stream.close()
+        expected = {key: together[name][key] for key in row}
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
+    argv = f"--k 4 --method lora-sae --rank 2 --name x --out {tmp_path}".split()
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
+    evaluated = []
+    evaluate = saeft.evaluate
+
+    def watched(lm, tokens, trainees, config):
+        evaluated.extend(t.trained.training for t in trainees)
+        return evaluate(lm, tokens, trainees, config)
+
+    monkeypatch.setattr(saeft, "evaluate", watched)
+    save = run.save
+
+    def save_as_second(phase, part):  # what a process that writes nothing does there
+        with monkeypatch.context() as patch:
+            patch.setattr(saeft, "rank", lambda: 1)
+            save(phase, part)
+
+    run.save = save_as_second
+    run.run()
+    assert evaluated == [False, False]
+    assert not (tmp_path / "x" / "sae_weights.safetensors").exists()
+
+
+def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
+    line = "--layer 5 --method lora-lm-after --name x"
+    assert command(line, tmp_path, baselines.METHODS) == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
+    """Also after --resume, where the SAEs of phase one are new."""
+    argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
+    run.lm, run.results = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
+    run.n_mse = 5
+    trainee = run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk").train())
+    assert not trainee.sae.training and trainee.sae.k == 4
+    run.published = True
+    assert run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk")).sae.k == 5.0
+
+
+# ---- Conversion of public SAEs -----------------------------------------------------------------
+SHARED = Path(__file__).parents[2] / "shared" / "formats"  # samples by the libraries themselves
+D, F_SAE, K = 12, 40, 5
+SAE_META = {"model_name": "pythia-160m-deduped", "hook_name": "blocks.3.hook_resid_post"}
+SAE_META |= {
+    "context_size": 128,
+    "prepend_bos": False,
+    "dataset_path": "monology/pile-uncopyrighted",
+}
+LENS = {"d_in": D, "d_sae": F_SAE, "dtype": "float32", "device": "cpu"}
+LENS |= {"apply_b_dec_to_input": True, "normalize_activations": "none"}
+LENS |= {"reshape_activations": "none", "metadata": {"sae_lens_version": "6.54.12", **SAE_META}}
+FLAT = {k: v for k, v in LENS.items() if k != "metadata"} | SAE_META | {"hook_layer": 3}
+FLAT |= {"activation_fn_str": "relu", "activation_fn_kwargs": {}, "prepend_bos": True}
+FLAT |= {"finetuning_scaling_factor": False, "hook_head_index": None, "dtype": "torch.float32"}
+
+
+def assert_near(ours, theirs, tolerance=1e-5):
+    """max|a - b| / max|b| is below the tolerance."""
+    assert ours.shape == theirs.shape
+    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+    assert error < tolerance, f"relative error {error}"
+
+
+def inputs():
+    return 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(1)) + 0.7
+
+
+def random_sae():
+    """Nothing in it is 0, 1 or symmetric: norms of decoder directions from 0.1 to 3, a large
+    b_dec, thresholds of both signs."""
+    g = torch.Generator().manual_seed(0)
+    norms = torch.linspace(0.1, 3, F_SAE)[torch.randperm(F_SAE, generator=g), None]
+    W_dec = torch.nn.functional.normalize(torch.randn(F_SAE, D, generator=g), dim=1) * norms
+    return {
+        "W_enc": torch.randn(D, F_SAE, generator=g) / 2,
+        "b_enc": torch.randn(F_SAE, generator=g) / 2,
+        "W_dec": W_dec,
+        "b_dec": torch.randn(D, generator=g),
+        "threshold": 0.8 * torch.randn(F_SAE, generator=g) + 0.5,
+    }
+
+
+def formula(t, act, centred=True, x=None):
+    """(f, x_hat), in float64: act(z), z = (x - b_dec) W_enc + b_enc."""
+    t = {name: tensor.double() for name, tensor in t.items()}
+    x = inputs().double() if x is None else x
+    f = act((x - t["b_dec"] * centred) @ t["W_enc"] + t["b_enc"])
+    return f, f @ t["W_dec"] + t["b_dec"]
+
+
+def topk(z, k=K):
+    top = z.topk(k)
+    return torch.zeros_like(z).scatter(-1, top.indices, top.values.relu())
+
+
+def jump(threshold):
+    return lambda z: z.relu() * (z > threshold)
+
+
+def linear(t):
+    """Tensors as nn.Linear names and turns them."""
+    names = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"]}
+    names |= {"decoder.weight": t["W_dec"].T, "b_dec": t["b_dec"]}
+    return {name: tensor.contiguous() for name, tensor in names.items()}
+
+
+def four(t):
+    return {name: t[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+def write(folder, file, tensors, **configs):
+    """config names end in _json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.endswith(".safetensors"):
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file)
+    elif file.endswith(".npz"):
+        np.savez(folder / file, **{name: t.numpy() for name, t in tensors.items()})
+    else:
+        torch.save(tensors, folder / file)
+    for name, content in configs.items():
+        (folder / name.replace("_json", ".json")).write_text(json.dumps(content))
+
+
+# ---- Samples written here: each returns its own formula's (f, x_hat) --------------------------
+def lens(folder, tensors, base=LENS, **changes):
+    write(folder, "sae_weights.safetensors", tensors, cfg_json=base | changes)
+
+
+def saelens_standard(folder, t):
+    lens(folder, four(t), architecture="standard")
+    return formula(t, torch.relu)
+
+
+def saelens_uncentred(folder, t):
+    lens(folder, t, architecture="jumprelu", apply_b_dec_to_input=False)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def saelens_jumprelu(folder, t):
+    lens(folder, t, architecture="jumprelu")
+    return formula(t, jump(t["threshold"]))
+
+
+def saelens_topk_float16(folder, t):
+    half = {name: tensor.half() for name, tensor in four(t).items()}
+    lens(folder, half, architecture="topk", k=K, dtype="float16")
+    return formula(half, topk)
+
+
+def saelens_bfloat16_uncentred(folder, t):
+    half = {name: tensor.bfloat16() for name, tensor in t.items()}
+    lens(folder, half, architecture="jumprelu", apply_b_dec_to_input=False, dtype="bfloat16")
+    return formula(half, jump(half["threshold"].double()), centred=False)
+
+
+def saelens_topk_rescaled(folder, t):
+    lens(folder, four(t), architecture="topk", k=K, rescale_acts_by_decoder_norm=True)
+    norms = t["W_dec"].double().norm(dim=1)
+    f, _ = formula(t, lambda z: topk(z * norms))
+    return f, f / norms @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_rescale_that_jumprelu_ignores(folder, t):
+    lens(folder, t, architecture="jumprelu", rescale_acts_by_decoder_norm=True)
+    return formula(t, jump(t["threshold"]))
+
+
+def saelens_batchtopk(folder, t):
+    t["threshold"] = torch.full((F_SAE,), 0.7)
+    details = {"k": K, "rescale_acts_by_decoder_norm": True}
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": details}
+    lens(folder, t, architecture="jumprelu", metadata=LENS["metadata"] | trained)
+    return formula(t, jump(0.7))
+
+
+def saelens_batchtopk_checkpoint(folder, t):
+    """Before its conversion for inference: the threshold is of z times the norms."""
+    tensors = four(t) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    lens(folder, tensors, architecture="batchtopk", k=K, rescale_acts_by_decoder_norm=True)
+    norms = t["W_dec"].double().norm(dim=1)
+    f, _ = formula(t, lambda z: jump(0.7)(z * norms))
+    return f, f / norms @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_scaled_checkpoint(folder, t):
+    """x is divided by its mean norm: the factor lies beside the weights until training ends."""
+    tensors = four(t) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    changes = {"k": K, "rescale_acts_by_decoder_norm": True}
+    changes |= {"normalize_activations": "expected_average_only_in"}
+    lens(folder, tensors, architecture="batchtopk", **changes)
+    scaler = {"scaling_factor": 0.25, "has_whitening": False}
+    (folder / "activation_scaler.json").write_text(json.dumps(scaler))
+    norms = t["W_dec"].double().norm(dim=1)
+    f, x_hat = formula(t, lambda z: jump(0.7)(z * norms), x=inputs().double() / 4)
+    x_hat = f / norms @ t["W_dec"].double() + t["b_dec"]
+    return 4 * f, 4 * x_hat
+
+
+def saelens_1_standard(folder, t):
+    """hook_point and a scaling_factor of ones, as before version 3."""
+    cfg = {k: v for k, v in FLAT.items() if k not in ("hook_name", "activation_fn_str")}
+    cfg |= {"hook_point": SAE_META["hook_name"], "activation_fn": "relu"}
+    cfg |= {"normalize_activations": False, "finetuning_scaling_factor": False}
+    lens(folder, four(t) | {"scaling_factor": torch.ones(F_SAE)}, cfg)
+    return formula(t, torch.relu)
+
+
+def saelens_5_topk(folder, t):
+    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    lens(folder, four(t), FLAT, architecture="standard", **changes)
+    return formula(t, topk)
+
+
+def saelens_4_finetuned(folder, t):
+    """f times a factor of its own before the decoder."""
+    factor = torch.linspace(0.5, 2, F_SAE)
+    changes = {"architecture": "jumprelu", "finetuning_scaling_factor": True}
+    lens(folder, t | {"scaling_factor": factor}, FLAT, **changes)
+    f, _ = formula(t, jump(t["threshold"]))
+    return f, f * factor @ t["W_dec"].double() + t["b_dec"]
+
+
+def saelens_5_log_threshold(folder, t):
+    t["threshold"] = t["threshold"].abs()
+    tensors = four(t) | {"log_threshold": t["threshold"].log()}
+    lens(folder, tensors, FLAT, architecture="jumprelu")
+    return formula(t, jump(t["threshold"].log().exp()))
+
+
+def dictionary(folder, tensors, kind, **changes):
+    trainer = {"dict_class": kind, "layer": 3, "lm_name": "EleutherAI/pythia-160m-deduped"}
+    trainer |= {"activation_dim": D, "dict_size": F_SAE, "submodule_name": None, **changes}
+    config = {"trainer": trainer, "buffer": {"ctx_len": 128, "io": "out"}}
+    write(folder, "ae.pt", tensors, config_json=config)
+
+
+def scalars(threshold):
+    return {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(threshold)}
+
+
+def dl_topk_unset_threshold(folder, t):
+    dictionary(folder, linear(t) | scalars(-1.0), "AutoEncoderTopK", k=K)
+    return formula(t, topk)
+
+
+def dl_topk_without_k_tensor(folder, t):
+    dictionary(folder, linear(t), "AutoEncoderTopK", k=K, submodule_name="resid_post_layer_3")
+    return formula(t, topk)
+
+
+def dl_topk_compiled(folder, t):
+    tensors = {"_orig_mod." + name: tensor for name, tensor in (linear(t) | scalars(0.2)).items()}
+    dictionary(folder, tensors, "AutoEncoderTopK", k=K)
+    return formula(t, topk)
+
+
+def dl_topk_without_config(folder, t):
+    """The paper's fine-tunes; layer and model are in no file."""
+    folder = folder / "TopK_pythia-160m-deduped__0108" / "resid_post_layer_3" / "trainer_2"
+    tensors = {"module." + name: tensor for name, tensor in (linear(t) | scalars(0.2)).items()}
+    write(folder, "ae.pt", tensors)
+    return formula(t, topk)
+
+
+def dl_batchtopk_without_config(folder, t):
+    folder = folder / "gemma-2-2b_batch_top_k_width-2pow16_date-0107" / "resid_post_layer_3"
+    write(folder / "trainer_2", "ae.pt", linear(t) | scalars(0.7))
+    return formula(t, jump(0.7))
+
+
+def dl_batchtopk(folder, t):
+    dictionary(folder, linear(t) | scalars(0.7), "BatchTopKSAE", k=K)
+    return formula(t, jump(0.7))
+
+
+def dl_batchtopk_untrained_threshold(folder, t):
+    dictionary(folder, linear(t) | scalars(-1.0), "BatchTopKSAE", k=K)
+    return formula(t, torch.relu)
+
+
+def dl_matryoshka(folder, t):
+    sizes = {"group_sizes": torch.tensor([10, 30])}
+    dictionary(folder, four(t) | scalars(0.7) | sizes, "MatryoshkaBatchTopKSAE", k=K)
+    return formula(t, jump(0.7))
+
+
+def dl_jumprelu(folder, t):
+    dictionary(folder, t, "JumpReluAutoEncoder")
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def dl_standard(folder, t):
+    """Its loader makes the decoder's directions unit ones."""
+    tensors = linear(t)
+    tensors["bias"] = tensors.pop("b_dec")
+    dictionary(folder, tensors, "AutoEncoder")
+    f, x_hat = formula(t, torch.relu)
+    return f * t["W_dec"].double().norm(dim=1), x_hat
+
+
+def dl_standard_without_config(folder, t):
+    tensors = linear(t)
+    tensors["bias"] = tensors.pop("b_dec")
+    write(folder, "ae.pt", tensors)
+    f, x_hat = formula(t, torch.relu)
+    return f * t["W_dec"].double().norm(dim=1), x_hat
+
+
+def dl_jumprelu_without_config(folder, t):
+    write(folder / "layer_3", "ae.pt", t)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def dl_new(folder, t):
+    tensors = linear(t)
+    tensors["decoder.bias"] = tensors.pop("b_dec")
+    dictionary(folder, tensors, "AutoEncoderNew")
+    return formula(t, torch.relu, centred=False)
+
+
+def gemma_scope(folder, t):
+    folder = folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    write(folder, "params.npz", t)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def small_letters(t):
+    return {name.replace("W_", "w_"): tensor for name, tensor in t.items()}
+
+
+def gemma_scope_2(folder, t):
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt"}
+    config |= {"hf_hook_point_in": "model.layers.13.output", "width": F_SAE}
+    folder = folder / "resid_post" / "layer_13_width_16k_l0_medium"
+    write(folder, "params.safetensors", small_letters(t), config_json=config)
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+def gemma_scope_2_without_config(folder, t):
+    folder = folder / "gemma-scope-2-270m-it" / "resid_post" / "layer_5_width_16k_l0_small"
+    write(folder, "params.safetensors", small_letters(t))
+    return formula(t, jump(t["threshold"]), centred=False)
+
+
+SPARSIFY = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True}
+SPARSIFY |= {"num_latents": 0, "k": K, "multi_topk": False, "skip_connection": False, "d_in": D}
+
+
+def sparsify_run(folder, t):
+    tensors = linear(t) | {"W_dec": t["W_dec"]}
+    del tensors["decoder.weight"]
+    write(folder / "layers.3", "sae.safetensors", tensors, cfg_json=SPARSIFY)
+    run = {"model": "EleutherAI/pythia-160m", "dataset": "EleutherAI/pile", "ctx_len": 2048}
+    (folder / "config.json").write_text(json.dumps(run))
+    return formula(t, topk)
+
+
+SAMPLES = [saelens_standard, saelens_uncentred, saelens_jumprelu, saelens_topk_float16]
+SAMPLES += [saelens_bfloat16_uncentred, saelens_topk_rescaled, saelens_batchtopk]
+SAMPLES += [saelens_rescale_that_jumprelu_ignores, saelens_batchtopk_checkpoint]
+SAMPLES += [saelens_scaled_checkpoint, saelens_1_standard, saelens_5_topk, saelens_4_finetuned]
+SAMPLES += [saelens_5_log_threshold, dl_topk_unset_threshold, dl_topk_without_k_tensor]
+SAMPLES += [dl_topk_compiled, dl_topk_without_config, dl_batchtopk_without_config, dl_batchtopk]
+SAMPLES += [dl_batchtopk_untrained_threshold, dl_matryoshka, dl_jumprelu, dl_standard]
+SAMPLES += [
+    dl_standard_without_config,
+    dl_jumprelu_without_config,
+    dl_new,
+    gemma_scope,
+    gemma_scope_2,
+]
+SAMPLES += [gemma_scope_2_without_config, sparsify_run]
+
+
+def by_saelens(folder, x):
+    """(f, x_hat) as SAELens computes them, if it is installed; else None."""
+    try:
+        from sae_lens import SAE as LensSAE
+    except ImportError:
+        return None
+    sae = LensSAE.load_from_disk(folder)
+    written = json.loads((Path(folder) / "cfg.json").read_text())["metadata"]
+    assert sae.cfg.metadata.hook_name == written.get("hook_name")
+    assert sae.cfg.metadata.model_name == written.get("model_name")
+    with torch.no_grad():
+        f = sae.encode(x)
+        return f, sae.decode(f)
+
+
+@torch.no_grad()
+def check(source, tmp_path, x, f, x_hat, *flags):
+    """Converted, loaded, saved again, read by SAELens: the reference's figures each time."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert convert.main([str(source), str(out), *flags]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    metadata = json.loads((out / "cfg.json").read_text())["metadata"]
+    SAE.load(str(out)).save(again, metadata)
+    for folder in (out, again):
+        sae = SAE.load(str(folder))
+        assert_near(sae.encode(x), f)
+        assert_near(sae(x)[0], x_hat)
+        if theirs := by_saelens(folder, x):
+            assert_near(theirs[0], f)
+            assert_near(theirs[1], x_hat)
+    return SAE.load(str(out)), metadata
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.__name__)
+def test_formula(sample, tmp_path):
+    f, x_hat = sample(tmp_path / "source", random_sae())
+    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    batch = "batchtopk" in sample.__name__ or "matry" in sample.__name__
+    assert (
+        sae.kind == "batchtopk" if batch else sae.kind in ("relu", "topk", "jumprelu", "batchtopk")
+    )
+    if sae.kind in ("topk", "batchtopk"):
+        assert sae.k == K
+    assert metadata["sae_lens_version"] >= "6.54"
+    layers = {"gemma_scope": 12, "gemma_scope_2": 13, "gemma_scope_2_without_config": 5}
+    hook = f"blocks.{layers.get(sample.__name__, 3)}.hook_resid_post"
+    assert metadata.get("hook_name") == (None if sample is dl_standard_without_config else hook)
+
+
+MODELS_TOLD = {saelens_standard: "pythia-160m-deduped", saelens_1_standard: "pythia-160m-deduped"}
+MODELS_TOLD |= {
+    dl_topk_compiled: "EleutherAI/pythia-160m-deduped",
+    dl_standard_without_config: None,
+}
+MODELS_TOLD |= {gemma_scope: "google/gemma-2-2b", gemma_scope_2: "google/gemma-3-1b-pt"}
+MODELS_TOLD |= {gemma_scope_2_without_config: "google/gemma-3-270m-it"}
+MODELS_TOLD |= {sparsify_run: "EleutherAI/pythia-160m"}
+
+
+@pytest.mark.parametrize("sample", MODELS_TOLD, ids=lambda sample: sample.__name__)
+def test_metadata(sample, tmp_path):
+    """What the source says, or else the flags."""
+    sample(tmp_path / "source", random_sae())
+    for out, flags in (("a", []), ("b", ["--model", "owner/model", "--context", "256"])):
+        assert convert.main([str(tmp_path / "source"), str(tmp_path / out), *flags]) == 0
+    told, given = (json.loads((tmp_path / o / "cfg.json").read_text())["metadata"] for o in "ab")
+    contexts = {gemma_scope: 1024, gemma_scope_2: 1024, gemma_scope_2_without_config: 1024}
+    contexts |= {sparsify_run: 2048, dl_standard_without_config: None}
+    assert told.get("model_name") == MODELS_TOLD[sample]
+    assert told.get("context_size") == contexts.get(sample, 128)
+    assert (given["model_name"], given["context_size"]) == ("owner/model", 256)
+
+
+def test_layers(tmp_path, capsys):
+    """resid_pre of block 4 is resid_post of block 3; --layer fills a gap, and only that."""
+    layers = {"blocks.4.hook_resid_pre": 3, "blocks.0.hook_resid_post": 0, "blocks.9.hook_out": 9}
+    layers |= {"gpt_neox.layers.2": 2, "blocks.1.hook_in": 0}
+    for i, (hook, layer) in enumerate(layers.items()):
+        lens(tmp_path / "s", four(random_sae()), metadata={"hook_name": hook})
+        assert convert.main([str(tmp_path / "s"), str(tmp_path / f"{i}")]) == 0
+        written = json.loads((tmp_path / f"{i}" / "cfg.json").read_text())["metadata"]
+        assert written["hook_name"] == f"blocks.{layer}.hook_resid_post"
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "x"), "--layer", "7"]) == 2
+    lens(tmp_path / "s", four(random_sae()), metadata={})
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "y"), "--layer", "7"]) == 0
+    written = json.loads((tmp_path / "y" / "cfg.json").read_text())["metadata"]
+    assert written["hook_name"] == "blocks.7.hook_resid_post"
+
+
+def without(t, name):
+    return {other: tensor for other, tensor in t.items() if other != name}
+
+
+def gated(t):
+    bias = {"gate_bias": t["b_enc"], "mag_bias": t["b_enc"], "r_mag": t["b_enc"]}
+    return without(linear(t), "b_dec") | bias | {"decoder_bias": t["b_dec"]}
+
+
+def nan(t, value=torch.nan):
+    t["W_dec"][3, 4] = value
+    return t
+
+
+def hooked(name):
+    return lambda folder, t: lens(folder, four(t), metadata={"hook_name": name})
+
+
+def flat(**changes):
+    return lambda folder, t: lens(folder, four(t), FLAT, **changes)
+
+
+def lens6(**changes):
+    return lambda folder, t: lens(folder, t, **changes)
+
+
+def tensors_of(change, **changes):
+    return lambda folder, t: lens(folder, change(t), **{"architecture": "jumprelu", **changes})
+
+
+def sparse(**changes):
+    def make(folder, t):
+        tensors = without(linear(t), "decoder.weight") | {"W_dec": t["W_dec"]}
+        write(folder / "layers.3", "sae.safetensors", tensors, cfg_json=SPARSIFY | changes)
+
+    return make
+
+
+def scope2(**changes):
+    config = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.3.output"} | changes
+    return lambda folder, t: write(folder, "params.safetensors", t, config_json=config)
+
+
+def pickled(content):
+    def make(folder, t):
+        write(folder, "ae.pt", content if content is not None else t)
+
+    return make
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+def object_arrays(folder, t):
+    folder.mkdir()
+    np.savez(folder / "params.npz", W_enc=np.array([Harmful()], dtype=object))
+
+
+def in_folder(name):
+    def make(folder, t):
+        tensors = without(linear(t), "decoder.weight") | {"W_dec": t["W_dec"]}
+        write(folder / name, "sae.safetensors", tensors, cfg_json=SPARSIFY)
+
+    return make
+
+
+def dl(kind, change=lambda t: linear(t) | scalars(0.7), **changes):
+    return lambda folder, t: dictionary(folder, change(t), kind, **changes)
+
+
+def mlp_scope(folder, t):
+    write(folder / "gemma-scope-2b-pt-mlp" / "layer_3", "params.npz", t)
+
+
+def two_saes(folder, t):
+    for name in ("one", "two"):
+        lens(folder / name, four(t))
+
+
+def transposed(t):
+    return t | {"W_enc": t["W_enc"].T}
+
+
+REFUSED = {
+    "gated": (flat(architecture="gated"), "gated"),
+    "transcoder": (lens6(architecture="jumprelu_transcoder"), "jumprelu_transcoder"),
+    "skip": (lens6(architecture="skip_transcoder"), "skip_transcoder"),
+    "temporal": (tensors_of(lambda t: {"E": t["W_enc"]}, architecture="temporal"), "temporal"),
+    "abstopk": (lens6(architecture="abstopk"), "abstopk"),
+    "tanh": (flat(activation_fn_str="tanh-relu"), "tanh-relu"),
+    "layer norm": (
+        lens6(architecture="jumprelu", normalize_activations="layer_norm"),
+        "layer_norm",
+    ),
+    "norm": (lens6(normalize_activations="constant_norm_rescale"), "constant_norm_rescale"),
+    "whitening": (lens6(normalize_activations="covariance_whitening"), "covariance_whitening"),
+    "heads": (lens6(architecture="jumprelu", reshape_activations="hook_z"), "hook_z"),
+    "mlp": (hooked("blocks.3.hook_mlp_out"), "blocks.3.hook_mlp_out"),
+    "attention": (hooked("blocks.3.attn.hook_z"), "blocks.3.attn.hook_z"),
+    "middle": (hooked("blocks.3.hook_resid_mid"), "blocks.3.hook_resid_mid"),
+    "embedding": (hooked("blocks.0.hook_resid_pre"), "blocks.0.hook_resid_pre"),
+    "threshold missing": (tensors_of(four), "threshold"),
+    "tensor missing": (tensors_of(lambda t: without(t, "b_enc")), "b_enc"),
+    "tensor too many": (tensors_of(lambda t: t | {"W_skip": t["b_dec"].clone()}), "W_skip"),
+    "transposed": (tensors_of(transposed), "W_enc"),
+    "threshold short": (tensors_of(lambda t: t | {"threshold": torch.ones(3)}), "3"),
+    "nan": (tensors_of(nan), "W_dec"),
+    "infinite": (tensors_of(lambda t: nan(t, torch.inf)), "W_dec"),
+    "too large": (tensors_of(lambda t: nan(t | {"W_dec": t["W_dec"].double()}, 1e300)), "W_dec"),
+    "scaling": (
+        tensors_of(lambda t: t | {"scaling_factor": 2 * torch.ones(F_SAE)}),
+        "scaling_factor",
+    ),
+    "k missing": (tensors_of(four, architecture="topk"), "None"),
+    "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
+    "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
+    "dl gated": (dl("GatedAutoEncoder", gated), "GatedAutoEncoder"),
+    "dl gated, no config": (lambda folder, t: write(folder, "ae.pt", gated(t)), "GatedAutoEncoder"),
+    "dl crosscoder": (dl("BatchTopKCrossCoder"), "BatchTopKCrossCoder"),
+    "dl mlp": (dl("AutoEncoderTopK", k=K, submodule_name="mlp_out_layer_3"), "mlp_out_layer_3"),
+    "groupmax": (sparse(activation="groupmax"), "groupmax"),
+    "skip connection": (sparse(skip_connection=True), "skip_connection"),
+    "sparsify transcoder": (sparse(transcode=True), "transcode"),
+    "signed": (sparse(signed=True), "signed"),
+    "sparsify mlp": (in_folder("layers.3.mlp"), "layers.3.mlp"),
+    "sparsify embedding": (in_folder("embed_tokens"), "embed_tokens"),
+    "scope transcoder": (scope2(hf_hook_point_out="model.layers.3.output"), "transcoder"),
+    "scope mlp": (
+        scope2(hf_hook_point_in="model.layers.3.mlp.output"),
+        "model.layers.3.mlp.output",
+    ),
+    "scope 1 mlp": (mlp_scope, "gemma-scope-2b-pt-mlp"),
+    "pickle": (pickled({"k": Harmful()}), "pickle"),
+    "no dictionary": (pickled([1, 2]), "ae.pt"),
+    "object array": (object_arrays, "params.npz"),
+    "empty": (lambda folder, t: folder.mkdir(), "sae_weights.safetensors"),
+    "two": (two_saes, "2 of"),
+    "no cfg.json": (lambda f, t: write(f, "sae_weights.safetensors", four(t)), "cfg.json"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tmp_path, capsys, monkeypatch):
+    """In one line that names what it is; nothing is written, and nothing run."""
+    monkeypatch.chdir(tmp_path)
+    make, word = REFUSED[name]
+    make(tmp_path / "source", random_sae())
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and word in shown.err, shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "ae.pt", "params.npz", "cfg.json"])
+def test_damaged(file, damage, tmp_path, capsys):
+    sample = {"ae.pt": dl_topk_compiled, "params.npz": gemma_scope}.get(file, saelens_standard)
+    sample(tmp_path / "source", random_sae())
+    path = next((tmp_path / "source").rglob(file))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x00{" * 99)
+    if damage == "missing":
+        path.unlink()
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(tmp_path):
+    """As in the README; a folder that is not empty stays as it is."""
+    dl_topk_compiled(tmp_path / "source", random_sae())
+    command = [sys.executable, "experiments/convert.py", tmp_path / "source" / "ae.pt"]
+    root = Path(convert.__file__).parent.parent
+    run = subprocess.run([*command, tmp_path / "out"], cwd=root, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "blocks.3.hook_resid_post of EleutherAI/pythia-160m-deduped" in run.stdout
+    before = (tmp_path / "out" / "cfg.json").stat()
+    for source in (command, [*command[:2], "nowhere"], [*command[:2], "--layer"]):
+        run = subprocess.run([*source, tmp_path / "out"], cwd=root, capture_output=True, text=True)
+        assert (run.returncode, run.stderr.count("\n"), run.stdout) == (2, 1, "")
+    assert (tmp_path / "out" / "cfg.json").stat() == before
+
+
+# ---- Samples by the libraries themselves ------------------------------------------------------
+@pytest.mark.parametrize("name", sorted(p.name for p in SHARED.glob("*")) or ["none"])
+def test_shared_sample(name, tmp_path):
+    if name == "none":
+        pytest.skip("no ../shared/formats")
+    x, f, x_hat = (
+        torch.tensor(np.load(SHARED / name / "reference.npz")[n]) for n in ("x", "f", "x_hat")
+    )
+    sae, _ = check(SHARED / name, tmp_path, x, f, x_hat)
+    assert ("batchtopk" in name) == (sae.kind == "batchtopk")
+
+
+def fill(module, t, threshold=None):
+    """A library's module gets random parameters of its own shapes."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.4 if p.ndim > 1 else 0.7))
+    return module
+
+
+LENS_CASES = [("standard", {}), ("topk", {"k": K}), ("jumprelu", {})]
+LENS_CASES += [("topk", {"k": K, "rescale_acts_by_decoder_norm": True})]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("normalised", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture, settings", LENS_CASES)
+def test_by_saelens(architecture, settings, normalised, centred, tmp_path):
+    lens_library = pytest.importorskip("sae_lens")
+    kind, config = lens_library.registry.get_sae_class(architecture)
+    cfg = config(
+        D, F_SAE, apply_b_dec_to_input=centred, normalize_activations=normalised, **settings
+    )
+    sae = fill(kind(cfg), {})
+    sae.save_model(tmp_path / "source")
+    sae = lens_library.SAE.load_from_disk(tmp_path / "source")
+    with torch.no_grad():
+        f = sae.encode(inputs())
+        check(tmp_path / "source", tmp_path, inputs(), f, sae.decode(f), "--layer", "3")
+
+
+TRAINING = [
+    ("batchtopk", {"k": K}),
+    ("batchtopk", {"k": 4.5, "rescale_acts_by_decoder_norm": False}),
+]
+TRAINING += [("matryoshka_batchtopk", {"k": K, "matryoshka_widths": [8, F_SAE]})]
+TRAINING += [("topk", {"k": K}), ("standard", {}), ("jumprelu", {})]
+
+
+@pytest.mark.parametrize("state", ["final", "checkpoint", "scaled checkpoint"])
+@pytest.mark.parametrize("architecture, settings", TRAINING)
+def test_by_saelens_training(architecture, settings, state, tmp_path):
+    """A checkpoint means what SAELens would have made of it at the end."""
+    lens_library = pytest.importorskip("sae_lens")
+    kind, config = lens_library.registry.get_sae_training_class(architecture)
+    how = "expected_average_only_in" if state == "scaled checkpoint" else "none"
+    sae = fill(kind(config(D, F_SAE, normalize_activations=how, **settings)), {})
+    if "batchtopk" in architecture:
+        sae.topk_threshold.fill_(0.8)
+    if state != "final":
+        sae.save_model(tmp_path / "source")
+    if state == "scaled checkpoint":
+        scaler = {"scaling_factor": 0.3, "has_whitening": False}
+        (tmp_path / "source" / "activation_scaler.json").write_text(json.dumps(scaler))
+        sae.fold_activation_norm_scaling_factor(0.3)
+    sae.save_inference_model(tmp_path / "final")
+    theirs = lens_library.SAE.load_from_disk(tmp_path / "final")
+    with torch.no_grad():
+        f = theirs.encode(inputs())
+        source = tmp_path / ("final" if state == "final" else "source")
+        ours, _ = check(source, tmp_path, inputs(), f, theirs.decode(f), "--layer", "3")
+    assert ours.kind == ("batchtopk" if "batchtopk" in architecture else ours.kind)
+    assert "k" not in settings or ours.k == settings["k"]
+
+
+DL_CASES = ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE"]
+DL_CASES += ["MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"]
+
+
+@pytest.mark.parametrize("name", DL_CASES)
+def test_by_dictionary_learning(name, tmp_path):
+    library = pytest.importorskip("dictionary_learning.utils")
+    more = {"AutoEncoderTopK": {"k": K}, "BatchTopKSAE": {"k": K}}
+    more |= {"MatryoshkaBatchTopKSAE": {"k": K, "group_sizes": [8, 32]}}
+    module = fill(getattr(library, name)(D, F_SAE, **more.get(name, {})), {})
+    if name in more:
+        module.threshold.fill_(0.9)
+    dictionary(tmp_path / "source", module.state_dict(), name, **{"k": K} if name in more else {})
+    theirs, _ = library.load_dictionary(str(tmp_path / "source"), "cpu")
+    with torch.no_grad():
+        f = theirs.encode(inputs())
+        check(tmp_path / "source", tmp_path, inputs(), f, theirs.decode(f))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_by_sparsify(dtype, tmp_path):
+    library = pytest.importorskip("sparsify")
+    config = library.SparseCoderConfig(num_latents=F_SAE, k=K)
+    coder = fill(library.SparseCoder(D, config, dtype=dtype), {})
+    coder.save_to_disk(tmp_path / "source" / "layers.3")
+    coder = coder.float()  # of the values in the file
+    with torch.no_grad():
+        out = coder.encode(inputs())
+        f = torch.zeros(len(inputs()), F_SAE).scatter(-1, out.top_indices, out.top_acts)
+        x_hat = f @ coder.W_dec + coder.b_dec  # its own decode needs a GPU
+        check(tmp_path / "source" / "layers.3", tmp_path, inputs(), f, x_hat)
+
+
+# ---- From the Hub -----------------------------------------------------------------------------
+def test_from_the_hub(tmp_path, monkeypatch):
+    """owner/name@revision:path, of a folder and of a file; what is not there is not there."""
+    dl_topk_compiled(tmp_path / "hub" / "a" / "resid_post_layer_3" / "trainer_2", random_sae())
+    sparsify_run(tmp_path / "hub" / "b", random_sae())
+    asked = []
+
+    def fetch(name, filename):
+        asked.append(name)
+        path = tmp_path / "hub" / filename
+        if not path.exists():
+            raise convert.UserError("not there") from FileNotFoundError(filename)
+        return path
+
+    monkeypatch.setattr(convert, "fetch", fetch)
+    places = [
+        "a/resid_post_layer_3/trainer_2",
+        "a/resid_post_layer_3/trainer_2/ae.pt",
+        "b/layers.3",
+    ]
+    for i, place in enumerate(places):
+        f, x_hat = formula(random_sae(), topk)
+        check(f"owner/name@rev:{place}", tmp_path / f"{i}", inputs(), f, x_hat)
+    assert set(asked) == {"owner/name@rev"}
+    assert convert.main(["owner/name:c", str(tmp_path / "out")]) == 2
+
+
+def test_by_the_hub_client(tmp_path):
+    """With the real client: files that are missing, a missing repository, and no network."""
+    if "Hub" not in globals():
+        pytest.skip("the loopback Hub is test_saeft's")
+    dl_topk_compiled(tmp_path / "a" / "resid_post_layer_3", random_sae())
+    sparsify_run(tmp_path / "b", random_sae())
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in paths}
+    del files["a/resid_post_layer_3/config.json"]  # as in the paper's fine-tunes
+    root = Path(convert.__file__).parent.parent
+
+    def run(source, out, env):
+        command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+        env = {**os.environ, **hub.env(tmp_path / "home")}
+        for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
+            run_ = run("owner/name:" + source, source.replace("/", "-"), env)
+            assert run_.returncode == 0, run_.stderr
+            sae = SAE.load(str(tmp_path / source.replace("/", "-")))
+            f, x_hat = formula(random_sae(), topk)
+            assert_near(sae.encode(inputs()), f)
+        for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
+            run_ = run(source, "out", env)
+            assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
+    run_ = run("owner/name:d", "out", env)
+    assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and "cannot fetch" in run_.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sample, kind", [(dl_batchtopk, "batchtopk"), (dl_jumprelu, "jumprelu")])
+def test_start_reads_it(sample, kind, tmp_path):
+    """saeft.py --start takes kind, K, layer, model and context from what was converted."""
+    sample(tmp_path / "source", random_sae())
+    assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    config = saeft.parse(["--start", str(tmp_path / "out"), "--kl-tokens", "1k"])
+    told = (config.sae, config.d_sae, config.layer, config.model, config.context)
+    assert told == (kind, F_SAE, 3, "EleutherAI/pythia-160m-deduped", 128)
+    assert kind == "jumprelu" or config.k == [K]
+
+
+# ---- The page of features ---------------------------------------------------------------------
+HOSTILE_TEXT = "</script><script>alert(1)</script><b>&amp; \"q\" 's'\t\x01\x7f\u202e 😀 é\n    end"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.fixture
+def page_run(tmp_path, request):
+    """A run's folder, of an SAE nobody trained, on text that is hard to show."""
+    kind = getattr(request, "param", "topk")
+    data = tmp_path / "text.jsonl"
+    labelled = [f"{i} {HOSTILE_TEXT} def f{i % 7}(self): return {i}\n" * 4 for i in range(400)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in labelled))
+    metadata = {"sae_lens_version": "6.54.0", "model_name": "tiny", "context_size": 64}
+    metadata.update(hook_name="blocks.2.hook_resid_post", prepend_bos=False)
+    metadata["dataset_path"] = str(data)
+    folder = tmp_path / "a <b> & run"
+    for seed, path in ((0, folder / "before"), (1, folder)):
+        sae = SAE(128, 512, 6, kind, seed=0)
+        sae.W_dec.data = saeft.F.normalize(
+            sae.W_dec.data + 0.05 * seed * torch.randn(512, 128), dim=-1
+        )
+        sae.b_enc.data = torch.randn(512) - (2 if kind in ("relu", "jumprelu") else 0)
+        sae.threshold += 1.0
+        sae.median_norm += 12.0
+        sae.save(path, metadata)
+    return folder
+
+
+def page_of(folder, *flags):
+    """The page, and the data in it."""
+    assert features.main([str(folder), "--tokens", "3k", "--latents", "20", *flags]) == 0
+    page = (folder / "features.html").read_text()
+    return page, json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+
+
+def direct(folder):
+    """The page's tokens, their residual stream, and the SAE, by other means than the page's."""
+    sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
+    told = model_loaders.sae_settings(str(folder))
+    source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
+    stream = model_loaders.TokenStream(*source, allow_short=True)
+    tokens = stream.validation()
+    stream.close()
+    return sae, lm, tokens, lm.prefix(tokens, 2)
+
+
+def test_the_page_tells_what_direct_computation_gives(page_run):
+    page, data = page_of(page_run)
+    sae, lm, tokens, resid = direct(page_run)
+    x = resid.flatten(0, 1)
+    keep = x.norm(dim=-1) <= 4 * sae.median_norm
+    f = sae.encode(x) * keep[:, None]
+    rate = (f > 0).sum(0) / keep.sum()
+    before = SAE.load(str(page_run / "before"))
+    gamma = lm.gpt_neox.final_layer_norm.weight
+    for latent in data["latents"]:
+        i = latent["id"]
+        assert latent["rate"] == pytest.approx(rate[i].item(), rel=1e-3)
+        assert latent["max"] == pytest.approx(f[:, i].max().item(), rel=1e-3)
+        cosine = torch.cosine_similarity(sae.W_dec[i], before.W_dec[i], dim=0)
+        assert latent["cosine"] == pytest.approx(cosine.item(), abs=1e-3)
+        d = sae.W_dec[i] - sae.W_dec[i].mean()
+        effect = (d * gamma) @ lm.W_U.T
+        effect = effect - effect.mean()
+        assert latent["promotes"][0][1] == pytest.approx(effect.max().item(), rel=1e-3)
+        assert latent["suppresses"][0][1] == pytest.approx(effect.min().item(), rel=1e-3)
+        strongest = latent["contexts"][0]
+        assert strongest["value"] == latent["max"]
+        assert strongest["text"][strongest["peak"]][1] == latent["max"]
+        row, place = divmod(int(f[:, i].argmax()), tokens.shape[1])
+        text = "".join(piece for piece, _ in strongest["text"])
+        near = tokens[row, max(place - 3, 0) : place]
+        assert model_loaders.load_tokenizer("tiny").decode(near).strip("\ufffd") in text
+    reasons = [latent["why"] for latent in data["latents"]]
+    assert (reasons.count("turned"), reasons.count("rate"), len(reasons)) == (5, 5, 20)
+
+
+def test_no_text_of_the_page_is_markup(page_run):
+    page, data = page_of(page_run)
+    assert len(page.encode()) < 2_000_000
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<" not in re.search(r'id="data">(.*?)</script>', page, re.S)[1]
+    assert f"<title>{html.escape('Latents of a <b> & run')}</title>" in page
+    assert not re.search(r"(src|href)=|url\(|https?:|@import", page)
+    contexts = [c for latent in data["latents"] for c in latent["contexts"]]
+    labelled = "".join("".join(t for t, _ in c["text"]) for c in contexts)
+    assert "script>" in labelled and "😀" in labelled
+
+
+@pytest.mark.parametrize("page_run", ["batchtopk", "relu", "jumprelu"], indirect=True)
+def test_every_kind_of_sae_has_a_page_with_and_without_before(page_run):
+    _, data = page_of(page_run)
+    assert data["compared"] and data["latents"]
+    shutil.rmtree(page_run / "before")
+    _, data = page_of(page_run)
+    assert not data["compared"] and "cosine" not in data["latents"][0]
+    assert {latent["why"] for latent in data["latents"]} == {"sample"}
+
+
+def test_tokens_that_share_a_character_are_one_piece():
+    tokenizer = type(
+        "Bytes", (), {"_bytes": {1: b"a\xf0\x9f", 2: b"\x98\x80", 3: b"\xff", 4: b"<"}}
+    )
+    made = features.pieces(tokenizer, [4, 1, 2, 3, 1], [0.0, 1.0, 2.0, 3.0, 4.0])
+    assert made == [("<", 0.0), ("a😀", 2.0), ("\\xff", 3.0), ("a\\xf0\\x9f", 4.0)]
+
+
+def test_a_user_s_mistake_with_features_is_one_line(page_run, capsys):
+    assert features.main([str(page_run), "--model", "nowhere"]) == 2
+    assert features.main([str(page_run / "missing")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_search_and_order_work_in_a_browser(page_run, tmp_path):
+    page, data = page_of(page_run)
+    script = """<script>
+      const titles = () => document.querySelectorAll("article:not([hidden]) h2");
+      const shown = () => [...titles()].map(h => h.textContent);
+      const set = (control, value) => { $(control).value = value; $(control).oninput() };
+      const seen = { all: shown() };
+      for (const name in orders) { set("#sort", name); seen[name] = shown() }
+      set("input", "def F3(SELF"); seen.text = shown();
+      set("input", "#" + data.latents[3].id); seen.asked = shown();
+      set("input", "in no text"); seen.none = shown();
+      set("input", ""); set("#why", "turned"); seen.turned = shown();
+      document.querySelector(".row").click();
+      seen.open = document.querySelectorAll(".open").length;
+      seen.scripts = document.scripts.length;
+      const out = element("pre", "", JSON.stringify(seen));
+      out.id = "seen";
+      document.body.append(out);
+    </script>"""
+    (tmp_path / "page.html").write_text(page + script)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-page_run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path / 'chromium'}", "--enable-logging=stderr", "--dump-dom"]
+    command = [CHROMIUM, *flags, f"file://{tmp_path / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    seen = json.loads(html.unescape(re.search(r'id="seen">(.*?)</pre>', done.stdout)[1]))
+    latents = data["latents"]
+    by = {"lowest cosine": "cosine", "lowest firing rate": "rate", "number": "id"}
+    for name, key in by.items():
+        ordered = sorted(latents, key=lambda latent: (latent[key], latent["id"]))
+        assert seen[name] == [f"#{latent['id']}" for latent in ordered]
+    assert seen["all"] == seen["lowest cosine"]
+    labelled = {
+        f"#{latent['id']}": ["".join(t for t, _ in c["text"]) for c in latent["contexts"]]
+        for latent in latents
+    }
+    assert {*seen["text"]} == {n for n, t in labelled.items() if any("def f3(self" in c for c in t)}
+    assert f"#{latents[3]['id']}" in seen["asked"] and seen["none"] == []
+    assert len(seen["turned"]) == 5 and seen["open"] == 1 and seen["scripts"] == 3
+
+
+# ---- SAEBench ---------------------------------------------------------------------------------
+@pytest.fixture
+def labelled(tmp_path):
+    """Labelled text: a folder, a .jsonl and a .txt, one class each."""
+    folder = tmp_path / "labelled"
+    (folder / "numbers").mkdir(parents=True)
+    for i in range(70):
+        (folder / "numbers" / f"{i}.txt").write_text(f"{i * 12345} + {i} = {i * i}\n" * 40)
+    lines = [
+        json.dumps({"text": f"the word number {i} is a word of prose\n" * 14}) for i in range(70)
+    ]
+    (folder / "prose.jsonl").write_text("\n".join(lines))
+    (folder / "code.txt").write_text(
+        "".join(f"def f{i}(x): return [x] * {i}\n" for i in range(1500))
+    )
+    return folder
+
+
+def test_labelled_text_has_two_sides_of_equal_classes(labelled, tmp_path):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench_texts
+
+    data = saebench_texts.read_classes(labelled)
+    assert list(data["train"]) == list(data["test"]) == ["code", "numbers", "prose"]
+    for classes in data.values():
+        assert len({len(some) for some in classes.values()}) == 1
+        rows = saebench_texts.with_attribute(classes)
+        assert len({(row["class"], row["attribute"]) for row in rows}) == 6
+        assert max(len(row["text"]) for row in rows) <= saebench_texts.PIECE
+    assert not {*data["train"]["numbers"]} & {*data["test"]["numbers"]}
+    saebench_texts.make(tmp_path / "made")
+    assert sorted(path.stem for path in (tmp_path / "made").iterdir()) == sorted(
+        saebench_texts.TOPICS
+    )
+    (labelled / "few.txt").write_text("few")
+    with pytest.raises(saeft.UserError, match="'few': 1"):
+        saebench_texts.read_classes(labelled)
+
+
+def test_saebench_says_what_to_install(tmp_path):
+    (tmp_path / "sae_bench.py").write_text("raise ImportError('none here')")
+    script = Path(saeft.__file__).parent / "experiments" / "saebench.py"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script, "x"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install sae-bench" in done.stderr
+
+
+def test_saebench_runs_offline_before_and_after(page_run, labelled, tmp_path, capsys):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    assert (
+        saebench.main([]) == saebench.main(["x", "--data", str(labelled), "--evals", "ravel"]) == 2
+    )
+    flags = ["--data", str(labelled), "--batches", "1", "--out", str(tmp_path / "out")]
+    assert saebench.main([str(page_run), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (tmp_path / "out" / "table.txt").read_text().strip()
+    cells = {line[:38].strip(): line[38:].split() for line in printed.splitlines()[1:]}
+    assert len(cells) == 17 and all(len(row) >= 2 for row in cells.values())
+    ce = [float(value) for value in cells["core            CE with the SAE"]]
+    assert 1 < ce[0] < min(ce[1:]) and ce[1] != ce[2]
+    assert cells["core            L0"] == ["6.0000", "6.0000"]
+    assert min(map(float, cells["sparse probing  accuracy, all latents"])) > 0.8
+
+
+def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
+    pytest.importorskip("sae_bench")
+    from experiments import saebench
+
+    place = str(model_loaders.TINY)
+    model = saebench.transformers.AutoModelForCausalLM.from_pretrained(place).float()
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with saebench.models_from(place):
+        get = saebench.activation_collection.get_layer_activations
+        found = get(model, 2, inputs, torch.tensor([3, 1]))
+        handle = saebench.activation_collection.get_module(model, 2).register_forward_hook(
+            lambda block, inputs, output: (output[0] * 0,)
+        )
+        zeroed = model(tokens, output_hidden_states=True).hidden_states[3]
+        handle.remove()
+    expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (zeroed == 0).all()
