@@ -308,9 +308,6 @@ def fork(monkeypatch):
         def encode(self, x, keep=None):
             return super().encode(x, keep) * self.gate.expand(len(self.b_enc))
 
-    def reverse_kl(log_p, log_q, next_token):
-        return saeft.kl_divergence(log_q, log_p, next_token)
-
     def mlp_out(lm, tokens, layer):
         resid, before = lm.prefix(tokens, layer), lm.prefix(tokens, layer - 1)
         return resid, lm.blocks[layer].mlp(lm.blocks[layer].post_attention_layernorm(before))
@@ -845,6 +842,14 @@ def randomise(model, gain=1):
             p.data += 0.3 * torch.randn_like(p)
 
 
+def random_lm(config):
+    """A frozen model of ours, with random weights."""
+    lm = saeft.build_lm(config).to_empty(device="cpu").requires_grad_(False)
+    for p in lm.parameters():
+        p.normal_(std=p.shape[-1] ** -0.5)
+    return lm.eval()
+
+
 def edit(folder, tensors=lambda t: t, drop=(), **changes):
     """Rewrites what save_pretrained wrote: a function of the tensors; keys of config.json."""
     path, weights = folder / "config.json", folder / "model.safetensors"
@@ -891,6 +896,7 @@ def rope(theta, **more):
     return {"rope_type": "default", "rope_theta": theta, **more}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
 PYTHIA_160M = dict(vocab_size=50304, hidden_size=768, intermediate_size=3072)
 PYTHIA_160M.update(num_hidden_layers=12, num_attention_heads=12)
@@ -910,18 +916,9 @@ VARIANTS = {
     "gemma2-linear": ("gemma2", {"rope_parameters": LINEAR}),
     "gemma3": ("gemma3", {}),
     "gemma3-one-key-head": ("gemma3", {"num_key_value_heads": 1, "sliding_window": 4}),
-    "gemma3-alternating": (
-        "gemma3",
-        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
-    ),
-    "gemma3-bases": (
-        "gemma3",
-        {"rope_parameters": {"full_attention": rope(500.0), "sliding_attention": rope(50.0)}},
-    ),
-    "gemma3-linear": (
-        "gemma3",
-        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": rope(1e4)}},
-    ),
+    "gemma3-alternating": ("gemma3", {"num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}),
+    "gemma3-bases": ("gemma3", {"rope_parameters": {FULL: rope(500.0), SLIDING: rope(50.0)}}),
+    "gemma3-linear": ("gemma3", {"rope_parameters": {FULL: LINEAR, SLIDING: rope(1e4)}}),
 }
 
 
@@ -932,6 +929,7 @@ def test_logits_and_hidden_states(family, changes, tmp_path):
     compare(model, tmp_path)
 
 
+SCALING = {"rope_type": "linear", "factor": 8.0}
 OLD_SPELLINGS = {  # of the settings of VARIANTS: what older config.json files say instead
     "pythia-rotary-half": {"rotary_pct": 0.5, "rotary_emb_base": 10000},
     "pythia-rotary-all": {"rotary_pct": 1.0, "rotary_emb_base": 100},
@@ -939,11 +937,7 @@ OLD_SPELLINGS = {  # of the settings of VARIANTS: what older config.json files s
     "gemma2-one-key-head": {"rope_theta": 100.0},
     "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
     "gemma3-bases": {"rope_theta": 500.0, "rope_local_base_freq": 50, "rope_scaling": None},
-    "gemma3-linear": {
-        "rope_theta": 1e4,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
+    "gemma3-linear": {"rope_theta": 1e4, "rope_local_base_freq": 1e4, "rope_scaling": SCALING},
 }
 
 
@@ -959,10 +953,7 @@ def test_older_spellings_of_rotary_settings_and_layer_types(name, tmp_path):
 
 UNUSUAL = {  # what to leave out of Gemma 2's config.json, what to add; transformers knows what it means
     "no word of caps": (["attn_logit_softcapping", "final_logit_softcapping"], {}),
-    "older linear scaling": (
-        ["rope_parameters"],
-        {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-    ),
+    "older scaling": (["rope_parameters"], {"rope_theta": 1e4, "rope_scaling": SCALING}),
     "a pattern of layers": (["layer_types"], {"sliding_window_pattern": 3}),
 }
 
@@ -1523,21 +1514,23 @@ def resids(n, d_model, dtype=torch.double):
     return p, [(p + size * e).requires_grad_() for size, e in zip((0.3, 0.1), noise)]
 
 
+def reverse_kl(log_p, log_q, next_token):
+    return saeft.kl_divergence(log_q, log_p, next_token)
+
+
 def cross_entropy(log_p, log_q, next_token):
     return F.nll_loss(log_q, next_token, reduction="none")
 
 
-DIVERGENCES = {  # ours, and the same of logits [N, V] by the library
-    "kl": (saeft.kl_divergence, lambda p, q, next_token, weight: whole_kl(p, q, weight)),
-    "reverse kl": (
-        lambda p, q, next_token: saeft.kl_divergence(q, p, next_token),
-        lambda p, q, next_token, weight: whole_kl(q, p, weight),
-    ),
-    "ce": (
-        cross_entropy,
-        lambda p, q, next_token, weight: cross_entropy(p, q, next_token) @ weight,
-    ),
+DIVERGENCES = {  # ours, and the library's sum of whole log-probabilities [N, V]
+    "kl": (saeft.kl_divergence, lambda p, q, target, weight: whole_kl(p, q, weight)),
+    "reverse kl": (reverse_kl, lambda p, q, target, weight: whole_kl(q, p, weight)),
+    "ce": (cross_entropy, lambda p, q, target, weight: -(weight @ (q * one_hot(target)).sum(1))),
 }
+
+
+def one_hot(target):
+    return torch.arange(96) == target[:, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1558,30 +1551,38 @@ def test_sliced_losses_of_several_q_equal_whole_logits(lm, ours, theirs, dtype, 
         assert_close(a, b, tolerance)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
+class LiveBytes(TorchDispatchMode):
+    """The peak of the bytes in tensors, of whatever device, and the bytes of the largest one."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.note(t.untyped_storage())
         return out
+
+    def note(self, storage):
+        if storage._cdata not in self.alive or self.alive[storage._cdata][0].expired():
+            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
+            self.now = sum(size for _, size in self.alive.values())
+            self.peak = max(self.peak, self.now)
+            self.largest = max(self.largest, storage.nbytes())
 
 
 def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
     config = {**configs["pythia"], "vocab_size": 50304, "hidden_size": 8}
-    lm = saeft.build_lm(config).to_empty(device="cpu").requires_grad_(False)
-    for p in lm.parameters():
-        p.uniform_(-1, 1)
-    p, (q, _) = resids(400, 8, torch.float32)
+    lm, (p, (q, _)) = random_lm(config), resids(400, 8, torch.float32)
     next_token = torch.arange(400)
-    with Largest() as seen:
+    with LiveBytes() as memory:
         (kl,) = SlicedLoss.apply(lm, saeft.kl_divergence, torch.ones(400) / 400, next_token, p, q)
         kl.backward()
         saeft.ce_and_kl(lm, [p, q.detach()], next_token)
-    assert 50304 * 8 < seen.numel <= 2**23 < 400 * 50304 / 2
+    assert 4 * 50304 * 8 < memory.largest <= 4 * 2**23 < 4 * 400 * 50304 / 2
     for vocabulary in (300, 50304, 256_000):
         W_U = torch.empty(vocabulary, 1)
         served = [torch.arange(4000)[rows] for rows in saeft.slices(4000, W_U)]
@@ -1737,14 +1738,6 @@ def saved(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def test_buffer_goes_on_as_it_was():
-    one, two = buffer_of(57, 1), buffer_of(57, 1)
-    for _ in range(20):
-        one.next_batch(8)
-    vars(two).update(saved(one.state_dict()))
-    assert all(torch.equal(one.next_batch(8), two.next_batch(8)) for _ in range(30))
 
 
 def a_phase(lm, name, kind, seed=0, steps=6, **changes):
@@ -2138,8 +2131,7 @@ def lm_folder(folder: Path, family: str) -> str:
         config["head_dim"] = 16
     if family == "gemma2":
         config.update(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
-    lm = saeft.build_lm(config)
-    weights = {name: torch.randn(p.shape) / p.shape[-1] ** 0.5 for name, p in lm.named_parameters()}
+    weights = dict(random_lm(config).named_parameters())
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tiny / "tokenizer.json", folder)
@@ -2191,16 +2183,9 @@ def test_fine_tune_from_a_loaded_sae_on_cuda(cuda, tmp_path):
 
 
 # ---- Steps: host waits, kernels, faults put in on purpose --------------------------------------
-def model_on_cuda(family="gpt_neox"):
-    lm = saeft.build_lm({**SHAPE, "model_type": family}).to_empty(device="cpu")
-    for p in lm.parameters():
-        p.data.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
-    return lm.to("cuda:0").eval().requires_grad_(False)
-
-
 def count_step(cuda, kind="topk", name="MSE", family="gpt_neox", n_steps=3) -> tuple[list, Counter]:
     """What made the host wait, and operators, in the last of `n_steps` steps of a phase."""
-    lm = model_on_cuda(family)
+    lm = random_lm({**SHAPE, "model_type": family}).to("cuda:0")
     sae = saeft.KINDS[kind](32, 64, k=4).to("cuda:0")
     t = Trainee(sae.train(), lm)
     config = Config(layer=1, batch=64, kl_batch=2, context=16, lr=1e-3, kl_lr=1e-3)
@@ -2239,21 +2224,14 @@ def test_steps_take_few_kernels(cuda):
 
 
 def test_a_missing_device_is_found(cuda, monkeypatch):
+    def on_the_cpu(rope, resid):
+        return tables(rope, torch.zeros(resid.shape))
+
     tables = saeft.Rope.tables
-    monkeypatch.setattr(
-        saeft.Rope, "tables", lambda self, resid: tables(self, torch.zeros(resid.shape))
-    )
+    monkeypatch.setattr(saeft.Rope, "tables", on_the_cpu)
     with pytest.raises(RuntimeError, match="cuda:0"):
         count_step(cuda, name="kl")
-
-
-def test_a_counter_left_on_the_cpu_is_found(cuda, monkeypatch):
-    def left_on_the_cpu(t):
-        prepare(t)
-        t.sae.idle = torch.zeros(64, dtype=torch.long)
-
-    prepare = Trainee.__post_init__
-    monkeypatch.setattr(Trainee, "__post_init__", left_on_the_cpu)
+    monkeypatch.setattr(saeft, "counts", lambda f: torch.zeros(64, dtype=torch.long))
     with pytest.raises(RuntimeError, match="cuda:0"):
         count_step(cuda)
 
@@ -2270,28 +2248,6 @@ def test_a_python_if_on_a_value_of_the_device_is_found(cuda, monkeypatch):
 
 
 # ---- Memory, and --compile ---------------------------------------------------------------------
-class LiveBytes(TorchDispatchMode):
-    """The peak of the bytes in tensors, of whatever device."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.note(t.untyped_storage())
-        return out
-
-    def note(self, storage):
-        if storage._cdata not in self.alive or self.alive[storage._cdata][0].expired():
-            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
-            self.now = sum(size for _, size in self.alive.values())
-            self.peak = max(self.peak, self.now)
-
-
 def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
     shape = {"model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304}
     shape.update(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
@@ -2314,14 +2270,10 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_parts_give_the_same(monkeypatch):
-    lm = saeft.build_lm({**SHAPE, "head_dim": 16, "model_type": "gemma2", "num_hidden_layers": 2})
-    lm = lm.to_empty(device="cpu").requires_grad_(False)
-    lm.logit_cap = 3.0
-    for p in lm.parameters():
-        p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
+def test_compiled_parts_give_the_same():
+    shape = {"model_type": "gemma2", "num_hidden_layers": 2, "head_dim": 16}
+    lm = random_lm({**SHAPE, **shape, "final_logit_softcapping": 3.0})
     resid, weight = torch.randn(2, 16, 32), torch.full((32,), 1 / 32)
-
     p, next_token = lm.suffix(resid.roll(1), 0).flatten(0, 1), torch.arange(32)
 
     def values(divergence):
@@ -2331,11 +2283,9 @@ def test_compiled_parts_give_the_same(monkeypatch):
         return kl.detach(), *torch.autograd.grad(kl.sum(), x)
 
     plain = values(saeft.kl_divergence)
-    compile_ = torch.compile  # the blocks without generating code: that takes a minute
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="aot_eager"))
-    for block in lm.blocks:
+    for block in lm.blocks:  # without generating code: that takes a minute
         block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(values(compile_(saeft.kl_divergence)), plain)
+    torch.testing.assert_close(values(torch.compile(saeft.kl_divergence)), plain)
 
 
 # ---- Safetensors, SAE files --------------------------------------------------------------------
