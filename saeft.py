@@ -468,54 +468,58 @@ def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Co
     return x, limit
 
 
+@dataclass
 class ActivationBuffer:
     """Serves activations of many sequences in random order. When half of its rows [size, D] are
     used, those of new sequences join the rest, and all are shuffled."""
 
-    def __init__(self, lm, stream: TokenStream, n_sequences: int, limit, config: Config):
-        self.lm = lm
-        self.stream = stream
-        self.n_sequences = n_sequences
-        self.limit = limit
-        self.config = config
-        self.per_sequence = config.context - lm.n_skip
-        self.size = self.per_sequence * config.buffer + 2 * config.batch
-        self.rows = lm.W_U.new_empty(0, lm.W_U.shape[1])
-        self.used = self.next_sequence = self.refills = 0
-        self.seconds = self.collected = 0  # of all refills; for the time left
+    lm: LanguageModel
+    stream: TokenStream
+    n_sequences: int
+    limit: Tensor  # the norm above which a token is a sink
+    config: Config
+    rows: Tensor | None = None
+    used: int = 0
+    next_sequence: int = 0
+    refills: int = 0
+    seconds: float = 0.0  # of all refills
 
     def refill(self):
         began = time.monotonic()
-        left = self.rows[self.used :]
-        n = (self.size - len(left)) // self.per_sequence
-        n = min(n, (self.n_sequences - self.next_sequence) // world_size())
+        config, per_sequence = self.config, self.config.context - self.lm.n_skip
+        free = per_sequence * config.buffer + 2 * config.batch - (len(self) - self.used)
+        n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
         tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
-        x = collect(self.lm, tokens, self.config)
-        rows = torch.cat([left, x[content(x, self.lm.n_skip, self.limit)]])
+        x = collect(self.lm, tokens, config)
+        rows = x[content(x, self.lm.n_skip, self.limit)]
+        if len(self):
+            rows = torch.cat([self.rows[self.used :], rows])
         self.next_sequence += n * world_size()
         self.refills += 1
-        seed = (self.config.seed * 1009 + rank()) * 1_000_003 + self.refills
+        seed = (config.seed * 1009 + rank()) * 1_000_003 + self.refills
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         self.rows, self.used = rows[order.to(rows.device)], 0
         self.seconds += time.monotonic() - began
-        self.collected += n * world_size()
+
+    def __len__(self):
+        return 0 if self.rows is None else len(self.rows)
 
     def next_batch(self, n: int):
         """[n, D] activations in float32."""
         has_more = self.n_sequences - self.next_sequence >= world_size()
-        if 2 * self.used >= len(self.rows) and has_more:
+        if 2 * self.used >= len(self) and has_more:
             self.refill()
-        while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
-            left = len(self.rows) - self.used
+        while self.used + n > len(self):  # sinks left too few: again from the first sequence
+            left = len(self) - self.used
             self.next_sequence = 0
             self.refill()
-            refuse(len(self.rows) == left, ALL_SINKS)
+            refuse(len(self) == left, ALL_SINKS)
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
     def seconds_left(self) -> float:
         """For the sequences that are still to be collected."""
-        return (self.n_sequences - self.next_sequence) * self.seconds / max(1, self.collected)
+        return (self.n_sequences / max(1, self.next_sequence) - 1) * self.seconds
 
     def state_dict(self) -> dict:
         names = ("rows", "used", "next_sequence", "refills")
@@ -1409,7 +1413,7 @@ class Run:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            if not self.restore() and not self.config.overwrite:  # what that replaces stays a while
+            if not self.restore():
                 self.folder.begin(asdict(self.config))
             self.train()
             for i in range(len(self.config.k)):
@@ -1517,8 +1521,11 @@ class Run:
                 t.sae.rescale(phase.scale)
             t.trained.train(name == "MSE" and not trained)  # a random BatchTopK has no threshold
         if trained or name != "MSE":
-            parts = {"MSE": "before", config.method[0]: "."}
-            self.save(phase, "." if self.n_mse == self.n else parts.get(name, name))
+            parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
+            seen = self.n_mse if name == "MSE" else self.n
+            metadata = model_loaders.sae_metadata(asdict(config), self.lm.n_skip > 0, seen)
+            for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
+                t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
         done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
@@ -1533,15 +1540,6 @@ class Run:
         labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
         labels.update({"kl-only": "after KL alone", "mse": "after MSE alone, same tokens"})
         return labels.get(name, f"after {name}")
-
-    def save(self, phase: Phase, part: str):
-        """Writes what a phase trains into a part of each SAE's folder."""
-        seen = self.n_mse if phase.name == "MSE" else self.n
-        metadata = model_loaders.sae_metadata(asdict(self.config), self.lm.n_skip > 0, seen)
-        self.folder.begin(asdict(self.config))
-        for t, folder in zip(phase.trainees, self.sae_folders):
-            if rank() == 0:
-                t.save(folder / part, metadata)
 
     def report(self, i: int):
         """Writes report.json and prints the closing table of SAE i."""
@@ -1611,7 +1609,6 @@ class Run:
         """Saves all that `restore` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
-        self.folder.begin(asdict(self.config))
         self.folder.save_state(state, f"-{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
 
