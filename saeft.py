@@ -193,7 +193,7 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
         super().__init__()
-        self.k = k
+        self.k = k  # what it means is the kind's
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
         self.W_enc = nn.Parameter(directions.clone())
@@ -276,6 +276,10 @@ class SAE(nn.Module):
 
 class TopK(SAE, kind="topk", architecture="topk"):
     """The K largest of each token."""
+
+    def __init__(self, d_model, d_sae, k, seed=0):
+        refuse(not 0 < k <= d_sae, f"K = {k} of {d_sae} latents")
+        super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre, n):
         return int(self.k), None
@@ -967,18 +971,21 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type and isinstance(rope, dict):
-        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
-        rope = rope[layer_type]
-    flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
-    refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
-    rope = {"rope_type": rope.get("type", "default"), **rope}
-    linear = rope["rope_type"] == "linear"
-    shares = {} if share < 1 else {"partial_rotary_factor": [1.0, None]}  # Gemma has no other
+        rope = rope.get(layer_type, rope)
+    names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+    known = isinstance(rope, dict) and rope.keys() <= names
+    refuse(
+        not known, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported"
+    )
+    linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
+    kinds = ["linear"] if linear else ["default"]
     numbers = {"rope_theta": base, "factor": float if linear else 1.0}
-    if share < 1:
-        numbers["partial_rotary_factor"] = share
-    rope = read_settings(rope, numbers, {"rope_type": ["default", "linear"], **shares})
-    dim = int(head_dim * (rope.partial_rotary_factor or 1.0))
+    numbers["partial_rotary_factor"] = (share, None)
+    choices = {"rope_type": kinds, "type": kinds}
+    if share == 1:  # Gemma knows no other
+        choices["partial_rotary_factor"] = [1.0, None]
+    rope = read_settings(rope, numbers, choices)
+    dim = int(head_dim * (rope.partial_rotary_factor or share))
     return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
 
 
@@ -1318,13 +1325,6 @@ def mean_over_ranks(x):
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
-def same_in_all_processes(*values):
-    """What the first process has, tensors and states of modules, in all others, too."""
-    for value in values if world_size() > 1 else ():
-        for tensor in value.state_dict().values() if isinstance(value, nn.Module) else [value]:
-            dist.broadcast(tensor, 0)
-
-
 def own_sequences(stream: TokenStream, start: int, count: int, device):
     """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
     sequences = stream.train(start, count * world_size())
@@ -1485,7 +1485,6 @@ class Run:
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
                 sae.start(x / done.scale, config)
-            same_in_all_processes(done.limit, done.scale, *saes)
         return saes
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
@@ -1665,8 +1664,7 @@ def told_by_sae(source: str, given: dict) -> dict:
 
 
 def main(argv: list[str] | None = None, settings: type = Config) -> int:
-    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal; 1 where
-    another process of torchrun has ended."""
+    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
@@ -1678,9 +1676,6 @@ def main(argv: list[str] | None = None, settings: type = Config) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
-    except dist.DistError as error:
-        print(f"saeft: another process ended ({str(error):.100})", file=sys.stderr)
-        return 1
     except Interrupted as interrupted:
         saved = (run.folder.path / "checkpoint.pt").exists()
         advice = "the same command with --resume goes on" if saved else "nothing was done yet"
