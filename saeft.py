@@ -238,14 +238,36 @@ class SAE(nn.Module):
             "scale": self.scale.item(),
             "median_norm": self.median_norm.item(),
         }
-        model_loaders.write_sae(folder, raw.state_dict(), own, metadata)
+        t = raw.state_dict()
+        names = ["W_enc", "b_enc", "W_dec", "b_dec"]
+        tensors = {name: t[name] for name in names}
+        if self.kind in ("batchtopk", "jumprelu"):
+            tensors["threshold"] = t["threshold"].expand(len(t["b_enc"]))
+        arch = {"relu": "standard", "batchtopk": "jumprelu"}.get(self.kind, self.kind)
+        cfg = {"architecture": arch}
+        if self.kind == "topk":
+            cfg.update(k=self.k, rescale_acts_by_decoder_norm=False)
+        own = {**metadata.get("saeft", {}), **own}
+        cfg["metadata"] = {**metadata, "saeft": own}
+        model_loaders.write_sae(folder, tensors, cfg)
 
     @classmethod
     @torch.no_grad()
     def load(cls, source: str | Path) -> SAE:
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub, in
         raw units. UserError where there is none, or one that cannot be followed exactly."""
-        tensors, told = model_loaders.read_sae(source)
+        tensors, cfg = model_loaders.read_sae(source)
+        own = cfg["metadata"]["saeft"]
+        arch = cfg.get("architecture", "standard")
+        kind = {"standard": "relu"}.get(arch, arch)
+        refuse(kind not in ("relu", "topk", "jumprelu"), f"{source}: architecture {arch!r}")
+        if kind == "jumprelu" and own.get("kind") == "batchtopk":
+            kind, tensors["threshold"] = "batchtopk", tensors["threshold"][0]
+        names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if "threshold" in tensors else set())
+        refuse(tensors.keys() != names, f"{source}: {sorted(tensors)}")
+        k = cfg.get("k") or own.get("k") or 0
+        scale, median = own.get("scale") or 1.0, own.get("median_norm") or 0.0
+        told = {"kind": kind, "k": k, "scale": scale, "median_norm": median, **{n: cfg[n] for n in ("d_in", "d_sae")}}
         sae = cls(told["d_in"], told["d_sae"], told["k"], told["kind"])
         sae.load_state_dict(tensors, strict=False)
         sae.median_norm.fill_(told["median_norm"])
@@ -1085,7 +1107,7 @@ def check(config: Config, methods: dict) -> LanguageModel:
     if config.lr is None:
         config.lr = 2e-4 / math.sqrt(config.d_sae / 2**14)
     if config.data is None:
-        config.data = model_loaders.usual_data(config.model)
+        config.data = model_loaders.usual_data(model_loaders.load_tokenizer(config.model))
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
 
@@ -1191,12 +1213,10 @@ class Run:
         progress("loading the model")
         self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        ids, rows = tokenizer.n_vocab, len(self.lm.W_U)
-        refuse(ids > rows, f"{config.model}: {ids} ids in the tokenizer, {rows} in the embedding")
         if config.compile:
             self.lm.compile_parts()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, report=progress)
+        self.stream = TokenStream(*source, report=progress, n_rows=len(self.lm.W_U))
         self.closing.callback(self.stream.close)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
@@ -1312,9 +1332,10 @@ class Run:
 
     def save(self, phase: Phase, part: str):
         """Writes what a phase trains into a part of each SAE's folder."""
-        settings = {**asdict(self.config), "l1": self.l1}
+        settings = {**asdict(self.config), "place": "resid_post"}
         seen = self.n_mse if phase.name == "MSE" else self.n
         metadata = model_loaders.sae_metadata(settings, self.lm.n_skip > 0, seen)
+        metadata["saeft"] = {"l1": self.l1}
         self.folder.begin(asdict(self.config))
         for t, folder in zip(phase.trainees, self.sae_folders):
             if rank() == 0:
@@ -1396,6 +1417,7 @@ class Run:
         state = {
             "config": asdict(self.config),
             "world": world_size(),
+            "identity": {"model": model_loaders.model_key(self.config.model)},
             "run": {name: getattr(self, name) for name in kept},
             "phase": phase.state_dict() if phase else {},
         }
@@ -1408,7 +1430,8 @@ class Run:
         saved = self.folder.load_state(self.device) if self.config.resume else None
         if saved is None:
             return False
-        self.folder.go_on(saved, asdict(self.config), world_size())
+        identity = {"model": model_loaders.model_key(self.config.model)}
+        self.folder.go_on(saved, asdict(self.config), identity, world_size())
         vars(self).update(saved["run"])
         self.saved_phase = saved["phase"]
         return True
@@ -1426,7 +1449,22 @@ def parse(argv: list[str] | None = None) -> Config:
     --start tells, then the flags. UserError also where the last two contradict each other."""
     parser = model_loaders.flags_of(Config, __doc__.splitlines()[0])
     given = vars(parser.parse_args(argv))
-    told = model_loaders.sae_settings(given["start"], given) if "start" in given else {}
+    told = {}
+    if "start" in given:
+        cfg = model_loaders.read_sae(given["start"])[1]
+        told = model_loaders.sae_settings(cfg)
+        own = cfg["metadata"]["saeft"]
+        told["tokens"] = told.get("tokens", 0)
+        place = told.pop("place", "resid_post")
+        refuse(place != "resid_post", f"--start reads {place}")
+        kind = own.get("kind") or {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+        told["sae"] = kind
+        if kind == "relu" and own.get("l1"):
+            told["l1"] = own["l1"]
+        for name in {"layer", "k", "sae", "d_sae"} & given.keys() & told.keys():
+            refuse(given[name] != told[name], f"--{name} {given[name]}: that SAE has {told[name]}")
+        for name in ("model", "layer"):
+            refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     model = Path(given.get("model", told.get("model", Config().model)))
     short = model.name.split("@")[0].removesuffix("-deduped").removesuffix("-pt")
     preset = PRESETS.get(short, "")
