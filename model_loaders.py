@@ -648,8 +648,8 @@ def _origin(cfg: dict) -> dict:
     return {**cfg, **_dict(cfg, "metadata")}
 
 
-# What an SAE reads, as SAELens (TransformerLens) says it; a block's own name, as in transformers and
-# sparsify, for its output; in dictionary_learning's words.
+# What an SAE reads, as SAELens (TransformerLens) says it; a block's own name, as in transformers
+# and sparsify, for its output; in dictionary_learning's words.
 HOOK = re.compile(r"blocks\.([0-9]+)\.(\w[\w.]*)")
 BLOCK_OUTPUT = re.compile(r"(?:[a-z_]\w*\.)*(?:layers|h|blocks)\.([0-9]+)(?:\.output)?")
 WORDS = re.compile(
@@ -662,7 +662,8 @@ SAME_PLACE["in"] = "resid_pre"
 def read_hook(name: str) -> tuple[int, str]:
     """(block, place) of what an SAE reads, in any library's words: blocks.3.hook_resid_post is
     (3, "resid_post"), and so are blocks.4.hook_resid_pre and gpt_neox.layers.3;
-    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for what is not understood, and for the embedding."""
+    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, and for what is not
+    understood."""
     if found := BLOCK_OUTPUT.fullmatch(str(name)):
         return int(found[1]), "resid_post"
     if found := WORDS.fullmatch(str(name)):
@@ -1006,7 +1007,8 @@ def source_files(data: str) -> list[tuple[str, int]]:
     found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
     ids = [name for name in found if IDS.search(name)]
     texts = [name for name in found if TEXT.search(name)]
-    refuse(bool(ids and texts), f"{data!r} has ids ({ids[0]!r}) and text ({texts[0]!r}): name one")
+    both = f"{data!r} has ids ({ids[:1]}) and text ({texts[:1]}): name one"
+    refuse(bool(ids and texts), both)
     names = _training_split(data, ids or texts)
     if not names:
         forms = f".txt, .jsonl, .py, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
@@ -1059,7 +1061,7 @@ def _local_files(root: str) -> dict[str, tuple[str, int]]:
     if os.path.isfile(root):
         return {os.path.basename(root): (root, os.path.getsize(root))}
     paths, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True) if os.path.isdir(root) else ():
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
