@@ -462,9 +462,6 @@ def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
             raise ValueError("weight_map must name plain *.safetensors files")
     for file in files:
         weights.update(read_safetensors(fetch(name, file), device, dtype))
-    absent = sorted(where.keys() - weights.keys())
-    if absent:
-        raise UserError(f"{index} lists {absent[0]!r:.100}, which none of its files has")
     return weights
 
 
@@ -747,7 +744,6 @@ NEOX = {
     "normalizer": [None, {"type": "NFC"}],
     "pre_tokenizer": [{"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}],
 }
-WHOLE = {"Sequence": {"id": "A", "type_id": 0}}  # the text, where special tokens are set beside it
 SPACE = {"pattern": {"String": " "}}
 GEMMA = {  # transformers' form of a SentencePiece model; its split finds no space left to split at
     "model": [{"type": "BPE", "byte_fallback": True}],
@@ -783,10 +779,6 @@ def _check_settings(spec: dict, kind: dict):
             said = {k: v for k, v in said.items() if k not in NEUTRAL and (v or k == "use_regex")}
         if said not in accepted:
             raise ValueError(f"{part} {said!r:.200}: only BPE like GPT-NeoX's or Gemma's")
-    post = spec.get("post_processor") or {"type": "ByteLevel"}
-    texts = [part for part in post.get("single", [WHOLE]) if "Sequence" in part]
-    if post["type"] not in ("ByteLevel", "TemplateProcessing") or texts != [WHOLE]:
-        raise ValueError(f"post_processor {post!r:.200}")
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or not token["content"]:
             raise ValueError(f"added token {token!r:.200}")
@@ -1022,37 +1014,33 @@ def _training_split(data: str, names: list[str]) -> list[str]:
     """The files of the split `train`, if some are; else those that are of no held-out split; else
     all. A split is a whole word in the name of a folder or a file; what code is called means
     nothing (train.py, test_x.py)."""
-    words = {name: _split_words(name) for name in names}
+    parts = {name: name.split("/") for name in names}
+    for name in names:
+        if re.search(r"\.py(\.|$)", name, re.I):
+            parts[name].pop()
+    words = {name: {*re.split(r"[\W_]+", " ".join(parts[name]).lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    left_out = [name for name in names if name not in {*taken}]
+    left_out = sorted({*names} - {*taken})
     if len(names) > 1:
         rest = f"; left out {_listed(left_out)}" if left_out else ""
-        say_once(f"{data}: reading {_listed(taken)}{rest}")
+        say_once(f"{data}: reading {_listed(sorted(taken))}{rest}")
     return taken
 
 
-def _split_words(name: str) -> set[str]:
-    *folders, file = name.split("/")
-    parts = folders if re.search(r"\.py(\.|$)", file, re.I) else [*folders, file]
-    return {*re.split(r"[\W_]+", " ".join(parts).lower())}
-
-
 def _listed(names: list[str]) -> str:
-    more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} files ({', '.join(sorted(names)[:3])}{more})"
+    shown = ", ".join(names[:3])
+    return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def _hub_files(place: str) -> dict[str, tuple[str, int]]:
-    """{name in the repository: (path, bytes)} of a Hub dataset's files."""
+    """{name in the repository: (path, bytes)} of a Hub dataset's files; code only loads it."""
     repo = place.removeprefix("hf://")
     folder = HUB_FOLDERS.get(repo.removeprefix("datasets/").partition("@")[0], "")
     with hub_errors(repo):
         found = hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True)
-        files = {path: (f"hf://{path}", entry["size"]) for path, entry in sorted(found.items())}
-    loader = r"\.py$"  # code that loads it, no text of it
-    files = {path: file for path, file in files.items() if not re.search(loader, path)}
-    return {path.split("/", 3)[-1]: file for path, file in files.items()}
+        sizes = {path: found[path]["size"] for path in sorted(found) if not path.endswith(".py")}
+    return {path.split("/", 3)[-1]: (f"hf://{path}", sizes[path]) for path in sizes}
 
 
 def _local_files(root: str) -> dict[str, tuple[str, int]]:
@@ -1364,21 +1352,13 @@ class TokenStream:
     on. UserError for an unknown, short or failing source."""
 
     def __init__(
-        self,
-        data,
-        tokenizer,
-        context,
-        train,
-        val,
-        cache=None,
-        allow_short=False,
-        report=None,
-        n_rows=None,
-    ):
+        self, data, tokenizer, context, train, val,
+        cache=None, allow_short=False, report=progress, n_rows=None,
+    ):  # fmt: skip
         self.data, self.tokenizer, self.context = data, tokenizer, context
         self.stride = context - (tokenizer.bos_id is not None)  # ids of the stream in a sequence
         self.asked, self.allow_short = (train, val), allow_short  # tokens
-        self.report = report or (lambda line: None)
+        self.report = report
         self.cache = TokenCache(Source(data, cache), tokenizer, n_rows)
         self.key, self.folder, self.files = self.cache.key, self.cache.folder, self.cache.files
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
