@@ -151,14 +151,11 @@ def progress(text: str, now: bool = False):
 TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded model and its text
 if not TINY.is_dir():  # installed from a wheel
     TINY = Path(__file__).parent / "saeft_assets" / "tiny"
-MODELS = {"tiny": str(TINY), "gemma-3-270m": "google/gemma-3-270m"}
-for size in "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split():
-    for name in (f"pythia-{size}", f"pythia-{size}-deduped"):
-        MODELS[name] = f"EleutherAI/{name}"
-for name in ("gemma-2-2b", "gemma-2-9b"):
-    MODELS[name] = f"google/{name}"
-for name in ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b"):
-    MODELS[name] = f"google/{name}-pt"
+SIZES = "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split()
+PYTHIA = [f"pythia-{size}{kind}" for size in SIZES for kind in ("", "-deduped")]
+MODELS = {"tiny": str(TINY), **{name: f"EleutherAI/{name}" for name in PYTHIA}}
+MODELS |= {name: f"google/{name}" for name in ("gemma-2-2b", "gemma-2-9b", "gemma-3-270m")}
+MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b", "12b", "27b")}
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 # What a config.json calls the weights' quantisation: transformers, compressed-tensors, MLX.
@@ -237,8 +234,8 @@ def fetch(name: str, filename: str) -> Path:
         if not isinstance(path, str):  # without a network the first call fails at once
             hf.get_hf_file_metadata(hf.hf_hub_url(**file))
             path = hf.hf_hub_download(**file)
-        parts = Path(path).parts
-        commits.setdefault((repo, revision), parts[parts.index("snapshots") + 1])
+        snapshot = Path(path).parents[len(Path(filename).parts) - 1]  # a commit's folder
+        commits.setdefault((repo, revision), snapshot.name)
         return Path(path)
 
 

@@ -3118,9 +3118,11 @@ def test_by_the_hub_client(tmp_path):
 
     def run(source, out, env):
         command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        command += ["--kind", "topk"]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
-    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+    top = {"ae.pt": files["a/resid_post_layer_3/ae.pt"]}
+    with Hub(models={"owner/name": files, "owner/top": top}) as hub:  # noqa: F821
         env = {**os.environ, **hub.env(tmp_path / "home")}
         for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
             run_ = run("owner/name:" + source, source.replace("/", "-"), env)
@@ -3128,6 +3130,7 @@ def test_by_the_hub_client(tmp_path):
             sae = SAE.load(str(tmp_path / source.replace("/", "-")))
             f, x_hat = formula(random_sae(), topk)
             assert_near(sae.encode(inputs()), f)
+        assert run("owner/top", "top", env).returncode == 0  # with nothing above it
         for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
             run_ = run(source, "out", env)
             assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
@@ -4821,6 +4824,8 @@ def test_a_dataset_on_the_hub_that_changes(tmp_path):
         assert bytes(small[0]) == joined(first, False)[:16_000]
         files["train.jsonl"], hub.commit = jsonl(second), "f" * 40
         more = client(hub, tmp_path, ("o/d", 32_000, 640, 256))[0]
+        named = [(f"o/d@{name}", 32_000, 640, 256) for name in ("main", "f" * 40)]
+        assert client(hub, tmp_path, *named) == [more, more]
         assert [bytes(side) for side in more] == [
             joined(second, False)[:32_000],
             joined(second, True)[:640],

@@ -59,8 +59,11 @@ class Source:
 
     def find(self, name: str) -> Path | None:
         """A file of the folder; None where there is no such file."""
+        path = os.path.normpath(os.path.join(self.folder, name))
+        if path.startswith(".."):  # above a repository
+            return None
         try:
-            return fetch(self.root, os.path.normpath(os.path.join(self.folder, name)))
+            return fetch(self.root, path)
         except UserError as error:
             if isinstance(error.__cause__, (FileNotFoundError, EntryNotFoundError)):
                 return None
