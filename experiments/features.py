@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError
+from model_loaders import UserError, refuse
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -186,7 +186,12 @@ def parse(argv: list[str] | None):
     parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    told = {"bos": "auto", **model_loaders.sae_settings(args.run)}
+    told = {"bos": "auto", **model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])}
+    args.place = told.get("place", "resid_post")
+    places = getattr(saeft, "PLACES", {"resid_post"})
+    refuse(args.place not in places, f"{args.run} reads {args.place}: {', '.join(places)} is shown")
+    given = args.layer if args.layer is not None else told.get("layer")
+    refuse(given != told.get("layer", given), f"--layer {given}: that SAE has {told.get('layer')}")
     for name in ("model", "layer", "data", "context", "bos"):
         if getattr(args, name) is None:
             setattr(args, name, told.get(name))
@@ -204,8 +209,10 @@ def make_page(args) -> str:
     tokenizer = model_loaders.load_tokenizer(args.model, args.bos)
     lm = saeft.load_lm(args.model, device)
     lm.n_skip = int(tokenizer.bos_id is not None)
+    widths = sae.W_dec.shape[1], lm.W_U.shape[1]
+    refuse(widths[0] != widths[1], f"{args.run} has d_in {widths[0]}, {args.model} {widths[1]}")
     source = args.data, tokenizer, args.context, args.context, args.tokens
-    stream = model_loaders.TokenStream(*source, allow_short=True)
+    stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
     try:
         data = describe(lm, tokenizer, sae, before, stream.validation(), args)
     finally:

@@ -478,6 +478,9 @@ def sparsify_run(folder, t):
     return formula(t, topk)
 
 
+# No file of these says what they are.
+ASKED = {dl_topk_without_config: ["--kind", "topk"]}
+ASKED[dl_batchtopk_without_config] = ["--kind", "batchtopk"]
 SAMPLES = [saelens_standard, saelens_uncentred, saelens_jumprelu, saelens_topk_float16]
 SAMPLES += [saelens_bfloat16_uncentred, saelens_topk_rescaled, saelens_batchtopk]
 SAMPLES += [saelens_rescale_that_jumprelu_ignores, saelens_batchtopk_checkpoint]
@@ -531,7 +534,7 @@ def check(source, tmp_path, x, f, x_hat, *flags):
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.__name__)
 def test_formula(sample, tmp_path):
     f, x_hat = sample(tmp_path / "source", random_sae())
-    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat, *ASKED.get(sample, ()))
     batch = "batchtopk" in sample.__name__ or "matry" in sample.__name__
     assert (
         sae.kind == "batchtopk" if batch else sae.kind in ("relu", "topk", "jumprelu", "batchtopk")
@@ -805,6 +808,9 @@ def test_by_saelens(architecture, settings, normalised, centred, tmp_path):
     )
     sae = fill(kind(cfg), {})
     sae.save_model(tmp_path / "source")
+    if normalised != "none":  # SAELens itself would take x as it is
+        assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+        return
     sae = lens_library.SAE.load_from_disk(tmp_path / "source")
     with torch.no_grad():
         f = sae.encode(inputs())
@@ -918,9 +924,11 @@ def test_by_the_hub_client(tmp_path):
 
     def run(source, out, env):
         command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        command += ["--kind", "topk"]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
-    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+    top = {"ae.pt": files["a/resid_post_layer_3/ae.pt"]}
+    with Hub(models={"owner/name": files, "owner/top": top}) as hub:  # noqa: F821
         env = {**os.environ, **hub.env(tmp_path / "home")}
         for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
             run_ = run("owner/name:" + source, source.replace("/", "-"), env)
@@ -928,6 +936,7 @@ def test_by_the_hub_client(tmp_path):
             sae = SAE.load(str(tmp_path / source.replace("/", "-")))
             f, x_hat = formula(random_sae(), topk)
             assert_near(sae.encode(inputs()), f)
+        assert run("owner/top", "top", env).returncode == 0  # with nothing above it
         for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
             run_ = run(source, "out", env)
             assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
@@ -985,7 +994,7 @@ def page_of(folder, *flags):
 def direct(folder):
     """The page's tokens, their residual stream, and the SAE, by other means than the page's."""
     sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
-    told = model_loaders.sae_settings(str(folder))
+    told = model_loaders.sae_settings(model_loaders.read_sae(folder)[1])
     source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
     stream = model_loaders.TokenStream(*source, allow_short=True)
     tokens = stream.validation()
@@ -1189,3 +1198,166 @@ def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
     expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (zeroed == 0).all()
+
+
+# ---- Nothing guessed (experiments) -------------------------------------------------------------
+def run_convert(tmp_path, *flags, source="source"):
+    """convert's exit status, on a new folder."""
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    return convert.main([str(tmp_path / source), str(tmp_path / "out"), *flags])
+
+
+def scaled(folder, t):
+    """An unfinished run of SAELens on x times 0.25, and what it means for x."""
+    lens(folder, four(t), architecture="standard", normalize_activations="expected_average_only_in")
+    f, x_hat = formula(t, torch.relu, x=inputs().double() / 4)
+    return f, 4 * x_hat
+
+
+@pytest.mark.parametrize("base", ["version 6", "flat"])
+def test_the_factor_of_x_is_read_wherever_saelens_keeps_it(tmp_path, capsys, base):
+    f, x_hat = scaled(tmp_path / "source", random_sae())
+    if base == "flat":
+        how = {"normalize_activations": "expected_average_only_in"}
+        lens(tmp_path / "source", four(random_sae()), FLAT, architecture="standard", **how)
+    assert (
+        run_convert(tmp_path) == 2 and "no file beside it has the factor" in capsys.readouterr().err
+    )
+    state = tmp_path / "source" / "activations_store_state.safetensors"
+    save_file({"n_dataset_processed": torch.tensor(9)}, state)
+    assert (
+        run_convert(tmp_path) == 2 and "no file beside it has the factor" in capsys.readouterr().err
+    )
+    factor = {"estimated_norm_scaling_factor": torch.tensor(0.25)}
+    save_file({"n_dataset_processed": torch.tensor(9), **factor}, state)
+    check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        save_file({"estimated_norm_scaling_factor": torch.tensor(bad)}, state)
+        assert run_convert(tmp_path) == 2
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "AutoEncoderTopK", "AutoEncoder"])
+def test_a_checkpoint_of_dictionary_learning_has_its_config_above_it(tmp_path, kind):
+    folder, tensors, t = tmp_path / "resid" / "trainer_0", linear(random_sae()), random_sae()
+    if kind == "AutoEncoder":
+        tensors["bias"] = tensors.pop("b_dec")
+        f, x_hat = formula(t, torch.relu)
+        f = f * t["W_dec"].double().norm(dim=1)
+    else:
+        tensors |= scalars(0.7)
+        f, x_hat = formula(t, topk if kind == "AutoEncoderTopK" else jump(0.7))
+    dictionary(folder, tensors, kind, **({} if kind == "AutoEncoder" else {"k": K}))
+    (folder / "checkpoints").mkdir()
+    (folder / "ae.pt").rename(folder / "checkpoints" / "ae_500.pt")
+    source = folder / "checkpoints" / "ae_500.pt"
+    sae, metadata = check(source, tmp_path, inputs(), f, x_hat)
+    assert sae.kind == {"BatchTopKSAE": "batchtopk", "AutoEncoderTopK": "topk"}.get(kind, "relu")
+    assert metadata["model_name"] == "EleutherAI/pythia-160m-deduped"
+    assert metadata["hook_name"] == "blocks.3.hook_resid_post" and metadata["context_size"] == 128
+
+
+def test_a_config_of_another_sae_is_refused(tmp_path, capsys):
+    dictionary(tmp_path / "source", linear(random_sae()) | scalars(0.7), "BatchTopKSAE", k=K)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    for key in ("dict_size", "activation_dim"):
+        other = {**config, "trainer": config["trainer"] | {key: 999}}
+        (tmp_path / "source" / "config.json").write_text(json.dumps(other))
+        assert run_convert(tmp_path) == 2 and f"{key} is 999" in capsys.readouterr().err
+
+
+def test_what_no_file_says_is_asked_for(tmp_path, capsys):
+    for sample, kind in (
+        (dl_topk_without_config, "topk"),
+        (dl_batchtopk_without_config, "batchtopk"),
+    ):
+        f, x_hat = sample(tmp_path / kind, random_sae())
+        assert run_convert(tmp_path, source=kind) == 2
+        assert "--kind topk or batchtopk" in capsys.readouterr().err
+        check(tmp_path / kind, tmp_path / f"checked {kind}", inputs(), f, x_hat, "--kind", kind)
+        assert "its path says" in capsys.readouterr().out  # the layer
+    for sample, other in (
+        (dl_batchtopk, "topk"),
+        (saelens_jumprelu, "relu"),
+        (gemma_scope, "topk"),
+    ):
+        sample(tmp_path / sample.__name__, random_sae())
+        assert run_convert(tmp_path, "--kind", other, source=sample.__name__) == 2
+        assert f"--kind {other}: it is" in capsys.readouterr().err
+    assert run_convert(tmp_path, "--kind", "batchtopk", source="dl_batchtopk") == 0
+
+
+@pytest.mark.parametrize("place", ["metadata", "flat"])
+def test_an_sae_of_centred_activations_is_refused(tmp_path, capsys, place):
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    if place == "flat":
+        lens(tmp_path / "source", four(random_sae()), FLAT, architecture="standard", **centred)
+    else:
+        metadata = LENS["metadata"] | centred
+        lens(tmp_path / "source", four(random_sae()), architecture="standard", metadata=metadata)
+    assert run_convert(tmp_path) == 2 and "center_writing_weights" in capsys.readouterr().err
+    fails(["center_writing_weights"], model_loaders.read_sae, tmp_path / "source")
+
+
+ELSEWHERE = ["blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "blocks.3.hook_attn_out"]
+ELSEWHERE += [
+    "blocks.3.hook_resid_mid",
+    "mlp_out_layer_3",
+    "model.layers.3.mlp",
+    "blocks.3.ln2.hook_x",
+]
+
+
+@pytest.mark.parametrize("hook", ELSEWHERE)
+def test_other_places_are_refused_by_name(tmp_path, capsys, hook):
+    """By convert.py, and by features.py, whatever --layer says."""
+    lens(
+        tmp_path / "source",
+        four(random_sae()),
+        architecture="standard",
+        metadata={"hook_name": hook},
+    )
+    for flags in ([], ["--layer", "3"]):
+        assert run_convert(tmp_path, *flags) == 2
+        assert hook in capsys.readouterr().err
+        options = ["--model", "tiny", "--data", "tiny", "--context", "64", *flags]
+        assert features.main([str(tmp_path / "source"), *options]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and re.search(r"reads|it reads", line), line
+
+
+def test_features_reads_resid_pre_as_the_block_before(page_run, capsys):
+    """Each figure as with the same SAE of the block before's output; another --layer is refused."""
+    _, plain = page_of(page_run)
+    for folder in (page_run, page_run / "before"):
+        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg["metadata"]["hook_name"] = "blocks.3.hook_resid_pre"
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert page_of(page_run)[1] == plain
+    capsys.readouterr()
+    assert features.main([str(page_run), "--layer", "3"]) == 2
+    assert "--layer 3: that SAE has 2" in capsys.readouterr().err
+
+
+def test_features_of_an_sae_of_another_width(tmp_path, capsys):
+    saeft.SAE(64, 128, 6, "topk", seed=0).save(tmp_path / "sae", {"model_name": "tiny"})
+    options = ["--layer", "2", "--data", "tiny", "--context", "64"]
+    assert features.main([str(tmp_path / "sae"), *options]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "d_in 64, tiny 128" in line
+
+
+NOTED = [
+    (gemma_scope, "block 12, as its path"),
+    (gemma_scope, "of gemma-2-2b"),
+    (sparsify_run, "layers.3"),
+]
+NOTED += [
+    (gemma_scope_2_without_config, "block 5, as its path"),
+    (dl_jumprelu_without_config, "block 3"),
+]
+
+
+@pytest.mark.parametrize("sample, words", NOTED)
+def test_what_is_read_from_a_path_is_noted(tmp_path, capsys, sample, words):
+    sample(tmp_path / "source", random_sae())
+    assert run_convert(tmp_path) == 0 and words in capsys.readouterr().out
