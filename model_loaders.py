@@ -23,7 +23,7 @@ import unicodedata
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from functools import cache, partial
 from itertools import chain, groupby, islice, takewhile
 from pathlib import Path

@@ -46,6 +46,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef

@@ -30,6 +30,7 @@ from test_saeft import (
     Stream,
     assert_close,
     command,
+    fails,
     nothing,
     report_of,
     sinks,
