@@ -563,7 +563,7 @@ class Trainee:
         with config.autocast(x.device):
             x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
         spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
-        return x.flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
+        return single(x).flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
 
     def save(self, folder: Path, metadata: dict):
         """Writes what was trained, so that it gives the same figures."""
@@ -717,7 +717,7 @@ def finetune(
 
         losses, figures = [], []
         for t, (x, x_hat, f, _), kl in zip(phase.trainees, passes, kls):
-            mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
+            mse = weight @ (x - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
             penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
             loss = mse + penalty if by_mse else t.loss(kl, mse, beta, penalty)
