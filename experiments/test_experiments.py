@@ -1268,8 +1268,8 @@ def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
 # ---- Damaged and hostile files, beside the reference libraries -----------------------------------
 FUZZ = int(os.environ.get("SAEFT_FUZZ", 0))  # so many times the files, other ones each time
 JUNK = [None, True, False, 0, 1, -1, 2, 0.5, float("nan"), float("inf"), 10**9, 2**31, 2**63]
-JUNK += [2**70, "", "x", "16", " ", "▁", "\ud800", "NFC", "F32", "BF16", "gelu", "relu", "linear"]
-JUNK += ["yarn", "full_attention", [], {}, [[]], [1], ["x"], {"x": 1}, [0, 0], [4, 2]]
+JUNK += [2**70, "", "16", " ", "\ud800", [], {}, [[]], [1], ["x"], {"x": 1}, [0, 0], [4, 2]]
+WORDS = ["é", "NFC", "F32", "BF16", "gelu", "relu", "linear", "yarn", "full_attention"]
 
 
 def fuzz(files):
@@ -1289,10 +1289,12 @@ def places(value):
 
 def near(value):
     """Values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
     if isinstance(value, (int, float)):
         return [value + 1, value - 1, value * 2, value / 2, -value, float(value), str(value)]
     if isinstance(value, str):
-        return [value + "x", "▁" + value, value[::-1], value[1:], value * 2, "é"]
+        return [value + "x", "▁" + value, value[::-1], value[1:], value * 2, *WORDS]
     return [value[::-1], value[:1], value * 2] if isinstance(value, list) else [[value]]
 
 
@@ -1302,6 +1304,8 @@ def mutated(draw, value, most=2):
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
         here = places(value)
+        if draw(st.booleans()):  # one of the outermost, else one in them
+            here = here[: len(value)]
         if not here:
             break
         (a, i), (b, j) = (here[draw(st.integers(0, len(here) - 1))] for _ in range(2))
@@ -1410,7 +1414,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@fuzz(70)
+@fuzz(120)
 @given(st.one_of(st.sampled_from(CONFIGS), *map(mutated, CONFIGS)))
 def test_logits_of_a_changed_config_are_those_of_transformers_or_it_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -1451,12 +1455,35 @@ def texts_for(name):
     return tokens + ["".join(draw.choices(tokens, k=2 + i % 8)) for i in range(300)]
 
 
+SPACE = {"pattern": {"String": " "}}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SETTINGS = [
+    {
+        "truncation": {
+            "max_length": 3,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        }
+    },
+    {"pre_tokenizer": BYTES | {"use_regex": False}},
+    {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+    {"pre_tokenizer": SPACE | {"type": "Split", "behavior": "Isolated", "invert": True}},
+    {"pre_tokenizer": SPACE | {"type": "Split", "behavior": "MergedWithNext", "invert": False}},
+    {"normalizer": SPACE | {"type": "Replace", "content": "▁"}},
+    *({"normalizer": {"type": name}} for name in ("NFC", "NFD", "Lowercase")),
+    *({part: None} for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor")),
+]
+
+
 @st.composite
 def tokenizer_files(draw, name):
     spec = copy.deepcopy(TOKENIZERS[name])
     model = spec["model"]
-    part = draw(st.sampled_from(["merges", "vocab", "added_tokens", "rest"]))
-    if part == "rest":  # of the two long lists nothing
+    part = draw(st.sampled_from(["merges", "vocab", "added_tokens", "settings", "rest"]))
+    if part == "settings":
+        spec.update(draw(st.sampled_from(SETTINGS)))
+    elif part == "rest":  # of the two long lists nothing
         long = {key: model.pop(key) for key in ("vocab", "merges")}
         spec = draw(mutated(spec))
         if isinstance(spec.get("model"), dict):
@@ -1468,7 +1495,7 @@ def tokenizer_files(draw, name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@fuzz(100)
+@fuzz(300)
 @given(data=st.data())
 def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tmp_path, name, data):
     path = tmp_path / "tokenizer.json"
