@@ -32,7 +32,7 @@ bench: .venv/main
 	touch $@
 
 .venv/test: .venv/main
-	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout hypothesis
 	touch $@
 
 .PHONY: demo test compare bench
