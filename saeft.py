@@ -1083,9 +1083,13 @@ class LanguageModel(nn.Module):
             resid = block(resid, *tables[block.rope])
         return resid
 
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.part(3)
+
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return soft_cap(F.linear(self.part(3)(resid), self.W_U), self.logit_cap)
+        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""

@@ -66,6 +66,7 @@ class Tokenizer:
 
 class AnyModel(saeft.LanguageModel):
     load_tokenizer = Tokenizer
+    final_norm = None  # wherever it is
 
     def __init__(self, config: dict):
         nn.Module.__init__(self)
