@@ -56,7 +56,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import model_loaders
 import saeft
 from model_loaders import TokenStream, UserError, documents, held_out
-from saeft import SAE, Config, Phase, SlicedKL, Trainee
+from saeft import SAE, BatchTopK, Config, KLOnly, Phase, ReLU, SlicedLoss, SparseRows, TopK, Trainee
 
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
@@ -92,9 +92,9 @@ def as_it_was():
     torch.set_float32_matmul_precision("highest")
 
 
-def command(line, out, methods=saeft.METHODS):
+def command(line, out):
     """saeft.py's exit status for a command line, with runs in `out`."""
-    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)], methods)
+    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)])
 
 
 def report_of(folder):
@@ -148,7 +148,6 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert command("--name a --method kl mse", tmp_path) == 0
     out, err = capsys.readouterr()
     folder = tmp_path / "a"
-    parts = [folder, folder / "before", folder / "mse"]  # after KL+MSE; of phase one; the control
 
     # config.json: every setting, defaults and presets included.
     settings = json.loads((folder / "config.json").read_text())
@@ -156,18 +155,12 @@ def test_what_a_run_leaves(tmp_path, capsys):
 
     # metrics.jsonl: a line every --log-every steps, and at the end of each phase.
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = {
-        name: [m["step"] for m in lines if m["phase"] == name] for name in ("MSE", "kl", "mse")
-    }
-    assert steps == {
-        "MSE": [5, 10, 15, 20, 25, 27],
-        **dict.fromkeys(("kl", "mse"), [*range(5, 39, 5), 39]),
-    }
-    assert {line["phase"]: line["tokens"] for line in lines} == {
-        "MSE": 27 * 256,
-        "kl": 39 * 128,
-        "mse": 39 * 128,
-    }
+    steps = {"MSE": [*range(5, 27, 5), 27]}
+    steps.update(dict.fromkeys(("kl", "mse"), [*range(5, 39, 5), 39]))
+    for name, expected in steps.items():
+        of_phase = [line for line in lines if line["phase"] == name]
+        assert [line["step"] for line in of_phase] == expected
+        assert of_phase[-1]["tokens"] == (27 * 256 if name == "MSE" else 39 * 128)
     for line in lines:
         assert 0 < line["fvu"] < 2 and line["l0"] == pytest.approx(4, abs=0.01)
         if line["phase"] == "kl":
@@ -176,51 +169,34 @@ def test_what_a_run_leaves(tmp_path, capsys):
     # report.json: the settings again, and what each phase came to.
     report = report_of(folder)
     results = report["results"]
-    assert (
-        report["layer"] == 2
-        and report["seed"] == 0
-        and set(report["seconds"]) == {"MSE", "kl", "mse"}
-    )
+    assert (report["layer"], report["seed"], {*report["seconds"]}) == (2, 0, {"MSE", "kl", "mse"})
     assert report["ce_original"] < report["ce_final"] < report["ce_mse"] < report["ce_zero"]
     assert report["gap_mse"] == pytest.approx(report["ce_mse"] - report["ce_original"])
     assert report["gap_closed"] == pytest.approx(1 - report["gap_final"] / report["gap_mse"])
-    assert (
-        results["kl"]["ce"] == report["ce_final"] and results["mse"]["fvu"] < results["MSE"]["fvu"]
-    )
+    assert results["kl"]["ce"] == report["ce_final"]
+    assert results["mse"]["fvu"] < results["MSE"]["fvu"]
 
     # The closing table shows them, and nothing went to stderr.
     table = out.splitlines()[-6:]
-    assert [row.split("  ")[0] for row in table[1:]] == [
-        "original model",
-        "x replaced by 0",
-        "after MSE",
-        "after KL+MSE",
-        "after MSE alone, same tokens",
-    ]
-    assert (
-        f"{report['ce_final']:.4f}" in table[4]
-        and f"{report['gap_closed']:.1%}" in table[4]
-        and err == ""
-    )
+    names = ["original model", "x replaced by 0", "after MSE", "after KL+MSE"]
+    names.append("after MSE alone, same tokens")
+    assert [row.split("  ")[0] for row in table[1:]] == names and err == ""
+    assert f"{report['ce_final']:.4f}" in table[4] and f"{report['gap_closed']:.1%}" in table[4]
 
-    # Three SAEs, in SAELens's layout, for raw activations; SAE.load reads them.
+    # Three SAEs, in SAELens's layout, for raw activations: after KL+MSE, of phase one, the control.
     lm = saeft.load_lm("tiny")
     tokens = torch.randint(200, (4, 64), generator=torch.Generator().manual_seed(0))
     x = lm.prefix(tokens, 2).flatten(0, 1)
-    for part in parts:
-        tensors = safetensors.load_file(part / "sae_weights.safetensors")
-        cfg = json.loads((part / "cfg.json").read_text())
+    left = {".saeft", "config.json", "metrics.jsonl", "report.json"}
+    for part in ("", "before/", "mse/"):
+        left |= {f"{part}cfg.json", f"{part}sae_weights.safetensors"}
+        tensors = safetensors.load_file(folder / part / "sae_weights.safetensors")
+        cfg = json.loads((folder / part / "cfg.json").read_text())
         assert tensors["W_enc"].shape == (128, 64) and cfg["architecture"] == "topk"
         assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
-        x_hat, active = SAE.load(part)(x)
-        assert active.counts.sum() == 4 * len(x) and x_hat.shape == x.shape
-    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    saes = {
-        f"{part}{file}"
-        for part in ("", "before/", "mse/")
-        for file in ("cfg.json", "sae_weights.safetensors")
-    }
-    assert left == saes | {".saeft", "config.json", "metrics.jsonl", "report.json"}
+        x_hat, f = SAE.load(folder / part)(x)
+        assert f.counts().sum() == 4 * len(x) and (x - x_hat).pow(2).sum() < 0.9 * x.pow(2).sum()
+    assert {*content_of(folder)} == left
 
 
 def test_the_same_seed_gives_the_same_run_whatever_is_logged_or_trained_beside_it(tmp_path):
@@ -236,11 +212,8 @@ def test_the_same_seed_gives_the_same_run_whatever_is_logged_or_trained_beside_i
     assert weights_of(a / "before") == weights_of(b / "before") == weights_of(k / "k4" / "before")
     assert weights_of(a) == weights_of(b / "kl") == weights_of(k / "k4")  # `b` and `k/k4` hold ...
     assert weights_of(b) == weights_of(k / "k4" / "mse")  # ... the first of --method
-    assert (
-        report_of(a)["results"]["kl"]
-        == report_of(b)["results"]["kl"]
-        == report_of(k / "k4")["results"]["kl"]
-    )
+    results = [report_of(folder)["results"]["kl"] for folder in (a, b, k / "k4")]
+    assert results[0] == results[1] == results[2]
     assert report_of(k / "k8")["l0"] > 4 == report_of(a)["l0"]
     assert weights_of(tmp_path / "other") != weights_of(a)
 
@@ -276,47 +249,49 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
 
 
 def test_start_says_what_it_cannot_mean(tmp_path, capsys):
-    """--tokens beside it; a folder that the run itself would clear. Other data start at their first
-    token, and so do the settings of a model that the SAE knows by its Hub name."""
+    """--tokens beside it; an SAE of another width than the model; a folder that the run itself
+    would clear. Other data start at their first token."""
     assert command("--sae relu --l1 0.03 --name own", tmp_path) == 0
     line = ["--start", str(tmp_path / "own"), "--out", str(tmp_path), "--kl-tokens", "5k"]
-    assert saeft.main([*line, "--name", "x", "--tokens", "1M"]) == 2
-    assert "--tokens: with --start" in capsys.readouterr().err
+    TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
+    start = ["--name", "x", "--eval-tokens", "2k", "--start"]
+    for flags, words in [
+        (["--name", "x", "--tokens", "1M"], "--tokens: with --start"),
+        (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
+        ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
+    ]:
+        assert saeft.main([*line, *flags]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
     before = weights_of(tmp_path / "own")
     for start in (tmp_path / "own", tmp_path / "own" / "before"):
         assert saeft.main([*line, "--name", "own", "--overwrite", "--start", str(start)]) == 2
         assert "lies in this run's own folder" in capsys.readouterr().err
     assert weights_of(tmp_path / "own") == before
     config = saeft.parse(line)
-    assert (config.l1, config.sae, config.tokens) == (0.03, "relu", 187 * 64 + 5000)
+    assert (config.l1, config.sae, config.tokens) == (None, "relu", 187 * 64 + 5000)
     assert saeft.parse([*line, "--data", "c4"]).tokens == 5000
-    for model in ("gemma-3-1b", "google/gemma-3-1b-pt", "google/gemma-3-1b-pt@main"):
-        config = saeft.parse(["--model", model])
-        assert (config.dtype, config.kl_batch) == ("bfloat16", 2)
 
 
-def test_end_to_end_relu_keeps_its_lambda(tmp_path):
+TOLD = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "dataset_path": "tiny"}
+TOLD.update(context_size=64, prepend_bos=False, first_sequence=0)
+
+
+def test_lambda_of_relu_saes_is_in_raw_units_and_kept(tmp_path, monkeypatch):
+    """End to end, too, where there is no L0 to go back to: --l1 is that of x / scale."""
     argv = "--sae relu --kl-tokens 12k --l1 0.3 --name end".split()
     run = saeft.Run(saeft.parse([*SMALL.split(), *argv, "--out", str(tmp_path)]))
-    seen = []
-    finish = run.finish
-    run.finish = lambda phase: (seen.extend(float(t.l1) for t in phase.trainees), finish(phase))
     run.run()
-    assert seen[-1] == pytest.approx(0.3)
-
-
-def test_a_lambda_for_a_published_relu_sae_is_above_0(tmp_path):
-    """Also of one whose reconstructions are too long, which a smaller penalty would not mend."""
-    sae = SAE(128, 64, 1, "relu")
-    sae.W_dec.data.mul_(100)
-    sae.save(tmp_path / "sae", {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post"})
-    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    del cfg["metadata"]["saeft"]
-    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(cfg))
-    line = f"--start {tmp_path / 'sae'} --data tiny --context 64 --kl-tokens 5k --eval-tokens 2k"
-    run = saeft.Run(saeft.parse([*line.split(), "--out", str(tmp_path), "--name", "x"]))
-    run.run()
-    assert run.l1 == 1e-4
+    assert float(run.done.scale) > 1
+    assert float(SAE.load(tmp_path / "end").l1) == pytest.approx(0.3 * float(run.done.scale))
+    # What --start takes from that SAE is its lambda; --l1 again that of x / scale.
+    first = []
+    monkeypatch.setattr(saeft, "finetune", lambda phase, *_: first.append(phase.trainees[0].sae.l1))
+    for flags, l1 in [("", 0.3), ("--l1 0.2", 0.2)]:
+        line = f"--start {tmp_path / 'end'} --kl-tokens 5k --eval-tokens 2k --name x --overwrite"
+        assert saeft.main([*f"{line} {flags} --out {tmp_path}".split()]) == 0
+        assert float(first.pop()) == pytest.approx(l1 * float(run.done.scale), rel=0.02)
 
 
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
@@ -327,9 +302,70 @@ def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
     assert command(f"{line} --name x", tmp_path) == 0
     for k in (4, 16):
         results = report_of(tmp_path / "x" / f"k{k}")["results"]
-        assert {name: row["l0"] for name, row in results.items()} == pytest.approx(
-            dict.fromkeys(results, k), rel=0.05
-        )
+        assert [row["l0"] for row in results.values()] == pytest.approx([k, k], rel=0.05)
+
+
+@pytest.fixture
+def fork(monkeypatch):
+    """A kind, a method, a place and a family of somebody else's, each by a name of its own."""
+    for names in (saeft.KINDS, saeft.METHODS, saeft.PLACES, saeft.FAMILIES):
+        monkeypatch.setitem(names, "mine", None)
+
+    class Gated(TopK, kind="mine"):
+        """TopK with a gate, a parameter of its own."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.gate = torch.nn.Parameter(torch.tensor(1.0))
+
+        def encode(self, x, keep=None):
+            return super().encode(x, keep) * self.gate.expand(len(self.b_enc))
+
+    def reverse_kl(log_p, log_q, next_token):
+        return saeft.kl_divergence(log_q, log_p, next_token)
+
+    def mlp_out(lm, tokens, layer):
+        resid, before = lm.prefix(tokens, layer), lm.prefix(tokens, layer - 1)
+        return resid, lm.blocks[layer].mlp(lm.blocks[layer].post_attention_layernorm(before))
+
+    saeft.METHODS["mine"] = lambda lm, sae, config: Trainee(sae, lm, reverse_kl)
+    saeft.PLACES["mine"] = mlp_out
+    saeft.FAMILIES["mine"] = type("Mine", (saeft.Pythia,), {})
+    return Gated
+
+
+def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
+    model = model_folder(tmp_path / "model", model_type="mine")
+    line = f"--model {model} --layer 2 --data tiny --sae mine --method mine --place mine --name x"
+    assert command(line, tmp_path) == 0
+    report, sae = report_of(tmp_path / "x"), SAE.load(tmp_path / "x")
+    assert report["ce_final"] < report["ce_mse"] < report["ce_zero"]
+    assert type(sae) is fork and sae.gate not in (0, 1)
+    cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
+    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_mine"
+    assert saeft.parse(["--start", str(tmp_path / "x")]).place == "mine"
+    # --help and refusals list what there is.
+    with pytest.raises(SystemExit):
+        saeft.main(["--help"])
+    words = capsys.readouterr().out
+    for flag, names in [("sae", "KINDS"), ("method", "METHODS"), ("place", "PLACES")]:
+        known = getattr(saeft, names)
+        assert f"{{{','.join(known)}}}" in words and "mine" in known
+        assert command(f"--{flag} x", tmp_path) == 2
+        assert "mine" in capsys.readouterr().err
+    assert "mine" in refusal({"model_type": "x"})
+
+
+def test_a_parameter_of_ones_own_is_saved_and_asked_for(tmp_path, capsys, fork):
+    sae = fork(128, 64, k=4)
+    sae.gate.data.fill_(3.0)
+    sae.save(tmp_path, TOLD)
+    x = torch.randn(9, 128)
+    assert SAE.load(tmp_path).gate == 3.0 and torch.equal(SAE.load(tmp_path)(x)[0], sae(x)[0])
+    del saeft.KINDS["mine"]  # as where the fork is not imported
+    assert saeft.main(["--start", str(tmp_path), "--out", str(tmp_path), "--name", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "gate" in err and not (tmp_path / "x").exists()
 
 
 # ---- Mistakes: one line, status 2, and nothing is left behind ------------------------------------
@@ -347,7 +383,9 @@ MISTAKES = {
     "no tokens": ("--tokens 0", "--tokens 0"),
     "infinite": ("--tokens inf", "inf"),
     "unknown kind": ("--sae cubic", "cubic"),
+    "a kind that does not train": ("--sae jumprelu", "--sae jumprelu is for --start"),
     "unknown method": ("--method kl+x", "kl+x"),
+    "unknown place": ("--place mlp", "resid_post"),
     "unknown flag": ("--colour red", "--colour"),
     "shortened flag": ("--overw", "--overw"),
     "unknown dtype": ("--dtype int8", "int8"),
@@ -449,22 +487,18 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
     small = model_folder(tmp_path / "fewer-rows", vocab_size=1000)
 
     def cut(tensors):
-        for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
-            if name in tensors:
-                tensors[name] = tensors[name][:1000].clone()
+        for name in {"gpt_neox.embed_in.weight", "embed_out.weight"} & tensors.keys():
+            tensors[name] = tensors[name][:1000].clone()
 
     edit_weights(small, cut)
     short = model_folder(tmp_path / "short", max_position_embeddings=32)
-    bad = {}
+    cases = [(small, ["ids", "1000"]), (short, ["--context 64", "32"])]
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     for value in ("nan", "inf"):
-        bad[value] = model_folder(tmp_path / value)
-        name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
-        edit_weights(bad[value], lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
-    for folder, words in [
-        (small, ["ids", "1000"]),
-        (short, ["--context 64", "32"]),
-        *((f, ["layers.1.mlp.dense_h_to_4h.weight", "not finite"]) for f in bad.values()),
-    ]:
+        folder = model_folder(tmp_path / value)
+        edit_weights(folder, lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
+        cases.append((folder, [name.removeprefix("gpt_neox."), "not finite"]))
+    for folder, words in cases:
         line = f"--model {folder} --data tiny --layer 2 --method kl --name x"
         assert command(line, tmp_path / "runs") == 2
         err = capsys.readouterr().err
@@ -503,25 +537,17 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, c
     assert "--overwrite" in capsys.readouterr().err and snapshot(folder) == before
 
     # A run that fails before it has something leaves the old one as it was.
-    for line in (
-        "--overwrite --tokens 90M",
-        "--overwrite --data /nowhere",
-        "--overwrite --lr 1e18",
-    ):
-        assert command(f"--k 4 8 --name x {line}", tmp_path) == 2
+    for line in ("--tokens 90M", "--data /nowhere", "--lr 1e18"):
+        assert command(f"--k 4 8 --name x --overwrite {line}", tmp_path) == 2
         assert snapshot(folder) == before, line
     capsys.readouterr()
 
     # One that succeeds takes its place: nothing of the old run is left, all of the user's is.
     assert command("--name x --overwrite --seed 1", tmp_path) == 0
     assert [path.read_text() for path in mine] == ["mine"] * len(mine)
-    left = {str(path.relative_to(folder)) for path in snapshot(folder)} - {
-        str(m.relative_to(folder)) for m in mine
-    }
-    assert (
-        not [name for name in left if name.startswith(("k4", "k8"))]
-        and report_of(folder)["seed"] == 1
-    )
+    left = [path for path in snapshot(folder) if path not in mine]
+    assert not [path for path in left if path.parent.name in ("k4", "k8")]
+    assert report_of(folder)["seed"] == 1
 
 
 def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, capsys, monkeypatch):
@@ -626,9 +652,10 @@ def spawn(line, cwd, **options):
 
 def wait_for(path, process, text=""):
     """Until a file has a text, or the process has ended."""
-    while process.poll() is None and not (path.exists() and text in path.read_text()):
+    poll = getattr(process, "poll", lambda: process.exitcode)
+    while poll() is None and not (path.exists() and text in path.read_text()):
         time.sleep(0.02)
-    assert process.poll() is None, process.communicate()
+    assert poll() is None, process
 
 
 LONG_RUN = "--kl-tokens 4k --tokens 1.6M --log-every 1"  # longer than any test waits
@@ -706,31 +733,10 @@ def test_no_network_and_nothing_cached_ends_in_one_helpful_line(tmp_path):
 # ---- Several processes ---------------------------------------------------------------------------
 def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-    ]
-    words += [
-        "127.0.0.1",
-        "--master-port",
-        "0",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-    ]
-    words += [
-        str(HERE / "saeft.py"),
-        *SMALL.split(),
-        "--out",
-        str(tmp_path),
-        "--checkpoint-minutes",
-        "0",
-    ]
+    flags = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 --rdzv-backend c10d"
+    words = [sys.executable, "-m", "torch.distributed.run", *flags.split()]
+    words += ["--rdzv-endpoint", "127.0.0.1:0", str(HERE / "saeft.py"), *SMALL.split()]
+    words += ["--out", str(tmp_path), "--checkpoint-minutes", "0"]
 
     def start(flags):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -757,8 +763,8 @@ def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
 # 2 latents, 3 tokens, D = 2: encoder and decoder are the identity, biases 0, and K = 1.
 
 
-def hand_sae(**changes):
-    sae = SAE(2, 2, 1)
+def hand_sae():
+    sae = TopK(2, 2, k=1)
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(2))
         sae.W_dec.copy_(torch.eye(2))
@@ -769,46 +775,40 @@ HAND_X = torch.tensor([[3.0, 1.0], [1.0, 2.0], [-1.0, -1.0]])
 
 
 def test_by_hand_the_sae():
-    x_hat, active = hand_sae()(HAND_X)
+    x_hat, f = hand_sae()(HAND_X)
     # Each token keeps its largest positive latent; the third has none.
-    assert x_hat.tolist() == [[3, 0], [0, 2], [0, 0]]
-    assert hand_sae().encode(HAND_X).tolist() == [[3, 0], [0, 2], [0, 0]]
-    assert active.counts.tolist() == [1, 1] and active.sums.tolist() == [3, 2]
+    assert x_hat.tolist() == f.to_dense().tolist() == [[3, 0], [0, 2], [0, 0]]
+    assert saeft.counts(f).tolist() == [1, 1] and f.sum() == 5
     # Squared errors are 1, 1 and 2. The mean of x is (1, 2/3), the squares around it sum to 38/3.
     assert (HAND_X - x_hat).pow(2).sum(-1).tolist() == [1, 1, 2]
 
 
 def test_by_hand_beta_and_kl():
     # p = (1/2, 1/2), q = (3/4, 1/4): KL = log(1/2) - (log(3/4) + log(1/4)) / 2 = log(4/3) / 2.
-    identity = SimpleNamespace(
-        W_U=torch.eye(2), logit_cap=None, kl_and_gradient=saeft.kl_and_gradient
-    )
-    identity.final_norm = identity.unembed = lambda x: x
+    identity = SimpleNamespace(W_U=torch.eye(2), unembed=lambda x: x)
     p, q = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
-    (kl,) = SlicedKL.apply(identity, torch.ones(1), p, q)
+    (kl,) = SlicedLoss.apply(identity, saeft.kl_divergence, torch.ones(1), torch.zeros(1), p, q)
     assert kl.item() == pytest.approx(math.log(4 / 3) / 2)
     (gradient,) = torch.autograd.grad(kl, q)
     assert gradient.tolist() == [pytest.approx([0.25, -0.25])]  # q - p
 
 
-def test_by_hand_a_step_of_phase_one():
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_by_hand_a_step_of_phase_one(scale):
     # One step on the three tokens, rate 0.1. The loss is (1 + 1 + 2) / 3. Of W_dec[0] the gradient
     # is -2/3 f e = -2/3 * 3 * (0, 1) = (0, -2); nothing of it lies along (1, 0). All gradients
     # together have a norm above 1; Adam's first step is the rate times the sign.
     sae = hand_sae()
-    buffer = SimpleNamespace(next_batch=lambda n: HAND_X, state_dict=dict)
-    phase = Phase(
-        "MSE", [Trainee(sae, None, "mse", decay=0.0)], 1, torch.tensor(9.0), buffer=buffer
-    )
+    buffer = SimpleNamespace(next_batch=lambda n: scale * HAND_X, state_dict=dict)
+    trainees = [Trainee(sae, divergence=None, decay=0.0)]
+    phase = Phase("MSE", trainees, 1, torch.tensor(9.0), scale, buffer=buffer)
     seen = []
     config = Config(lr=0.1, warmup=0, batch=3)
     saeft.train_mse(phase, config, lambda phase, figures: seen.extend(figures))
-    assert seen[0]["loss"].item() == pytest.approx(4 / 3) and seen[0]["l0"].item() == pytest.approx(
-        2 / 3
-    )
-    assert seen[0]["fvu"].item() == pytest.approx(4 / (38 / 3))
-    expected = torch.tensor([[1.0, 0.1], [0.1, 1.0]])
-    assert torch.allclose(sae.W_dec.data, F.normalize(expected, dim=-1), atol=1e-6)
+    expected = {"loss": 4 / 3, "l0": 2 / 3, "fvu": 4 / (38 / 3)}
+    assert {name: value.item() for name, value in seen[0].items()} == pytest.approx(expected)
+    expected = F.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0]]), dim=-1)
+    assert torch.allclose(sae.W_dec.data, expected, atol=1e-6)
 
 
 # ---- Language models -----------------------------------------------------------------------------
@@ -986,21 +986,13 @@ def test_gemma_3_with_vision(prefix, tmp_path):
     def nested(tensors):
         names = {name: prefix + name.removeprefix(seen) for name in tensors}
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
-        tensors[f"{seen}vision_tower.vision_model.embeddings.patch_embedding.weight"] = torch.ones(
-            3, 3
-        )
-        tensors[f"{seen}multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(5)
-        return tensors
+        sees = ["vision_tower.vision_model.embeddings.patch_embedding.weight"]
+        sees.append("multi_modal_projector.mm_soft_emb_norm.weight")
+        return {**tensors, **{seen + name: torch.ones(3, 3) for name in sees}}
 
     drop = [key for key in config if key not in ("architectures", "dtype", "transformers_version")]
-    edit(
-        tmp_path,
-        nested,
-        drop,
-        model_type="gemma3",
-        text_config=config,
-        vision_config={"hidden_size": 8},
-    )
+    vision = {"model_type": "gemma3", "vision_config": {"hidden_size": 8}}
+    edit(tmp_path, nested, drop, text_config=config, **vision)
     compare(model, tmp_path)
 
 
@@ -1142,9 +1134,8 @@ def configs():
     found = {}
     for family in FAMILIES:
         _, config, settings = FAMILIES[family]
-        config = json.loads(
-            getattr(transformers, config)(**settings).to_json_string(use_diff=False)
-        )
+        config = getattr(transformers, config)(**settings).to_json_string(use_diff=False)
+        config = json.loads(config)
         for key in ("rope_parameters", "layer_types"):
             config.pop(key, None)
         found[family] = {**config, **AS_OLD_FILES_SAY[family]}
@@ -1180,13 +1171,7 @@ def test_settings_that_do_not_fit_each_other_are_refused(configs, family, change
 
 
 def test_missing_settings_are_named(configs):
-    for key in (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "model_type",
-    ):
+    for key in "hidden_size num_hidden_layers num_attention_heads vocab_size model_type".split():
         config = {k: v for k, v in configs["gemma2"].items() if k != key}
         with pytest.raises(UserError, match=key):
             saeft.build_lm(config)
@@ -1199,12 +1184,12 @@ def test_missing_settings_are_named(configs):
 
 
 # ---- The SAE: plain, fast, and by its equations --------------------------------------------------
-SELECT = {  # what `autoencode` is told to keep
+SELECT = {  # what `encode` is told to keep
     "topk": lambda pre, n: (5, None),
     "relu": lambda pre, n: (None, 0.0),
     "threshold": lambda pre, n: (None, 0.7),
     "thresholds": lambda pre, n: (None, torch.linspace(0, 1, pre.shape[1], dtype=pre.dtype)),
-    "batchtopk": lambda pre, n: SAE(2, 2, 3, "batchtopk").train().select(pre, n),
+    "batchtopk": lambda pre, n: BatchTopK(2, 2, k=3).train().select(pre, n),
 }
 
 
@@ -1248,83 +1233,60 @@ def fast(request, monkeypatch):
     return request.param
 
 
+WITH_F = {  # what an SAE does with f [N, F], weights [F] and a table [F, D]
+    "@": lambda f, weights, table: f @ table,
+    "*": lambda f, weights, table: (f * weights).to_dense(),
+    "* and sum": lambda f, weights, table: (f * weights).sum(),
+    "* and @": lambda f, weights, table: (f * weights) @ table,
+    "to_dense": lambda f, weights, table: f.to_dense(),
+}
+
+
 @pytest.mark.parametrize("with_keep", [False, True], ids=["all", "keep"])
 @pytest.mark.parametrize("kind", SELECT)
-def test_autoencode_and_its_gradients_equal_dense_autograd(kind, with_keep, fast):
-    inputs = sae_inputs()
+def test_f_what_is_done_with_it_and_gradients_equal_dense_autograd(kind, with_keep, fast):
+    x, W_enc, b_enc, W_dec, b_dec = inputs = sae_inputs()
     keep = torch.arange(24) % 5 > 0 if with_keep else torch.ones(24, dtype=torch.bool)
-    threshold = {"threshold": 0.7, "thresholds": torch.linspace(0, 1, 20, dtype=torch.double)}.get(
-        kind, 0.0
-    )
-    how = {"kind": kind, "k": 3 if kind == "batchtopk" else 5, "threshold": threshold}
-    x, W_enc, b_enc, W_dec, b_dec = inputs
-    f = torch.zeros(24, 20, dtype=torch.double)
-    f[keep] = dense_sae(x[keep], W_enc, b_enc, W_dec, b_dec, **how)[1]
-    expected = f @ W_dec + b_dec
-    assert (f > 0).sum(1)[:3].max() == 0 < (f > 0).sum(1).max() and (f > 0).sum(0)[:2].max() == 0
+    thresholds = {"threshold": 0.7, "thresholds": torch.linspace(0, 1, 20, dtype=torch.double)}
+    how = {"kind": kind, "k": 3 if kind == "batchtopk" else 5, "threshold": thresholds.get(kind, 0)}
+    dense = torch.zeros(24, 20, dtype=torch.double)
+    dense[keep] = dense_sae(x[keep], W_enc, b_enc, W_dec, b_dec, **how)[1]
+    fired = dense > 0
+    assert fired.sum(1)[:3].max() == 0 < fired.sum(1).max() and fired.sum(0)[:2].max() == 0
 
-    x_hat, active = saeft.autoencode(*inputs, SELECT[kind], keep if with_keep else None)
-    assert_close(x_hat, expected, 1e-12)
-    assert torch.equal(active.counts, (f > 0).sum(0))
-    assert_close(active.sums, f.sum(0), 1e-12)
-    weight, norms = torch.randn_like(x_hat), W_dec.detach().norm(dim=-1)
-    ours = torch.autograd.grad((x_hat * weight).sum() + active.sums @ norms, inputs)
-    theirs = torch.autograd.grad((expected * weight).sum() + (f * norms).sum(), inputs)
-    for a, b in zip(ours, theirs):
-        assert_close(a, b, 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["topk", "relu", "threshold"])
-def test_autoencode_passes_gradcheck(kind):
-    def x_hat_and_sums(*inputs):
-        x_hat, active = saeft.autoencode(*inputs, SELECT[kind])
-        return x_hat, active.sums
-
-    assert torch.autograd.gradcheck(x_hat_and_sums, sae_inputs(6, 4, 9))
+    f = saeft.encode(x, b_dec, W_enc, b_enc, SELECT[kind], keep if with_keep else None)
+    assert isinstance(f, SparseRows) == fast and torch.equal(saeft.counts(f), fired.sum(0))
+    leaves = [*inputs, torch.randn(20, dtype=torch.double, requires_grad=True)]
+    for name, call in WITH_F.items():
+        ours, theirs = (call(f, leaves[-1], W_dec) for f in (f, dense))
+        assert_close(ours, theirs, 1e-12)
+        g = torch.randn_like(theirs)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        ours = torch.autograd.grad(ours, leaves, g, **options)
+        theirs = torch.autograd.grad(theirs, leaves, g, **options)
+        for a, b in zip(ours, theirs):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), name
 
 
-@pytest.mark.parametrize("d_sae, k", [(4096, 8), (5120, 80), (16384, 80), (16384, 1000), (99, 99)])
-def test_top_k_finds_the_k_largest(d_sae, k):
-    pre = torch.randn(20, d_sae).round(decimals=2)  # with ties
-    values, tokens, latents = saeft.active_entries(pre, k, None)
-    assert torch.equal(values, pre.gather(1, latents.view(20, k)).relu().flatten())
-    expected = pre.topk(k).values.relu()
-    assert torch.equal(values.view(20, k).sort(descending=True).values, expected)
-    assert all(len(row.unique()) == k for row in latents.view(20, k))
-    assert torch.equal(tokens, torch.arange(20).repeat_interleave(k))
-
-
-def test_the_fast_product_equals_the_plain_one(fast):
-    x, weight, bias = torch.randn(30, 40), torch.randn(50, 40), torch.randn(50)
-    assert_close(
-        saeft.linear(x, weight, bias), x.double() @ weight.double().T + bias.double(), 1e-6
-    )
-    x.requires_grad_()  # it has no derivative: not where one is recorded
-    (gradient,) = torch.autograd.grad(saeft.linear(x, weight).sum(), x)
-    assert_close(gradient, weight.sum(0).expand(30, 40))
+SCALE = 17.0  # of the activations 3 * randn(32)
 
 
 @torch.no_grad()
-def start(sae, x):
-    """Scale and b_dec as a run's first activations set them."""
-    sae.rescale(x.pow(2).sum(-1).mean().sqrt())
-    sae.b_dec.copy_(x.mean(0) / sae.scale)
-
-
 def small_sae(kind="topk", k=6, d_model=32):
     """An SAE whose biases, scale and norms are not trivial, and of whose latents 3 never fire."""
     torch.manual_seed(1)
-    sae = SAE(d_model, 64, k, kind)
-    start(sae, 3 * torch.randn(500, d_model) + torch.randn(d_model))
-    with torch.no_grad():
-        sae.b_enc.normal_(std=0.1)[:3] = -100
-        if kind in ("relu", "jumprelu"):
-            sae.W_dec.mul_(1 + torch.rand(64, 1))
-        if kind == "batchtopk":
-            sae.threshold.fill_(0.2)
-        if kind == "jumprelu":
-            sae.threshold.uniform_(0, 0.4)
-    sae.median_norm.fill_(5.0)
+    sae = saeft.KINDS[kind](d_model, 64, k=k)
+    sae.b_dec.normal_(std=1 / SCALE)
+    sae.b_enc.normal_(std=0.1)[:3] = -100
+    if kind in ("relu", "jumprelu"):
+        sae.W_dec.mul_(1 + torch.rand(64, 1))
+    if kind == "relu":
+        sae.l1.fill_(0.3)
+    if kind == "batchtopk":
+        sae.threshold.fill_(0.2)
+    if kind == "jumprelu":
+        sae.threshold.uniform_(0, 0.4)
+    sae.rescale(SCALE)
     return sae.eval()
 
 
@@ -1340,12 +1302,14 @@ def leaves(sae):
 @pytest.mark.parametrize("n_dead", [9, 40])  # fewer than D/2, and more
 def test_auxk_equals_direct_computation(n_dead, fast):
     sae, x, dead = small_sae(), torch.randn(50, 32) * 3, torch.arange(10, 10 + n_dead)
-    error = (x - sae(x)[0]) / sae.scale
-    loss = saeft.auxk_loss(sae, x, error, dead)
+    x_hat, f = sae(x)
+    assert sae.penalty(x, x_hat, f, torch.ones(50), 1.0) == 0.0
+    sae.dead = dead
+    loss = sae.penalty(x, x_hat, f, torch.ones(50), 1.0)
     W_enc, b_enc, W_dec, b_dec = weights = leaves(sae)
-    e = error.detach().double()
-    f = largest((x / sae.scale - b_dec) @ W_enc[dead].T + b_enc[dead], min(16, n_dead))
-    expected = ((e - f @ W_dec[dead]) ** 2).sum() / ((e - e.mean(0)) ** 2).sum()
+    e = (x - x_hat).detach().double()
+    f = largest((x - b_dec) @ W_enc[dead].T + b_enc[dead], min(16, n_dead))
+    expected = ((e - f @ W_dec[dead]) ** 2).sum() / ((e - e.mean(0)) ** 2).sum() / 32
     assert_close(loss, expected)
     theirs = torch.autograd.grad(expected, weights)
     for a, b in zip(torch.autograd.grad(loss, parameters(sae)), theirs):
@@ -1356,24 +1320,43 @@ def test_an_sae_starts_at_the_mean_of_scaled_activations(tmp_path):
     run = saeft.Run(saeft.parse([*SMALL.split(), "--out", str(tmp_path)]))
     tokens = torch.randint(1000, (8, 64))
     run.lm, run.stream, run.n_mse = saeft.load_lm("tiny"), Stream(tokens), 8
-    sae = SAE(128, 64, 4)
-    run.measure([sae])
+    (sae,), done = run.first_saes(), run.done
     x = run.lm.prefix(tokens, run.config.layer).flatten(0, 1)
     norm = x.norm(dim=1)
-    assert_close(sae.median_norm, norm.median())
-    x = x[norm <= 4 * norm.median()]
-    assert_close(sae.b_dec.data * sae.scale, x.mean(0))
-    assert_close(sae.scale, (x**2).sum(1).mean().sqrt())
+    assert_close(done.limit, 4 * norm.median())
+    x = x[norm <= done.limit]
+    assert_close(done.scale, (x**2).sum(1).mean().sqrt())
+    assert_close(sae.b_dec.data * done.scale, x.mean(0))
     assert_close(sae.W_dec.norm(dim=-1), torch.ones(64))
     assert torch.equal(sae.W_enc, sae.W_dec) and not sae.b_enc.any()
-    assert torch.equal(sae.W_dec, SAE(128, 64, 9, "relu", seed=0).W_dec)  # of the seed alone
-    assert not torch.equal(sae.W_dec, SAE(128, 64, 4, seed=1).W_dec)
+    assert torch.equal(sae.W_dec, ReLU(128, 64, seed=0).W_dec)  # of the seed alone
+    assert not torch.equal(sae.W_dec, TopK(128, 64, k=4, seed=1).W_dec)
+
+
+def test_a_published_relu_sae_gets_the_lambda_at_which_it_rests():
+    """Where scaling all f changes its loss by nothing; above 0, also where f should be smaller."""
+    x, config = 3 * torch.randn(500, 32), Config(start="published")
+    sae = small_sae("relu")
+    sae.l1.zero_()
+    with torch.no_grad():
+        sae.start(x, config)
+        x_hat, f = dense_sae(x.double(), *leaves(sae), kind="relu")
+    size = torch.ones((), dtype=torch.double, requires_grad=True)
+    b_dec, norms = sae.b_dec.double(), sae.W_dec.double().norm(dim=-1)
+    loss = (x - (b_dec + size * (x_hat - b_dec))).pow(2).sum() + sae.l1 * size * (f * norms).sum()
+    (slope,) = torch.autograd.grad(loss, size)
+    assert sae.l1 > 0.01 and abs(slope) < 1e-5 * loss
+    sae.W_dec.data.mul_(100)
+    sae.l1.zero_()
+    with torch.no_grad():
+        sae.start(x, config)
+    assert_close(sae.l1, 1e-4 * x.pow(2).sum(1).mean().sqrt())
 
 
 @pytest.mark.parametrize("kind, size", [("topk", 1e2), ("topk", 1e-2), ("relu", 1e2)])
 def test_update_equals_projection_clipping_adamw_and_unit_norm(kind, size, fast):
     sae = small_sae(kind)
-    theirs, trainee = copy.deepcopy(sae), Trainee(sae, None, "mse")
+    theirs, trainee = copy.deepcopy(sae), Trainee(sae, divergence=None)
     plain = torch.optim.AdamW(theirs.parameters(), weight_decay=0.01, fused=False, foreach=False)
     for step in range(4):
         lr = plain.param_groups[0]["lr"] = 1e-2 / (step + 1)
@@ -1394,18 +1377,10 @@ def test_update_equals_projection_clipping_adamw_and_unit_norm(kind, size, fast)
             assert_close(a, b, 1e-4)
 
 
-def test_project_gradient_leaves_nothing_along_the_decoder():
-    sae, x = small_sae(), torch.randn(64, 32)
-    sae(x)[0].square().mean().backward()
-    assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() > 0.1
-    sae.project_gradient()
-    assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad, fast):
     sae, x = small_sae(), torch.randn(64, 32)
-    trainee = Trainee(sae, None, "mse")
+    trainee = Trainee(sae, divergence=None)
 
     def step(factor):
         (factor * F.mse_loss(sae(x)[0], x)).backward()
@@ -1424,44 +1399,55 @@ KINDS = ["topk", "relu", "batchtopk", "jumprelu"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_sae_works_on_raw_activations_by_saelens_equations(kind, tmp_path):
+def test_a_saved_sae_works_by_saelens_equations_and_load_is_the_inverse(kind, tmp_path):
     sae, x = small_sae(kind), torch.randn(100, 32) * 3
-    sae.save(tmp_path, {"hook_name": "blocks.1.hook_resid_post"})
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    tensors = safetensors.load_file(tmp_path / "sae_weights.safetensors")
+    sae.save(tmp_path / "a", {"hook_name": "blocks.1.hook_resid_post"})
+    cfg = json.loads((tmp_path / "a" / "cfg.json").read_text())
+    tensors = safetensors.load_file(tmp_path / "a" / "sae_weights.safetensors")
     architecture = {"relu": "standard", "batchtopk": "jumprelu"}.get(kind, kind)
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"]) == (architecture, 32, 64)
     assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
     pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
     f = pre.relu() * (pre > tensors.get("threshold", torch.zeros(64)))
     f = largest(pre, cfg["k"]) if kind == "topk" else f
-    x_hat, active = sae(x)
+    x_hat, ours = sae(x)
     assert_close(f @ tensors["W_dec"] + tensors["b_dec"], x_hat)
-    assert_close(sae.encode(x), f)
-    assert 1 < active.counts.sum() / 100 == (f > 0).sum(1).float().mean()
+    assert_close(ours.to_dense(), f)
+    assert 1 < ours.counts().sum() / 100 == (f > 0).sum(1).float().mean()
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_load_is_the_inverse_of_save(kind, tmp_path):
-    sae, x = small_sae(kind), torch.randn(100, 32) * 3
-    sae.save(tmp_path, {})
-    for source in (tmp_path, str(tmp_path)):
+    for source in (tmp_path / "a", str(tmp_path / "a")):
         loaded = SAE.load(source)
-        assert (loaded.kind, loaded.k, loaded.unit_norm) == (
-            kind,
-            sae.k,
-            kind in ("topk", "batchtopk"),
-        )
-        assert loaded.median_norm == sae.median_norm
-        assert_close(loaded(x)[0], sae(x)[0], 2e-6)
-        assert_close(loaded.encode(x), sae.encode(x), 2e-6)
-    loaded.save(tmp_path / "again", {})
-    first, second = (
-        safetensors.load_file(folder / "sae_weights.safetensors")
-        for folder in (tmp_path, tmp_path / "again")
-    )
-    for name in first:
-        assert_close(second[name], first[name], 1e-6)
+        assert type(loaded) is type(sae) and loaded.unit_norm == sae.unit_norm
+        assert all(getattr(loaded, name) == getattr(sae, name) for name in sae.numbers)
+        same = [torch.equal(v, loaded.state_dict()[k]) for k, v in sae.state_dict().items()]
+        assert all(same) and torch.equal(loaded(x)[0], x_hat) and not loaded.training
+    loaded.save(tmp_path / "b", {"hook_name": "blocks.1.hook_resid_post"})
+    assert snapshot(tmp_path / "a").values() == snapshot(tmp_path / "b").values()
+
+
+STRANGE = {  # what a saved BatchTopK has instead, and what the refusal names
+    "nothing for a tensor": (lambda t, cfg: t.pop("threshold"), "threshold"),
+    "a tensor more": (lambda t, cfg: t.update(gate=torch.ones(64)), "gate"),
+    "another shape": (lambda t, cfg: t.update(b_dec=torch.ones(33)), "b_dec"),
+    "one number for all": (lambda t, cfg: t.update(threshold=torch.tensor(1.0)), "threshold"),
+    "no kind of ours": (lambda t, cfg: cfg.update(architecture="gated"), "'gated'"),
+    "K as text": (lambda t, cfg: cfg.update(k="6"), "k = '6'"),
+    "K below 0": (lambda t, cfg: cfg.update(k=-1), "k = -1"),
+}
+
+
+@pytest.mark.parametrize("change, words", STRANGE.values(), ids=STRANGE)
+def test_what_a_class_does_not_have_is_refused_in_one_line(change, words, tmp_path):
+    small_sae("batchtopk").save(tmp_path, {})
+    path, weights = tmp_path / "cfg.json", tmp_path / "sae_weights.safetensors"
+    tensors, cfg = safetensors.load_file(weights), json.loads(path.read_text())
+    change(tensors, cfg)
+    safetensors.save_file(tensors, weights)
+    path.write_text(json.dumps(cfg))
+    with pytest.raises(UserError) as error:
+        SAE.load(tmp_path)
+    message = str(error.value)
+    assert words in message and "\n" not in message and message.startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1472,30 +1458,49 @@ def test_saelens_reads_what_we_save(tmp_path, kind):
     theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
     with torch.no_grad():
         assert_close(theirs(x), sae(x)[0])
-        assert_close(theirs.encode(x), sae.encode(x))
+        assert_close(theirs.encode(x), sae.encode(x).to_dense())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rescaling_leaves_the_function_as_it_is(kind):
-    sae, x = small_sae(kind), torch.randn(100, 32) * 3
-    before = sae(x)[0]
-    sae.rescale(1.0)
-    assert sae.scale == 1
-    assert_close(sae(x)[0], before, 1e-6)
+def test_rescaling_is_a_change_of_units(kind):
+    """x_hat of x times a scale is x_hat times it, and so the loss times its square."""
+    sae, x, weight = small_sae(kind), torch.randn(100, 32) * 3, torch.full((100,), 0.01)
+
+    def loss(x):
+        x_hat, f = sae(x)
+        return x_hat, (x - x_hat).pow(2).sum(-1).mean() + sae.penalty(x, x_hat, f, weight, 1.0)
+
+    x_hat, value = loss(x)
+    sae.rescale(7.0)
+    scaled, larger = loss(7 * x)
+    assert_close(scaled, 7 * x_hat, 1e-6)
+    assert_close(larger, 49 * value, 1e-6)
 
 
 def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
-    sae, x = SAE(32, 64, 6, "batchtopk").train(), torch.randn(200, 32)
-    _, active = sae(x)
-    assert active.counts.sum() == 1200
-    per_token = (sae.encode(x) > 0).sum(1)
+    sae, x = BatchTopK(32, 64, k=6).train(), torch.randn(200, 32)
+    _, f = sae(x)
+    assert saeft.counts(f).sum() == 1200
+    per_token = (f.to_dense() > 0).sum(1)
     assert per_token.max() > 6 > per_token.min()
-    assert sae(x, torch.arange(200) < 50)[1].counts.sum() == 300  # K N of the tokens that count
-    saeft.move_threshold(sae, active, step=0)
-    assert sae.eval()(x)[1].counts.sum() == 1199  # those strictly above the least one kept
+    for target in (6, 4.5):  # K, or the L0 to go back to
+        sae.l0_target = target
+        assert saeft.counts(sae(x)[1]).sum() == 200 * target
+        _, f = sae(x, torch.arange(200) < 50)
+        assert saeft.counts(f).sum() == 50 * target  # of the tokens that count
+    sae.l0_target, least = None, []
+    for step in range(120):
+        f = sae(torch.randn(200, 32))[1]
+        sae.after_step(f, None, step)
+        least.append(f.to_dense()[f.to_dense() > 0].min())
+        if step < 50:  # the mean of the least values kept, each on its own float32
+            assert_close(sae.threshold, torch.stack(least).mean().expand(64), 1e-5)
+    assert_close(sae.threshold, torch.stack(least[-50:]).mean().expand(64), 0.02)
+    sae.threshold.fill_(least[-1])
+    assert saeft.counts(sae.eval()(x)[1]).sum() == pytest.approx(1200, rel=0.1)
 
 
-# ---- KL, and the fine-tune's loss ----------------------------------------------------------------
+# ---- Divergences, and the fine-tune's loss -------------------------------------------------------
 def whole_kl(log_p, log_q, weight):
     return (weight * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)).sum()
 
@@ -1514,29 +1519,39 @@ def resids(n, d_model, dtype=torch.double):
     return p, [(p + size * e).requires_grad_() for size, e in zip((0.3, 0.1), noise)]
 
 
+def cross_entropy(log_p, log_q, next_token):
+    return F.nll_loss(log_q, next_token, reduction="none")
+
+
+DIVERGENCES = {  # ours, and the same of logits [N, V] by the library
+    "kl": (saeft.kl_divergence, lambda p, q, next_token, weight: whole_kl(p, q, weight)),
+    "reverse kl": (
+        lambda p, q, next_token: saeft.kl_divergence(q, p, next_token),
+        lambda p, q, next_token, weight: whole_kl(q, p, weight),
+    ),
+    "ce": (
+        cross_entropy,
+        lambda p, q, next_token, weight: cross_entropy(p, q, next_token) @ weight,
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sliced_kl_of_several_q_equals_whole_logits(lm, dtype, slices_of_7):
+@pytest.mark.parametrize("ours, theirs", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_sliced_losses_of_several_q_equal_whole_logits(lm, ours, theirs, dtype, slices_of_7):
     p, qs = resids(50, 32, dtype)
-    weight = torch.rand(50, dtype=dtype)
+    weight, next_token = torch.rand(50, dtype=dtype), torch.randint(96, (50,))
     weight[3:5] = 0  # tokens that do not count
-    kls = SlicedKL.apply(lm.to(dtype), weight, p, *qs)
-    grads = torch.autograd.grad(3 * kls[0] + kls[1], qs)
+    next_token[[9, 49]] = -100  # ends of sequences
+    sums = SlicedLoss.apply(lm.to(dtype), ours, weight, next_token, p, *qs)
+    grads = torch.autograd.grad(3 * sums[0] + sums[1], qs)
     lm.double()
-    logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
-    expected = [whole_kl(logs[0], log_q, weight.double()) for log_q in logs[1:]]
-    theirs = torch.autograd.grad(3 * expected[0] + expected[1], qs)
+    log_p, *logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
+    expected = [theirs(log_p, log_q, next_token, weight.double()) for log_q in logs]
+    expected_grads = torch.autograd.grad(3 * expected[0] + expected[1], qs)
     tolerance = 5e-5 if dtype == torch.float32 else 1e-12
-    for a, b in zip([*kls, *grads], [*expected, *theirs]):
+    for a, b in zip([*sums, *grads], [*expected, *expected_grads]):
         assert_close(a, b, tolerance)
-
-
-def test_sliced_kl_passes_gradcheck(lm, slices_of_7):
-    p, qs = resids(9, 32)
-    weight = torch.rand(9, dtype=torch.double)
-    lm.double()
-    assert torch.autograd.gradcheck(
-        lambda *qs: SlicedKL.apply(lm, weight, p, *qs), qs, fast_mode=True
-    )
 
 
 class Largest(TorchDispatchMode):
@@ -1557,10 +1572,11 @@ def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
     for p in lm.parameters():
         p.uniform_(-1, 1)
     p, (q, _) = resids(400, 8, torch.float32)
+    next_token = torch.arange(400)
     with Largest() as seen:
-        (kl,) = SlicedKL.apply(lm, torch.ones(400) / 400, p, q)
+        (kl,) = SlicedLoss.apply(lm, saeft.kl_divergence, torch.ones(400) / 400, next_token, p, q)
         kl.backward()
-        saeft.ce_and_kl(lm, [p, q.detach()], torch.arange(400))
+        saeft.ce_and_kl(lm, [p, q.detach()], next_token)
     assert 50304 * 8 < seen.numel <= 2**23 < 400 * 50304 / 2
     for vocabulary in (300, 50304, 256_000):
         W_U = torch.empty(vocabulary, 1)
@@ -1579,23 +1595,8 @@ class Stream:
         return self.tokens[start : start + count]
 
 
-LOOP = Config(
-    layer=1,
-    context=20,
-    tokens=1200,
-    kl_tokens=400,
-    batch=50,
-    kl_batch=3,
-    buffer=10,
-    warmup=4,
-    lr=1e-2,
-    kl_lr=1e-3,
-    dead_after=100,
-    rank=4,
-    d_sae=64,
-    sae="topk",
-    data="x",
-)
+LOOP = Config(layer=1, context=20, tokens=1200, kl_tokens=400, batch=50, kl_batch=3, buffer=10)
+LOOP = replace(LOOP, warmup=4, lr=1e-2, kl_lr=1e-3, dead_after=100, rank=4, d_sae=64, data="x")
 
 
 def nothing(phase, figures):
@@ -1606,15 +1607,12 @@ def dense_splice(lm, sae, weights, tokens, keep, layer=1):
     """x, x_hat [n, D], f [n, F] of the n tokens to keep, and log-probabilities [B, T, V] without and
     with the SAE, in float64."""
     resid = lm.prefix(tokens, layer).double()
-    threshold = torch.nextafter(sae.threshold, sae.threshold + 1).double()
-    how = {"kind": sae.kind, "k": sae.k, "threshold": threshold}
-    if sae.kind == "batchtopk" and not sae.training:
+    how = {"kind": sae.kind, "k": sae.l0_target or sae.k}
+    if sae.kind == "jumprelu" or sae.kind == "batchtopk" and not sae.training:
         how["kind"] = "jumprelu"
-    if sae.kind == "relu":
-        how["threshold"] = 0.0
+        how["threshold"] = torch.nextafter(sae.threshold, sae.threshold + 1).double()
     x = resid[keep]
-    x_hat, f = dense_sae(x / sae.scale.double(), *weights, **how)
-    x_hat = x_hat * sae.scale.double()
+    x_hat, f = dense_sae(x, *weights, **how)
     spliced = resid.clone()
     spliced[keep] = x_hat
     lm = copy.deepcopy(lm).double()
@@ -1633,61 +1631,75 @@ def sinks(lm, tokens, n_skip):
     return limit, keep
 
 
-@pytest.mark.parametrize("loss", ["kl", "kl-only", "mse"])
+@pytest.mark.parametrize("method", ["kl", "kl-only", "mse"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, loss, slices_of_7, monkeypatch):
+def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, method, slices_of_7, monkeypatch):
     """Against autograd in float64 through the whole model, without <bos> and without sinks."""
     limit, keep = sinks(lm, TOKENS, n_skip=1)
     saes = [small_sae(kind).train(), small_sae(kind, k=3).train()]
     saes[1].W_enc.data *= 1.1
+    for sae in saes if kind in ("relu", "batchtopk") else ():
+        sae.l0_target = 2.5
     weights = [leaves(sae) for sae in saes]
-    trainees = [Trainee(sae, lm, loss, l1=0.3, l0_target=1.0) for sae in saes]
+    trainees = [saeft.METHODS[method](lm, sae, LOOP) for sae in saes]
+    assert isinstance(trainees[0], KLOnly) == (method == "kl-only")
     ours, seen = [], []
     monkeypatch.setattr(
         saeft, "update", lambda t, lr: ours.append([p.grad for p in parameters(t.sae)])
     )
     phase = Phase("x", trainees, 1, limit)
     saeft.finetune(phase, lm, Stream(TOKENS), LOOP, lambda phase, figures: seen.extend(figures))
-    for sae, w, t, gradients, row in zip(saes, weights, trainees, ours, seen):
+    for sae, w, gradients, row in zip(saes, weights, ours, seen):
         x, x_hat, f, log_p, log_q = dense_splice(lm, sae, w, TOKENS, keep)
         mse = (x - x_hat).square().mean()
         kl = whole_kl(log_p[keep], log_q[keep], 1 / keep.sum())
-        expected = {"kl": ((mse / kl).detach() * kl + mse) / 2, "kl-only": kl, "mse": mse}[loss]
-        assert row["mse"].item() == pytest.approx(mse.item(), rel=1e-5)
-        assert row["fvu"].item() == pytest.approx(
-            ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5
-        )
-        assert row["l0"].item() == pytest.approx((f > 0).sum(1).double().mean().item())
-        if loss != "mse":
-            assert row["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
-            assert (row["beta"] * row["kl"]).item() == pytest.approx(row["mse"].item(), rel=1e-5)
+        beta = (mse / kl).detach()
+        expected = {"kl": (beta * kl + mse) / 2, "kl-only": kl, "mse": mse}[method]
+        figures = {"mse": mse, "l0": (f > 0).sum(1).double().mean()}
+        figures["fvu"] = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+        if method != "mse":
+            figures.update(kl=kl, beta=beta)
         if kind == "relu":
-            scale = sae.scale.double()
-            if loss == "kl-only":
-                expected = (mse / kl).detach() * kl
-            expected = expected * 32 / scale**2 + 0.3 * (f @ w[2].norm(dim=1)).mean()
-            assert float(t.l1) == pytest.approx(0.3 * 1.001)
-        assert row["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+            # In phase one's units, x / scale, the loss is D / scale^2 times that of x, and lambda
+            # 0.3 weighs f / scale; it is raw here, which is another factor of all alone.
+            expected = expected * (beta if method == "kl-only" else 1) * 32 / SCALE**2
+            expected = expected + 0.3 * (f / SCALE @ w[2].norm(dim=1)).mean()
+            expected = expected / (beta if method == "kl-only" else 1) * SCALE**2 / 32
+            assert float(sae.l1) == pytest.approx(0.3 * SCALE * 1.001)
+        figures["loss"] = expected
+        for name, value in figures.items():
+            assert row[name].item() == pytest.approx(value.item(), rel=1e-4), name
         theirs = torch.autograd.grad(expected, w)
         for a, b in zip(gradients, theirs):
             assert_close(a, b, 1e-4)
 
 
-def test_lambda_follows_the_l0_that_relu_saes_had(lm):
-    for target, factor in [(1.0, 1.001), (60.0, 0.999)]:
-        trainee = Trainee(small_sae("relu"), lm, "mse", l1=0.3, l0_target=target)
-        saeft.finetune(
-            Phase("x", [trainee], 2, torch.tensor(torch.inf)),
-            lm,
-            Stream(TOKENS.repeat(2, 1)),
-            LOOP,
-            nothing,
-        )
-        assert float(trainee.l1) == pytest.approx(0.3 * factor**2)
+def test_lambda_rises_in_phase_one_and_follows_the_l0_in_phase_two():
+    sae, x, weight = small_sae("relu"), torch.randn(50, 32), torch.full((50,), 0.02)
+    x_hat, f = sae(x)
+    half, whole = (sae.penalty(x, x_hat, f, weight, done) for done in (0.025, 0.05))
+    assert_close(half, whole / 2)
+    sae.after_step(f, torch.tensor(9.0), 0)
+    assert float(sae.l1) == pytest.approx(0.3 * SCALE)
+    sae.l0_target = 5.0
+    assert_close(sae.penalty(x, x_hat, f, weight, 0.0), whole)
+    for l0, factor in [(9.0, 1.001), (4.0, 1.001 * 0.999)]:
+        sae.after_step(f, torch.tensor(l0), 0)
+        assert float(sae.l1) == pytest.approx(0.3 * SCALE * factor)
+
+
+def test_splice_changes_the_stream_by_x_hat_minus_x():
+    sae, (resid, x) = small_sae(), 3 * torch.randn(2, 4, 20, 32)
+    keep = torch.rand(4, 20) < 0.7
+    own_x, x_hat, f, spliced = Trainee(sae).splice(None, resid, x, keep, LOOP)
+    assert torch.equal(own_x, x.flatten(0, 1)) and not saeft.counts(f)[:3].any()
+    expected = torch.where(keep[..., None], resid + sae(x.flatten(0, 1))[0].view_as(x) - x, resid)
+    assert_close(spliced, expected, 1e-6)
+    assert torch.equal(spliced[~keep], resid[~keep]) and len(x_hat) == 80
 
 
 # ---- The buffer, the loops, the evaluation -------------------------------------------------------
-def buffer_of(n_sequences, n_skip, **changes):
+def buffer_of(n_sequences, n_skip):
     """A buffer of activations that tell their sequence, position and layer; every 7th is a sink."""
 
     def prefix(tokens, layer):
@@ -1696,7 +1708,7 @@ def buffer_of(n_sequences, n_skip, **changes):
 
     lm = SimpleNamespace(n_skip=n_skip, W_U=torch.zeros(1, 3), prefix=prefix)
     stream = Stream(torch.arange(1000).view(100, 10))
-    config = replace(LOOP, context=10, batch=8, buffer=20, layer=4, **changes)
+    config = replace(LOOP, context=10, batch=8, buffer=20, layer=4)
     return saeft.ActivationBuffer(lm, stream, n_sequences, torch.tensor(1e3), config)
 
 
@@ -1738,10 +1750,15 @@ def a_phase(lm, name, kind, seed=0, steps=6, **changes):
     saes = [small_sae(kind, k).train() for k in (4, 8)]
     limit, _ = sinks(lm, stream.tokens, n_skip=1)
     if name == "MSE":
-        phase = Phase(name, [Trainee(sae, lm, "mse", decay=0.0) for sae in saes], steps, limit)
+        for sae in saes:
+            sae.rescale(1 / SCALE)
+        trainees = [Trainee(sae, lm, divergence=None, decay=0.0) for sae in saes]
+        phase = Phase(name, trainees, steps, limit, SCALE)
         phase.buffer = saeft.ActivationBuffer(lm, stream, 60, limit, config)
         return phase, lambda after: saeft.train_mse(phase, config, after)
-    trainees = [Trainee(sae, lm, name, l1=0.3, l0_target=6.0) for sae in saes]
+    for sae in saes:
+        sae.l0_target = 6.0
+    trainees = [saeft.METHODS[name](lm, sae, config) for sae in saes]
     phase = Phase(name, trainees, steps, limit, first=10)
     return phase, lambda after: saeft.finetune(phase, lm, stream, config, after)
 
@@ -1771,7 +1788,7 @@ def test_a_phase_goes_on_bit_equal_from_its_state(lm, name, kind):
     run(nothing)
     for a, b in zip(whole.trainees, second.trainees):
         assert all(torch.equal(v, b.sae.state_dict()[k]) for k, v in a.sae.state_dict().items())
-        assert torch.equal(a.idle, b.idle) and a.l1 == b.l1
+        assert torch.equal(a.sae.idle, b.sae.idle)
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
@@ -1783,32 +1800,79 @@ def test_mse_phase_learns_and_keeps_out_dead_latents(lm, kind):
         assert sum(fvus[-5:]) < 0.8 * sum(fvus[:5])
     if kind == "topk":  # the latents that never fired are dead after 100 tokens
         for t in phase.trainees:
-            assert {0, 1, 2} <= set(t.dead.tolist()) and (t.idle[:3] == 24 * 50).all()
+            assert {0, 1, 2} <= set(t.sae.dead.tolist()) and (t.sae.idle[:3] == 24 * 50).all()
 
 
-@pytest.mark.parametrize(
-    "kl_tokens, rates", [(400, [1e-3, 8e-4, 6e-4, 4e-4, 2e-4]), (1200, [0.01] * 5)]
-)
+FALLING, WHOLE = [1e-3, 8e-4, 6e-4, 4e-4, 2e-4], [0.01] * 5  # all tokens: phase one's schedule
+
+
+@pytest.mark.parametrize("kl_tokens, rates", [(400, FALLING), (1200, WHOLE)])
 def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(
     kl_tokens, rates, lm, monkeypatch
 ):
     seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
     monkeypatch.setattr(saeft, "update", lambda t, lr: seen.append(lr))
-    config = replace(LOOP, kl_tokens=kl_tokens, kl_batch=4)  # all tokens: phase one's schedule
+    config = replace(LOOP, kl_tokens=kl_tokens, kl_batch=4)
     phase = Phase("kl", [Trainee(small_sae(), lm)], 5, torch.tensor(torch.inf), first=40)
     saeft.finetune(phase, lm, stream, config, nothing)
     assert stream.asked == list(range(40, 60)) and seen == pytest.approx(rates)
 
 
-def test_the_finetune_of_saes_with_unit_norm_is_in_raw_units(monkeypatch):
-    for kind, scale in [("topk", 1.0), ("batchtopk", 1.0), ("relu", small_sae("relu").scale)]:
-        run = SimpleNamespace(lm=None, config=LOOP, methods=saeft.METHODS, published=False)
-        run.n_mse, run.results, run.l1 = 5, {"MSE": [{"l0": 4.5}]}, LOOP.l1
-        sae = small_sae(kind)
-        trainee = saeft.Run.trainee(run, "kl", 0, sae)
-        assert trainee.sae.scale == scale and trainee.sae is not sae and sae.scale != 1
-        x = torch.randn(30, 32)
-        assert_close(trainee.sae(x)[0], sae(x)[0], 2e-6)
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+def test_an_own_loop_on_own_activations_trains_saves_and_loads(kind, tmp_path):
+    """As in a notebook: no language model, no run, default settings."""
+    x, config = torch.randn(2000, 8) @ torch.randn(8, 32) + 5, Config()
+    sae = saeft.KINDS[kind](32, 64, k=4)
+    scale = x.pow(2).sum(-1).mean().sqrt()
+    with torch.no_grad():
+        sae.start(x / scale, config)
+    trainee, fvus = Trainee(sae, divergence=None, decay=0.0), []
+    for step in range(60):
+        batch = x[torch.randint(2000, (200,))] / scale
+        lr = 20 * config.peak_lr * saeft.lr_factor(step, 60, config.warmup, 0.2)
+        fvus.append(saeft.mse_step(trainee, batch, lr, step, 60, config)["fvu"].item())
+    assert sum(fvus[-5:]) < 0.8 * sum(fvus[:5])
+    sae.eval().rescale(scale)
+    sae.save(tmp_path, {})
+    x_hat, f = SAE.load(tmp_path)(x)
+    fvu = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    assert fvu.item() == pytest.approx(fvus[-1], rel=0.1)
+    if kind != "relu":
+        assert saeft.counts(f).sum().item() / 2000 == pytest.approx(4, rel=0.1)
+
+
+def test_the_time_left_is_told_in_time_on_a_clock_with_refills(monkeypatch):
+    """0.1 s for a step, 2 s for a sequence; a line at once, then every 30 s."""
+    clock, told = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(saeft.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(saeft, "progress", lambda text, now: told.append((clock.now, text)))
+    buffer = buffer_of(100, 0)
+    prefix = buffer.lm.prefix
+
+    def slow_prefix(tokens, layer):
+        clock.now += 2.0 * len(tokens)
+        return prefix(tokens, layer)
+
+    def slow_step(*args):
+        clock.now += 0.1
+        return {name: torch.ones(()) for name in ("loss", "fvu", "l0")}
+
+    buffer.lm.prefix = slow_prefix
+    monkeypatch.setattr(saeft, "mse_step", slow_step)
+    done = SimpleNamespace(seconds={}, results={})
+    config = replace(buffer.config, log_every=10**6, checkpoint_minutes=1e6)
+    run = SimpleNamespace(config=config, done=done, told=clock.now, saved=clock.now, signal=None)
+    run.log = lambda phase, figures: None
+    phase = Phase("MSE", [None], 106, torch.tensor(1e3), 1.0, buffer=buffer, began=clock.now)
+    saeft.train_mse(phase, config, functools.partial(saeft.Run.after_step, run))
+    texts = [text for _, text in told]
+    assert "106 steps" in texts[0] and len(texts) >= 5
+    assert any(" s left" in text for text in texts) and any("minutes left" in t for t in texts)
+    for now, text in told[1:-1]:
+        number, unit = re.search(r", ([\d.]+) (s|minutes) left", text).groups()
+        predicted, left = float(number) * (60 if unit == "minutes" else 1), clock.now - now
+        assert predicted < 60 or unit == "minutes"
+        assert left / 1.5 - 1 < predicted < 1.5 * left + 1, text
 
 
 def share_recovered(model, row):
@@ -1821,17 +1885,9 @@ def share_recovered(model, row):
 def test_evaluate_equals_direct_computation(lm):
     tokens, lm = torch.randint(96, (11, 20)), lm.double()
     limit, keep = sinks(lm, tokens, n_skip=1)
-    saes = [
-        small_sae().double(),
-        small_sae("relu").double(),
-        small_sae(k=1).double(),
-        small_sae("batchtopk").double(),
-    ]
-    for sae in saes:
-        sae.median_norm.fill_(limit / 4)
-    model, figures = saeft.evaluate(
-        lm, tokens, [Trainee(sae, lm) for sae in saes], replace(LOOP, sink_norm=4.0)
-    )
+    saes = [small_sae(), small_sae("relu"), small_sae(k=1), small_sae("batchtopk")]
+    trainees = [Trainee(sae.double(), lm) for sae in saes]
+    model, figures = saeft.evaluate(lm, tokens, trainees, limit, LOOP)
     scored = keep[:, :-1]
     targets = tokens[:, 1:][scored]
     zero = [torch.zeros_like(p) for p in leaves(saes[0])]
@@ -1854,7 +1910,7 @@ def test_evaluate_equals_direct_computation(lm):
         assert ours == pytest.approx(expected, rel=1e-6)
         assert ours.get("ce", ce) == pytest.approx(ce, rel=1e-9)
     # Without the limit all but <bos> count.
-    model, _ = saeft.evaluate(lm, tokens, [Trainee(saes[0], lm)], replace(LOOP, sink_norm=0.0))
+    model, _ = saeft.evaluate(lm, tokens, trainees[:1], torch.tensor(torch.inf), LOOP)
     assert model["left_out"] == pytest.approx(1 / 20)
 
 
@@ -1868,59 +1924,51 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     lm = saeft.load_lm(folder)
     generator = torch.Generator().manual_seed(5)
-    sae, batch = small_sae(kind, k=2).train(), 96 // world
+    sae, infinite = small_sae(kind, k=2).train(), torch.tensor(torch.inf)
     if method == "MSE":
-        rows = iter(
-            torch.randn(30, 96, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
-        )
+        sae.rescale(1 / SCALE)
+        rows = torch.randn(30, 96, 32, generator=generator)
+        rows = iter(SCALE * rows @ torch.randn(32, 32, generator=generator))
         buffer = SimpleNamespace(next_batch=lambda n: next(rows)[rank::world], state_dict=dict)
-        config = replace(LOOP, batch=batch, dead_after=200, sae=kind)
-        phase = Phase(
-            "MSE", [Trainee(sae, lm, "mse", decay=0.0)], 30, torch.tensor(torch.inf), buffer=buffer
-        )
+        config = replace(LOOP, batch=96 // world, dead_after=200)
+        trainee = Trainee(sae, lm, divergence=None, decay=0.0)
+        phase = Phase("MSE", [trainee], 30, infinite, SCALE, buffer=buffer)
         saeft.train_mse(phase, config, nothing)
-        assert kind != "topk" or len(phase.trainees[0].dead) > 3, phase.trainees[0].dead
+        assert kind != "topk" or len(sae.dead) > 3, sae.dead
     else:
         tokens = torch.randint(96, (40, 20), generator=generator)
         limit, _ = sinks(lm, tokens, n_skip=1)
-        config = replace(LOOP, kl_batch=4 // world, sae=kind)
-        trainee = Trainee(sae, lm, method, l1=0.1, l0_target=6.0)
-        saeft.finetune(Phase(method, [trainee], 10, limit), lm, Stream(tokens), config, nothing)
+        sae.l0_target = 6.0
+        phase = Phase(method, [saeft.METHODS[method](lm, sae, LOOP)], 10, limit)
+        saeft.finetune(phase, lm, Stream(tokens), replace(LOOP, kl_batch=4 // world), nothing)
     if rank == 0:
         safetensors.save_file(dict(sae.state_dict()), f"{file}.safetensors")
     if world > 1:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method, tolerance", [("MSE", 1e-5), ("kl", 1e-5)])
+@pytest.mark.parametrize("method", ["MSE", "kl"])
 @pytest.mark.parametrize("kind", ["topk", "relu"])
-def test_two_processes_equal_one_with_twice_the_batch(kind, method, tolerance, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(kind, method, tmp_path):
     reference("pythia").save_pretrained(tmp_path / "lm")
     processes = []
     for world in (1, 2):
         for rank in range(world):
-            args = (
-                rank,
-                world,
-                kind,
-                method,
-                str(tmp_path / "lm"),
-                str(tmp_path / f"world{world}"),
-            )
+            args = rank, world, kind, method, str(tmp_path / "lm"), str(tmp_path / f"world{world}")
             processes.append(in_a_process(steps_of_a_process, *args))
     for process in processes:
         process.join(120)
         assert process.exitcode == 0, (process.kill(), process.exitcode)
     one, two = (safetensors.load_file(tmp_path / f"world{world}.safetensors") for world in (1, 2))
-    start = small_sae(kind).state_dict()
+    start = small_sae(kind)
+    start.rescale(1 / SCALE if method == "MSE" else 1.0)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        a, b, moved = (t[name][3:] if name == "b_enc" else t[name] for t in (one, two, start))
-        difference, moved = (
-            ((a - b).abs().max() / b.abs().max()).item(),
-            ((moved - b).abs().max() / b.abs().max()).item(),
+        a, b, moved = (
+            t[name][3:] if name == "b_enc" else t[name] for t in (one, two, start.state_dict())
         )
+        difference, moved = ((x - b).abs().max() / b.abs().max() for x in (a, moved))
         print(f"{kind} {method} {name}: {difference:.1e}, the steps themselves {moved:.1e}")
-        assert difference < tolerance < moved
+        assert difference < 1e-5 < moved
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -1940,16 +1988,28 @@ def test_count_is_exact(unit, size):
     assert model_loaders.count(f"25{unit}") == 25 * size and model_loaders.count("1e6") == 10**6
 
 
-def test_flags_override_presets_override_defaults():
+def config_folder(folder, config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_flags_override_presets_which_follow_what_the_model_is(tmp_path, configs, capsys):
     assert saeft.parse([]).k == [16] and saeft.parse([]).data == "tiny"
-    given = ["--model", "pythia-160m-deduped", "--k", "20", "40", "--tokens", "1e6", "--overwrite"]
+    tiny = model_loaders.load_config("tiny")
+    named = config_folder(tmp_path / "EleutherAI" / "pythia-160m", tiny)
+    assert saeft.parse(["--model", named]) == replace(saeft.parse([]), model=named)
+    pythia = {**configs["pythia"], **PYTHIA_160M}
+    model = config_folder(tmp_path / "tiny", pythia)  # as a name does not tell
+    given = ["--model", model, "--k", "20", "40", "--tokens", "1e6", "--overwrite"]
     config = saeft.parse(given)
     assert (config.layer, config.k, config.tokens, config.overwrite) == (8, [20, 40], 10**6, True)
     assert saeft.parse([*given, "--layer", "3"]).layer == 3
-    assert saeft.parse(["--model", "pythia-160m@step1000"]).layer == 8
-    for model in ("google/gemma-2-2b", "gemma-3-270m", "gemma-3-4b"):
-        assert saeft.parse(["--model", model]).dtype == "bfloat16"
-    assert saeft.parse(["--model", "somebody/else"]) == Config(model="somebody/else")
+    other = config_folder(tmp_path / "other", {**pythia, "num_hidden_layers": 11})
+    assert saeft.parse(["--model", other]) == Config(model=other)
+    for family in ("gemma2", "gemma3"):
+        config = saeft.parse(["--model", config_folder(tmp_path / family, configs[family])])
+        assert (config.dtype, config.kl_batch, config.layer) == ("bfloat16", 2, None)
 
 
 SOURCE = "\n".join(text for text, _ in zip(documents("tiny"), range(50)))
@@ -2080,8 +2140,8 @@ def lm_folder(folder: Path, family: str) -> str:
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(tiny / "tokenizer.json", folder)
     model_loaders.write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
-    documents = [{"text": SOURCE[i : i + 500]} for i in range(0, 100_000, 500)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    texts = [{"text": SOURCE[i : i + 500]} for i in range(0, 100_000, 500)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
     return str(folder)
 
 
@@ -2091,8 +2151,9 @@ def device_run(folder: Path, *flags: str) -> dict:
     sizes += "" if "--start" in flags else " --tokens 6k"
     sizes += " --d-sae 64 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
     argv = [*sizes.split(), "--data", str(folder / "text.jsonl"), "--out", str(folder / "runs")]
-    config = saeft.parse([*argv, *flags])
-    return saeft.Run(config).run()[0]
+    run = saeft.Run(saeft.parse([*argv, *flags]))
+    run.run()
+    return report_of(run.folder.path)
 
 
 @pytest.mark.parametrize(
@@ -2108,9 +2169,7 @@ def test_whole_run_on_cuda(cuda, tmp_path, kind, family, dtype):
     model = lm_folder(tmp_path / "lm", family)
     flags = "--model", model, "--sae", kind, "--k", "4", "--dtype", dtype
     report = device_run(tmp_path / "lm", *flags, "--method", "kl", "mse")
-    on_cpu = device_run(
-        tmp_path / "lm", *flags, "--method", "kl", "mse", "--device", "cpu", "--name", "cpu"
-    )
+    on_cpu = device_run(tmp_path / "lm", *flags, *"--method kl mse --device cpu --name cpu".split())
     exact = 1e-3 if dtype == "float32" else 3e-2
     for name in ("ce_original", "ce_mse", "ce_final", "fvu_final"):
         assert report[name] == pytest.approx(on_cpu[name], rel=exact), name
@@ -2119,9 +2178,8 @@ def test_whole_run_on_cuda(cuda, tmp_path, kind, family, dtype):
 def test_fine_tune_from_a_loaded_sae_on_cuda(cuda, tmp_path):
     model = lm_folder(tmp_path / "lm", "gpt_neox")
     flags = "--model", model, "--k", "4"
-    before = device_run(
-        tmp_path / "lm", *flags, "--name", "before", "--method", "mse", "--kl-lr", "0"
-    )
+    own = "--name before --method mse --kl-lr 0".split()
+    before = device_run(tmp_path / "lm", *flags, *own)
     start = str(tmp_path / "lm" / "runs" / "before")
     loaded = device_run(tmp_path / "lm", *flags, "--name", "after", "--start", start)
     assert loaded["ce_mse"] == pytest.approx(before["ce_final"], rel=1e-4)
@@ -2136,11 +2194,11 @@ def model_on_cuda(family="gpt_neox"):
     return lm.to("cuda:0").eval().requires_grad_(False)
 
 
-def count_step(cuda, kind="topk", loss="mse", family="gpt_neox", n_steps=3) -> tuple[list, Counter]:
+def count_step(cuda, kind="topk", name="MSE", family="gpt_neox", n_steps=3) -> tuple[list, Counter]:
     """What made the host wait, and operators, in the last of `n_steps` steps of a phase."""
     lm = model_on_cuda(family)
-    sae = SAE(32, 64, 4, kind).to("cuda:0")
-    t = Trainee(sae.train(), lm, loss)
+    sae = saeft.KINDS[kind](32, 64, k=4).to("cuda:0")
+    t = Trainee(sae.train(), lm)
     config = Config(layer=1, batch=64, kl_batch=2, context=16, lr=1e-3, kl_lr=1e-3)
     x, tokens = torch.randn(64, 32).to("cuda:0"), torch.randint(4096, (2, 16))
     no_limit = torch.full((), torch.inf, device="cuda:0")
@@ -2152,7 +2210,7 @@ def count_step(cuda, kind="topk", loss="mse", family="gpt_neox", n_steps=3) -> t
             cuda.waits.clear()
             cuda.kernels.clear()
 
-    if loss == "mse":
+    if name == "MSE":
         saeft.train_mse(phase, config, after_step)
     else:
         stream = SimpleNamespace(train=lambda start, n: tokens)
@@ -2170,7 +2228,7 @@ def test_host_waits_for_the_tokens_alone(cuda, kind, family):
 
 def test_steps_take_few_kernels(cuda):
     _, sae_step = count_step(cuda)
-    _, kl_step = count_step(cuda, loss="kl")
+    _, kl_step = count_step(cuda, name="kl")
     print(f"SAE step {sae_step.total()}, KL step of 3 blocks {kl_step.total()} operators")
     assert sae_step.total() <= 120, sae_step
     assert kl_step.total() <= 300, kl_step
@@ -2182,13 +2240,13 @@ def test_a_missing_device_is_found(cuda, monkeypatch):
         saeft.Rope, "tables", lambda self, resid: tables(self, torch.zeros(resid.shape))
     )
     with pytest.raises(RuntimeError, match="cuda:0"):
-        count_step(cuda, loss="kl")
+        count_step(cuda, name="kl")
 
 
 def test_a_counter_left_on_the_cpu_is_found(cuda, monkeypatch):
     def left_on_the_cpu(t):
         prepare(t)
-        t.idle = torch.zeros(64, dtype=torch.long)
+        t.sae.idle = torch.zeros(64, dtype=torch.long)
 
     prepare = Trainee.__post_init__
     monkeypatch.setattr(Trainee, "__post_init__", left_on_the_cpu)
@@ -2234,21 +2292,14 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
     shape = {"model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304}
     shape.update(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
     shape.update(intermediate_size=9216, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
-    config = Config(layer=12, kl_batch=2, context=1024, kl_lr=1e-4)
-    monkeypatch.setattr(
-        saeft, "slices", lambda n, W_U: [slice(i, i + 512) for i in range(0, n, 512)]
-    )
+    config = Config(layer=12, kl_batch=2, dtype="bfloat16")
+    slices = [slice(i, i + 512) for i in range(0, 2048, 512)]
+    monkeypatch.setattr(saeft, "slices", lambda n, W_U: slices)
     monkeypatch.setattr(saeft, "FAST", False)  # the device's path
     lm = saeft.build_lm(shape)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
-        weights = {
-            name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in lm.named_parameters()
-        }
-        lm.load_state_dict(weights, assign=True)
-        lm.requires_grad_(False)
-        sae = SAE(2304, 2**14, 80)
-        sae.bfloat16 = True
-        t = Trainee(sae.train(), lm)
+        lm.to_empty(device="cpu").bfloat16().requires_grad_(False)
+        t = Trainee(TopK(2304, 2**14, k=80).train(), lm)
         stream = SimpleNamespace(train=lambda start, n: torch.zeros(2, 1024, dtype=torch.long))
         phase = Phase("kl", [t], 2, torch.tensor(torch.inf))
         saeft.finetune(phase, lm, stream, config, lambda *_: None)
@@ -2266,18 +2317,20 @@ def test_compiled_parts_give_the_same(monkeypatch, tmp_path):
         p.copy_(torch.randn(p.shape) / p.shape[-1] ** 0.5)
     resid, weight = torch.randn(2, 16, 32), torch.full((32,), 1 / 32)
 
-    def values():
+    p, next_token = lm.suffix(resid.roll(1), 0).flatten(0, 1), torch.arange(32)
+
+    def values(divergence):
         x = resid.clone().requires_grad_()
-        lasts = (lm.suffix(y, 0).flatten(0, 1) for y in (resid.roll(1), x))
-        kl = saeft.SlicedKL.apply(lm, weight, *lasts)
+        q = lm.suffix(x, 0).flatten(0, 1)
+        kl = SlicedLoss.apply(lm, divergence, weight, next_token, p, q)
         return kl.detach(), *torch.autograd.grad(kl.sum(), x)
 
-    plain = values()
+    plain = values(saeft.kl_divergence)
     compile_ = torch.compile  # the blocks without generating code: that takes a minute
     monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="aot_eager"))
-    lm.compile_parts()
-    lm.kl_and_gradient = compile_(saeft.kl_and_gradient)
-    torch.testing.assert_close(values(), plain)
+    for block in lm.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(values(compile_(saeft.kl_divergence)), plain)
 
 
 # ---- Safetensors, SAE files --------------------------------------------------------------------

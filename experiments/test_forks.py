@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_experiments import no_home  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
