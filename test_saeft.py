@@ -339,7 +339,7 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
     line = f"--model {model} --layer 2 --data tiny --sae mine --method mine --place mine --name x"
     assert command(line, tmp_path) == 0
     report, sae = report_of(tmp_path / "x"), SAE.load(tmp_path / "x")
-    assert report["ce_final"] < report["ce_mse"] < report["ce_zero"]
+    assert report["kl_final"] < report["kl_mse"] and report["ce_mse"] < report["ce_zero"]
     assert type(sae) is fork and sae.gate not in (0, 1)
     cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
     assert cfg["metadata"]["hook_name"] == "blocks.2.hook_mine"
@@ -1337,6 +1337,7 @@ def test_a_published_relu_sae_gets_the_lambda_at_which_it_rests():
     """Where scaling all f changes its loss by nothing; above 0, also where f should be smaller."""
     x, config = 3 * torch.randn(500, 32), Config(start="published")
     sae = small_sae("relu")
+    sae.W_dec.data.mul_(0.1)
     sae.l1.zero_()
     with torch.no_grad():
         sae.start(x, config)
@@ -1346,7 +1347,7 @@ def test_a_published_relu_sae_gets_the_lambda_at_which_it_rests():
     loss = (x - (b_dec + size * (x_hat - b_dec))).pow(2).sum() + sae.l1 * size * (f * norms).sum()
     (slope,) = torch.autograd.grad(loss, size)
     assert sae.l1 > 0.01 and abs(slope) < 1e-5 * loss
-    sae.W_dec.data.mul_(100)
+    sae.W_dec.data.mul_(1000)
     sae.l1.zero_()
     with torch.no_grad():
         sae.start(x, config)
@@ -1417,12 +1418,13 @@ def test_a_saved_sae_works_by_saelens_equations_and_load_is_the_inverse(kind, tm
 
     for source in (tmp_path / "a", str(tmp_path / "a")):
         loaded = SAE.load(source)
-        assert type(loaded) is type(sae) and loaded.unit_norm == sae.unit_norm
+        assert type(loaded) is type(sae) and loaded.unit_norm == (kind in ("topk", "batchtopk"))
         assert all(getattr(loaded, name) == getattr(sae, name) for name in sae.numbers)
         same = [torch.equal(v, loaded.state_dict()[k]) for k, v in sae.state_dict().items()]
         assert all(same) and torch.equal(loaded(x)[0], x_hat) and not loaded.training
     loaded.save(tmp_path / "b", {"hook_name": "blocks.1.hook_resid_post"})
-    assert snapshot(tmp_path / "a").values() == snapshot(tmp_path / "b").values()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 STRANGE = {  # what a saved BatchTopK has instead, and what the refusal names
@@ -1489,6 +1491,9 @@ def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
         _, f = sae(x, torch.arange(200) < 50)
         assert saeft.counts(f).sum() == 50 * target  # of the tokens that count
     sae.l0_target, least = None, []
+    sae.after_step(sae(x)[1], None, step=0)
+    assert saeft.counts(sae.eval()(x)[1]).sum() == 1199  # those strictly above the least one kept
+    sae.train()
     for step in range(120):
         f = sae(torch.randn(200, 32))[1]
         sae.after_step(f, None, step)
@@ -1496,8 +1501,6 @@ def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
         if step < 50:  # the mean of the least values kept, each on its own float32
             assert_close(sae.threshold, torch.stack(least).mean().expand(64), 1e-5)
     assert_close(sae.threshold, torch.stack(least[-50:]).mean().expand(64), 0.02)
-    sae.threshold.fill_(least[-1])
-    assert saeft.counts(sae.eval()(x)[1]).sum() == pytest.approx(1200, rel=0.1)
 
 
 # ---- Divergences, and the fine-tune's loss -------------------------------------------------------
@@ -2049,6 +2052,9 @@ class OnCuda(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __format__(self, spec):
+        return format(self.cpu(), spec)
+
     def __reduce_ex__(self, protocol):  # torch.save, in checkpoints
         return self.cpu().__reduce_ex__(protocol)
 
@@ -2298,7 +2304,9 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
     monkeypatch.setattr(saeft, "FAST", False)  # the device's path
     lm = saeft.build_lm(shape)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
-        lm.to_empty(device="cpu").bfloat16().requires_grad_(False)
+        empty = functools.partial(torch.empty, dtype=torch.bfloat16)
+        lm.load_state_dict({k: empty(p.shape) for k, p in lm.named_parameters()}, assign=True)
+        lm.requires_grad_(False)
         t = Trainee(TopK(2304, 2**14, k=80).train(), lm)
         stream = SimpleNamespace(train=lambda start, n: torch.zeros(2, 1024, dtype=torch.long))
         phase = Phase("kl", [t], 2, torch.tensor(torch.inf))
