@@ -21,11 +21,11 @@ import threading
 import time
 import unicodedata
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field, fields
 from functools import cache, partial
-from itertools import chain, groupby, islice, takewhile
+from itertools import chain, compress, groupby, islice, takewhile
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -59,8 +59,7 @@ def user_errors(what: str):
     except ImportError as error:
         raise UserError(f"{what}: pip install {error.name}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
-        why = str(error) if isinstance(error, UnicodeError) else repr(error)
-        why = re.sub(r"(\\n|\\t|\s)+", " ", why)
+        why = re.sub(r"(\\n|\\t|\s)+", " ", f"{type(error).__name__}: {error}")
         raise UserError(f"{what} ({why:.300})") from error
 
 
@@ -109,11 +108,10 @@ def check_ranges(settings):
     """UserError where a number is out of its field's range, or a text is empty."""
     for f in fields(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
+        name = "--" + f.name.replace("_", "-")
         for one in value if isinstance(value, list) else [value]:
             fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
-            refuse(
-                not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low:g} to {high:g}"
-            )
+            refuse(not fits, f"{name} {one!r} is not from {low:g} to {high:g}")
 
 
 _last_line = time.monotonic()  # when the reader last heard something
@@ -158,8 +156,6 @@ MODELS |= {name: f"google/{name}" for name in ("gemma-2-2b", "gemma-2-9b", "gemm
 MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b", "12b", "27b")}
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
-# What a config.json calls the weights' quantisation: transformers, compressed-tensors, MLX.
-QUANTISED = ["quantization_config", "compression_config", "quantization"]
 BLOCK = 1 << 22  # bytes, or numbers, at a time
 commits = {}  # (repository, revision) -> commit: all files that a process reads are of one
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
@@ -176,34 +172,17 @@ def hub_errors(repo: str, filename: str = "such file"):
         if isinstance(error, FileNotFoundError):
             error = error.__cause__ or error  # "not in the cache either": the cause says why
         status = getattr(getattr(error, "response", None), "status_code", None)
-        gated = isinstance(error, hub.GatedRepoError)
-        if isinstance(error, (hub.RepositoryNotFoundError, hub.HFValidationError)) and not gated:
-            advice = "try pythia-160m or tiny (private: set HF_TOKEN)"
-            message = f"no folder and no Hub repository {repo!r}: {advice}"
-        elif status in (401, 403):
+        if status in (401, 403):  # also where there is no such repository
             terms = f"accept its licence at https://huggingface.co/{repo}, set HF_TOKEN"
-            message = f"no access to {repo} ({status}): {terms}"
-        elif isinstance(error, (hub.EntryNotFoundError, FileNotFoundError)) or status == 404:
+            message = f"no access to {repo} ({status}): check the name; {terms}"
+        elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
+            names = "a folder, pythia-160m, tiny or owner/name@revision on the Hub"
             read = "models are read from safetensors files only, SAEs from SAELens's layout"
-            message = f"{repo} has no {filename}: check the name and revision ({read})"
+            message = f"{repo!r} has no {filename}: give {names} ({read})"
         else:
             advice = "try again, or a folder, --model tiny, --data tiny"
             message = f"cannot fetch {repo} (error: {status or repr(error)[:300]}): {advice}"
         raise UserError(message) from error
-
-
-def in_background(call, *args) -> Future:
-    """A call in a thread that does not keep the process alive."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:  # tiktoken's panics are no Exception
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def long_name(name: str, short_names: dict) -> str:
@@ -240,19 +219,18 @@ def fetch(name: str, filename: str) -> Path:
 
 
 def model_key(name: str) -> str:
-    """The identity of a model and its weights: on the Hub the commit, of a folder the names, sizes
-    and times of its files. Raises UserError."""
-    config, place = fetch(name, "config.json"), long_name(name, MODELS)
-    repo, _, revision = place.partition("@")
+    """The identity of a model and its weights: its commit on the Hub, or `files_key`."""
+    folder = fetch(name, "config.json").parent
+    repo, _, revision = long_name(name, MODELS).partition("@")
     if (repo, revision) in commits:
         return f"{repo}@{commits[repo, revision]}"
-    files = [*config.parent.glob("*.json"), *config.parent.glob("*.safetensors")]
-    return _key([_file_key(path, path.name) for path in sorted(files)])
+    return files_key([*folder.glob("*.json"), *folder.glob("*.safetensors")], folder)
 
 
-def _file_key(path, name: str) -> list:
-    seen = os.stat(path)
-    return [name, seen.st_size, seen.st_mtime_ns]
+def files_key(paths: list, top) -> str:
+    """The identity of files as they are now: their names below `top`, sizes and times."""
+    seen = [(os.path.relpath(path, top), os.stat(path)) for path in sorted(map(str, paths))]
+    return _key([(name, about.st_size, about.st_mtime_ns) for name, about in seen])
 
 
 def _key(content) -> str:
@@ -268,44 +246,30 @@ def load_config(name: str) -> dict:
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A language model's tensors by name; of a model that also sees, named as where it does not.
     Raises UserError, also where they are quantised or not finite."""
-    _refuse_quantised(name)
     weights = {}
-    for key, tensor in _all_weights(name, device, dtype).items():
-        if not re.search(IGNORED, key):
-            numbers = f"{name}: {key} is of {tensor.dtype}: {UNQUANTISED}"
-            refuse(not tensor.is_floating_point(), numbers)
-            what = f"{name}: {key} is not finite in {dtype}"
-            refuse(not tensor.isfinite().all(), f"{what}: a damaged file, or too large")
-            key = key.replace("language_model.model.", "model.").replace("language_model.", "")
-            weights[key] = tensor
+    for file in _weight_files(name):
+        for key, tensor in read_safetensors(fetch(name, file), device, dtype).items():
+            if not re.search(IGNORED, key):
+                numbers = f"{name}: {key} is of {tensor.dtype}: {UNQUANTISED}"
+                refuse(not tensor.is_floating_point(), numbers)
+                what = f"{name}: {key} is not finite in {dtype}"
+                refuse(not tensor.isfinite().all(), f"{what}: a damaged file, or too large")
+                key = key.replace("language_model.model.", "model.").replace("language_model.", "")
+                weights[key] = tensor
     return weights
 
 
-def _refuse_quantised(name: str):
-    """UserError where a config.json says that the weights beside it are quantised."""
-    config = {}
-    with suppress(UserError):  # one that cannot be read is told by who needs it
-        config = load_config(name)
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    for how in (part[key] for part in parts for key in QUANTISED if part.get(key)):
-        kind = how.get("quant_method", how) if isinstance(how, dict) else how
-        raise UserError(f"{name}: its config.json says {kind!r:.60}: {UNQUANTISED}")
-
-
-def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Of the shards that an index lists, or of model.safetensors."""
+def _weight_files(name: str) -> list[str]:
+    """The shards that an index lists, or model.safetensors."""
     try:
         index = fetch(name, "model.safetensors.index.json")
-    except UserError:  # none, or out of reach: then the next line says why
-        return read_safetensors(fetch(name, "model.safetensors"), device, dtype)
-    where, weights = read_json(index).get("weight_map"), {}
+    except UserError:  # none, or out of reach: then fetching the other says why
+        return ["model.safetensors"]
     with user_errors(f"cannot read {index}"):
-        files = sorted({*where.values()})
+        files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
             raise ValueError("weight_map must name plain *.safetensors files")
-    for file in files:
-        weights.update(read_safetensors(fetch(name, file), device, dtype))
-    return weights
+    return files
 
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
@@ -461,7 +425,8 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     cfg = read_json(fetch(name, os.path.join(inside, SAE_FILES[0])))
     metadata = _dict(cfg, "metadata")
     cfg["metadata"] = {**metadata, "saeft": _dict(metadata, "saeft")}
-    says = {**_dict(_origin(cfg), "model_from_pretrained_kwargs"), **metadata, **cfg}
+    origin = {**cfg, **metadata}
+    says = {**_dict(origin, "model_from_pretrained_kwargs"), **metadata, **cfg}
     for key, accepted in SAE_SETTINGS.items():
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
@@ -483,20 +448,15 @@ def _dict(parent: dict, key: str) -> dict:
     return parent[key] if isinstance(parent.get(key), dict) else {}
 
 
-def _origin(cfg: dict) -> dict:
-    """What a cfg.json says of an SAE's origin; before SAELens 6 it stands among the rest."""
-    return {**cfg, **_dict(cfg, "metadata")}
-
-
 # What an SAE reads, as SAELens (TransformerLens) says it; a block's own name, as in transformers
 # and sparsify, for its output; in dictionary_learning's words.
-HOOK = re.compile(r"blocks\.([0-9]+)\.(\w[\w.]*)")
-BLOCK_OUTPUT = re.compile(r"(?:[a-z_]\w*\.)*(?:layers|h|blocks)\.([0-9]+)(?:\.output)?")
-WORDS = re.compile(
-    r"(?:(resid_post|resid_out|resid_pre|mlp_out|attn_out|attention_out)_)?layer_?([0-9]+)"
-)
-SAME_PLACE = {"resid_out": "resid_post", "out": "resid_post", "attention_out": "attn_out"}
-SAME_PLACE["in"] = "resid_pre"
+HOOKS = [
+    r"blocks\.(?P<block>[0-9]+)\.(?P<place>\w[\w.]*)",
+    r"(?:[a-z_]\w*\.)*(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
+    r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
+]
+SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_post")
+SAME_PLACE.update({"in": "resid_pre", "attention_out": "attn_out"})
 
 
 def read_hook(name: str) -> tuple[int, str]:
@@ -504,14 +464,9 @@ def read_hook(name: str) -> tuple[int, str]:
     (3, "resid_post"), and so are blocks.4.hook_resid_pre and gpt_neox.layers.3;
     blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, and for what is not
     understood."""
-    if found := BLOCK_OUTPUT.fullmatch(str(name)):
-        return int(found[1]), "resid_post"
-    if found := WORDS.fullmatch(str(name)):
-        place, block = found[1] or "resid_post", int(found[2])
-    elif found := HOOK.fullmatch(str(name)):
-        block, place = int(found[1]), found[2].removeprefix("hook_")
-    else:
-        raise UserError(f"it reads {name!r:.80}, which is no hook that is known")
+    found = next(filter(None, (re.fullmatch(hook, str(name)) for hook in HOOKS)), None)
+    refuse(not found, f"it reads {name!r:.80}, which is no hook that is known")
+    block, place = int(found["block"]), (found["place"] or ".output").removeprefix("hook_")
     place = SAME_PLACE.get(place, place)
     if place == "resid_pre":  # the output of the block before
         refuse(block == 0, f"it reads {name}, the embedding: no block's output")
@@ -524,43 +479,40 @@ def hook_name(layer: int, place: str) -> str:
     return f"blocks.{layer}.{place if 'hook_' in place else 'hook_' + place}"
 
 
-# What of an SAE's metadata matters, and its type.
-ORIGIN = {"model_name": str, "dataset_path": str, "context_size": int, "prepend_bos": bool}
-ORIGIN.update(first_sequence=int)
+# What of an SAE's metadata matters: the setting that it tells, and its type.
+ORIGIN = {
+    "model_name": ("model", str),
+    "dataset_path": ("data", str),
+    "context_size": ("context", int),
+    "prepend_bos": ("bos", bool),
+    "first_sequence": ("tokens", int),
+}
 
 
 def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
     model, data, bos, context, tokens (those of its data that it has seen), k, d_sae. UserError
     for a hook that is not understood, and for values of other types."""
-    origin, told = _origin(cfg), {"d_sae": cfg["d_sae"]}
-    for key, kind in ORIGIN.items():
-        value = origin.get(key)
+    origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
+    for key, (name, kind) in ORIGIN.items():  # before SAELens 6 they stand among the rest
+        value = told[name] = origin.get(key)
         natural = type(value) is kind and (kind is not int or value >= 0)
         refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
     hook = origin.get("hook_name") or origin.get("hook_point")  # the second before SAELens 3
     if hook is not None:
         told["layer"], told["place"] = read_hook(hook)
-    told["model"] = _told_model(origin)
-    told["data"] = origin.get("dataset_path")
-    told["bos"] = {True: "yes", False: "no"}.get(origin.get("prepend_bos"))
-    told["context"] = origin.get("context_size")
-    if told["context"] and origin.get("first_sequence") is not None:
-        told["tokens"] = origin["first_sequence"] * told["context"]
-    k = cfg.get("k") or _dict(_dict(cfg, "metadata"), "saeft").get("k")
-    if k is not None:
-        refuse(type(k) not in (int, float) or k <= 0, f"the SAE's cfg.json has k = {k!r:.60}")
-        told["k"] = [k]
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def _told_model(origin: dict) -> str | None:
-    """The model's name with its revision; None where it is a checkpoint that has no name."""
     how = _dict(origin, "model_from_pretrained_kwargs")
-    if any(how.get(key) is not None for key in ("checkpoint_index", "checkpoint_value")):
-        return None
-    name, revision = origin.get("model_name"), how.get("revision")
-    return f"{name}@{revision}" if name and revision else name
+    if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
+        told["model"] = None
+    if told["model"] and how.get("revision"):
+        told["model"] += f"@{how['revision']}"
+    told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
+    if told["tokens"] is not None:
+        told["tokens"] *= told["context"] or 0
+    k = cfg.get("k") or cfg["metadata"]["saeft"].get("k")
+    refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
+    told["k"] = [k] if k else None
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
@@ -689,21 +641,9 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
     return units | chars
 
 
-def _gemma_split(tokens: list[str]) -> str:
-    """Pieces for speed: words with the spaces before them, together with the next word where they
-    end in a character that some token has before a space."""
-    before = {*re.findall("([^ ▁])▁", " ".join(tokens))}
-    chars = "".join(f"\\x{{{ord(char):x}}}" for char in before)
-    return (f" *(?:[^ ]*[{chars}] +)+[^ ]*|" if before else "") + " *[^ ]+| +"
-
-
-def _any_of(texts: list[str]) -> re.Pattern:
-    """The longest of the texts. In groups, or each "<" were tried against 6,000 of Gemma's."""
-    groups = groupby(sorted(texts, reverse=True), lambda text: re.escape(text[:8]))
-    options = [
-        start + "(?:" + "|".join(re.escape(t[8:]) for t in rest) + ")" for start, rest in groups
-    ]
-    return re.compile(f"({'|'.join(options) or '(?!)'})")
+def _any_of(texts) -> re.Pattern:
+    """The longest of the texts, in a group."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, reverse=True))) or '(?!)'})")
 
 
 class Tokenizer:
@@ -712,17 +652,15 @@ class Tokenizer:
     n_vocab: largest id + 1. eos_id: the token between documents, by default <|endoftext|>, <eos>
     or </s>. bos_id: None without a <bos>. An exception for files that are not read exactly."""
 
-    def __init__(self, spec: dict, eos: str | int | None = None):
+    def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
         _check_settings(spec, GEMMA if gemma else NEOX)
         ids = _all_ids(spec)
-        text = json.dumps(spec, ensure_ascii=False)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.n_vocab, self.bos_id = len(ids), ids.get("<bos>")
+        self.fingerprint, self.n_vocab, self.bos_id = _key(spec), len(ids), ids.get("<bos>")
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
-        known = [ids.get(name, name) for name in names if ids.get(name, name) in range(len(ids))]
+        known = [ids[name] for name in names if name in ids]
         if not known:
-            raise ValueError(f"it has no end of text, {' or '.join(map(str, names))}")
+            raise ValueError(f"it has no end of text, {' or '.join(names)}")
         self.eos_id = known[0]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
@@ -732,7 +670,7 @@ class Tokenizer:
         if not gemma and not GPT2_BYTES.keys() >= letters:
             raise ValueError("merges of a character that stands for no byte")
         if gemma:
-            units, split = _gemma_units(vocab), _gemma_split(made)
+            units, split = _gemma_units(vocab), "(?s).+"
             to_bytes, self._normalize = _gemma_bytes, partial(re.sub, "▁", " ")
         else:
             units = {byte: [vocab[char]] for char, byte in GPT2_BYTES.items() if char in vocab}
@@ -749,13 +687,11 @@ class Tokenizer:
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
-        self._cut, self._cut_late, self._added = _any_of(raw), _any_of([*late]), ids | late
+        self._cut, self._cut_late, self._added = _any_of(raw), _any_of(late), ids | late
 
     def vocabulary(self) -> str:
         """A short name for the bytes of all tokens, in the order of their ids."""
-        return hashlib.sha256(b"\n".join(self._bytes[i] for i in range(self.n_vocab))).hexdigest()[
-            :16
-        ]
+        return _key([self._bytes[i].hex() for i in range(self.n_vocab)])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
@@ -784,13 +720,10 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes its
     <bos> away, "yes" lets the end of text serve where there is none. Raises UserError."""
     path, eos = fetch(str(name), "tokenizer.json"), None
-    for filename, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        with suppress(UserError):  # there is no such file
-            said = read_json(fetch(str(name), filename)).get(key)
-            said = said.get("content") if isinstance(said, dict) else said
-            eos = eos if said is None else said
+    with suppress(UserError):  # there is no such file
+        eos = read_json(fetch(str(name), "tokenizer_config.json")).get("eos_token")
     with user_errors(f"cannot read {path}"):
-        tokenizer = Tokenizer(read_json(path), eos[0] if isinstance(eos, list) else eos)
+        tokenizer = Tokenizer(read_json(path), eos["content"] if isinstance(eos, dict) else eos)
     if bos == "yes" and tokenizer.bos_id is None:
         tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
     if bos == "no":
@@ -804,15 +737,14 @@ DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short 
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
 DATASETS["tiny"] = str(TINY / "text.jsonl.gz")
-HUB_FOLDERS = {"allenai/c4": "en", "monology/pile-uncopyrighted": "train"}  # listing all is slow
-NEOX_VOCABULARY = "679f9540fafc6dda"  # Tokenizer.vocabulary() of GPT-NeoX's and Pythia's
+HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
+NEOX_VOCABULARY = "e56ffe519fcf54d3"  # Tokenizer.vocabulary() of GPT-NeoX's and Pythia's
 IDS = re.compile(r"\.bin$", re.I)
-TEXT = re.compile(r"\.(txt|py|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
+TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
-LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a piece; in a document of a .txt without marks
+LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a piece of a document; in a document of a .txt
 BATCH = 64  # pieces tokenised at a time
-RULES = 2  # the version of what makes ids of a source: splits, documents, pieces
-OTHER_IDS = "give --data that is tokenised for the model, or text"
+RULES = 3  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
@@ -837,70 +769,46 @@ def _place(data: str) -> str:
 
 def source_files(data: str) -> list[tuple[str, int]]:
     """(path, bytes) of the files that a source is read from, all of text or all of ids; a line
-    says which those are. Text on a disk is mixed by a fixed seed, other files are in order."""
+    says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
+
+    They are the split `train` where there is one; else all that are of no held-out split; else
+    all. A split is a whole word in the name of a folder or a file."""
     place = data if data.startswith("hf://") else _place(data)
     found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
-    ids = [name for name in found if IDS.search(name)]
-    texts = [name for name in found if TEXT.search(name)]
-    both = f"{data!r} has ids ({ids[:1]}) and text ({texts[:1]}): name one"
-    refuse(bool(ids and texts), both)
-    names = _training_split(data, ids or texts)
-    if not names:
-        forms = f".txt, .jsonl, .py, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
-        raise UserError(f"no text in {data!r}: give one of {forms}")
-    if texts and not place.startswith("hf://"):
-        random.Random(0).shuffle(names)
-    return [found[name] for name in names]
-
-
-def _training_split(data: str, names: list[str]) -> list[str]:
-    """The files of the split `train`, if some are; else those that are of no held-out split; else
-    all. A split is a whole word in the name of a folder or a file; what code is called means
-    nothing (train.py, test_x.py)."""
-    parts = {name: name.split("/") for name in names}
-    for name in names:
-        if re.search(r"\.py(\.|$)", name, re.I):
-            parts[name].pop()
-    words = {name: {*re.split(r"[\W_]+", " ".join(parts[name]).lower())} for name in names}
+    names = [name for name in found if TEXT.search(name) or IDS.search(name)]
+    forms = f".txt, .jsonl, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
+    refuse(not names, f"no text in {data!r}: give one of {forms}")
+    of_ids = [name for name in names if IDS.search(name)]
+    refuse(len(of_ids) not in (0, len(names)), f"{data!r} has text and ids, {of_ids[:1]}: name one")
+    words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    left_out = sorted({*names} - {*taken})
     if len(names) > 1:
-        rest = f"; left out {_listed(left_out)}" if left_out else ""
-        say_once(f"{data}: reading {_listed(sorted(taken))}{rest}")
-    return taken
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"
+        shown = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
+        say_once(f"{data}: reading {len(taken)} of {len(names)} files: {shown}")
+    if not of_ids and not place.startswith("hf://"):
+        random.Random(0).shuffle(taken)
+    return [found[name] for name in taken]
 
 
 def _hub_files(place: str) -> dict[str, tuple[str, int]]:
-    """{name in the repository: (path, bytes)} of a Hub dataset's files; code only loads it."""
+    """{name in the repository: (path, bytes)} of a Hub dataset's files."""
     repo = place.removeprefix("hf://")
-    folder = HUB_FOLDERS.get(repo.removeprefix("datasets/").partition("@")[0], "")
+    folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
     with hub_errors(repo):
-        found = hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True)
-        sizes = {path: found[path]["size"] for path in sorted(found) if not path.endswith(".py")}
-    return {path.split("/", 3)[-1]: (f"hf://{path}", sizes[path]) for path in sizes}
+        found = sorted(hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True).items())
+        return {path.split("/", 3)[-1]: (f"hf://{path}", about["size"]) for path, about in found}
 
 
 def _local_files(root: str) -> dict[str, tuple[str, int]]:
-    """{name in the folder: (path, bytes)} of its regular files, or of the one file; links are
-    followed, each folder read once, what is hidden left out."""
+    """{name in the folder: (path, bytes)} of its regular files, or of the one file; what is hidden
+    and folders that are links are left out."""
     if os.path.isfile(root):
         return {os.path.basename(root): (root, os.path.getsize(root))}
-    paths, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True) if os.path.isdir(root) else ():
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        paths += [Path(folder, name) for name in sorted(names) if name[0] != "."]
-    paths = [path for path in paths if path.is_file()]
-    return {path.relative_to(root).as_posix(): (str(path), path.stat().st_size) for path in paths}
+    below = sorted(Path(root).rglob("*")) if os.path.isdir(root) else []
+    files = {path.relative_to(root).as_posix(): path for path in below if path.is_file()}
+    shown = [name for name in files if not re.search(r"(^|/)\.", name)]
+    return {name: (str(files[name]), files[name].stat().st_size) for name in shown}
 
 
 @contextmanager
@@ -918,7 +826,7 @@ def opened(path: str):
 
 
 def documents(data: str):
-    """Yields the documents of a file or folder of .txt, .py, .jsonl (.gz, .zst), or a Hub dataset,
+    """Yields the documents of a file or folder of .txt, .jsonl (.gz, .zst), or a Hub dataset,
     always in the same order, in pieces of at most LONGEST characters. Raises UserError."""
     return (piece for piece, _ in pieces(data))
 
@@ -926,27 +834,17 @@ def documents(data: str):
 def pieces(data: str):
     """Yields (piece, whether its document is held out) of `documents`: the side is decided by the
     document, so that all its pieces are on one side."""
-    held = False
     for path, _ in source_files(data):
         with opened(path) as file:
             blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
-            texts = map(_no_utf_16, codecs.iterdecode(blocks, "utf-8-sig"))
-            kind = TEXT.search(path)[1].lower()
-            plain = kind in ("txt", "py")
-            found = _plain_texts(texts, kind == "py") if plain else _json_texts(texts, path)
-            for text, begins in found:
-                held = held_out(text) if begins else held
+            texts = codecs.iterdecode(blocks, "utf-8-sig")
+            plain = TEXT.search(path)[1].lower() == "txt"
+            for text in _plain_texts(texts) if plain else _json_texts(texts, path):
+                held = held_out(text)
                 for start in range(0, len(text), LONGEST):
                     piece = text[start : start + LONGEST]
                     if piece.strip():
                         yield piece, held
-
-
-def _no_utf_16(text: str) -> str:
-    """The text; ValueError where it is UTF-16 or 32, which as UTF-8 is half NUL characters."""
-    if abs(text[::2].count("\0") - text[1::2].count("\0")) > len(text) / 8:
-        raise ValueError("every other character is NUL, as in UTF-16: convert it to UTF-8")
-    return text
 
 
 def _unpacked(file, path: str):
@@ -969,7 +867,7 @@ def _unpacked(file, path: str):
 
 
 def _json_texts(blocks, path: str):
-    """Yields (the "text" of a line's JSON object, True)."""
+    """Yields the "text" of each line's JSON object."""
     number, rest = 0, ""
     for block in chain(blocks, ["\n"]):
         *lines, rest = (rest + block).split("\n")
@@ -978,190 +876,220 @@ def _json_texts(blocks, path: str):
             if line.strip():
                 with user_errors(f'{path}, line {number}: no JSON object with a string as "text"'):
                     text = json.loads(line)["text"] + ""
-                yield text, True
+                yield text
 
 
-def _plain_texts(blocks, marked: bool):
-    """Yields (text, whether a document begins with it). A document ends at a line `<|endoftext|>`;
-    in a text without such lines, not `marked`, after PIECE characters. Long ones come in parts that
-    end with a line, if they can. Lines may end as on any system."""
-    newlines, rest, begins = io.IncrementalNewlineDecoder(None, translate=True), "", True
+def _plain_texts(blocks):
+    """Yields a text in documents of at most PIECE characters, which end with a line if they can."""
+    rest = ""
     for block in blocks:
-        *whole, rest = (rest + newlines.decode(block)).split("<|endoftext|>\n")
-        for text in whole:
-            yield text, begins
-            begins = marked = True
-        start, longest = 0, LONGEST if marked else PIECE
-        while start + longest < len(rest):
-            end = rest.rfind("\n", start, start + longest) + 1 or start + longest
-            yield rest[start:end], begins
-            start, begins = end, not marked
+        rest, start = rest + block, 0
+        while start + PIECE < len(rest):
+            end = rest.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+            yield rest[start:end]
+            start = end
         rest = rest[start:]
-    yield rest + newlines.decode("", final=True), begins
+    yield rest
 
 
-class Source:
-    """Where documents or ids come from, as it is now. `place`: a path, or a Hub dataset at one
-    commit; `key`: what tells this version from others: names, sizes and times of files, or the
-    commit; `folder`: of all its versions, in the cache. Offline a dataset is what it was last."""
-
-    def __init__(self, data: str, root: str | None):
-        self.data, self.place = data, _place(data)
-        if not root:
-            root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            lost = "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder"
-            refuse(root.startswith("~"), lost)
-            root = os.path.join(root, "saeft")
-        self.folder = Path(root, re.sub(r"\W+", "-", self.place)[-60:])
-        if self.place.startswith("hf://"):
-            self.key = self._commit()
-            self.place = f"{self.place.partition('@')[0]}@{self.key}"
-        else:
-            files = [path for path, _ in source_files(self.place)]
-            top = self.place if os.path.isdir(self.place) else os.path.dirname(self.place)
-            self.key = [_file_key(path, os.path.relpath(path, top or ".")) for path in files]
-
-    def _commit(self) -> str:
-        """The dataset's present commit, written down for when the Hub is out of reach."""
-        repo, _, revision = self.place.removeprefix("hf://datasets/").partition("@")
-        record = self.folder / "commit"
-        try:
-            with hub_errors(f"datasets/{repo}"):
-                about = hf.HfApi().dataset_info(repo, revision=revision or None, timeout=10)
-        except UserError:
-            with suppress(OSError):
-                return record.read_text()
-            raise
+def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
+    """(place, version, folder) of a source as it is now: a path, or a Hub dataset at one commit;
+    that commit, or `files_key`; where the cache has all versions. Offline a dataset is what it was
+    last."""
+    place = _place(data)
+    if not root:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
+        root = os.path.join(root, "saeft")
+    folder = Path(root, re.sub(r"\W+", "-", place)[-60:])
+    if not place.startswith("hf://"):
+        top = place if os.path.isdir(place) else os.path.dirname(place)
+        return place, files_key([path for path, _ in source_files(place)], top or "."), folder
+    repo, _, revision = place.removeprefix("hf://datasets/").partition("@")
+    try:
+        with hub_errors(f"datasets/{repo}"):
+            commit = hf.HfApi().dataset_info(repo, revision=revision or None, timeout=10).sha
         with suppress(UserError):  # a cache that cannot be written is told where it matters
-            write_text(record, about.sha)
-        return about.sha
+            write_text(folder / "commit", commit)
+    except UserError:
+        if not (folder / "commit").is_file():
+            raise
+        commit = (folder / "commit").read_text()
+    return f"hf://datasets/{repo}@{commit}", commit, folder
 
 
-class TokenCache:
-    """The ids of a source under a tokenizer, on disk: for each side a file, and how far they are
-    in meta.json. `grow` adds until each side has what is needed; Ctrl-C leaves no trace."""
+class TokenStream:
+    """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
+    `data`: for `documents`, or .bin files of ids: little-endian uint16, or uint32 where the
+    tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
+    `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
+    embedding; a document with an id beyond them is left out. `report` gets a line every second
+    while a caller waits. UserError for an unknown, short or failing source.
 
-    def __init__(self, source: Source, tokenizer, n_rows: int | None):
-        self.source, self.tokenizer = source, tokenizer
-        self.n_ids = min(tokenizer.n_vocab, n_rows or tokenizer.n_vocab)  # those that may occur
+    In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
+    many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
+
+    def __init__(
+        self, data, tokenizer, context, train, val,
+        cache=None, allow_short=False, report=progress, n_rows=None,
+    ):  # fmt: skip
+        self.data, self.tokenizer, self.context = data, tokenizer, context
+        self.allow_short, self.report = allow_short, report
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        self.n_ids = min(tokenizer.n_vocab, n_rows or tokenizer.n_vocab)  # those that may occur
         beyond = f"the end of text, {eos}, or <bos>, {bos}, has no row in the embedding: {n_rows}"
         refuse(max(eos, bos or 0) >= self.n_ids, beyond)
-        ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
-        self.key = _key([source.key, ids, BATCH, RULES])
-        self.folder = source.folder / self.key
-        self.files = [self.folder / "train.bin", self.folder / "val.bin"]
+        self.stride = context - (bos is not None)  # ids of the stream in a sequence
+        self.asked = [train, val]  # tokens
+        self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-        self.need = [0, 0]  # tokens of each side
-        self.stopped = self.locked_out = False
+        self.place, version, folder = source_now(data, cache)
+        ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
+        self.key = _key([version, ids, BATCH, RULES])
+        self.folder = folder / self.key
+        self.files = [self.folder / "train.bin", self.folder / "val.bin"]
+        self.stopped = False
+        self.failure = None  # what ended the thread
         self.load_meta()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        if allow_short:
+            self._wait(TRAIN, math.inf)
+        self.n_train = self.need[TRAIN] // self.stride
+
+    def close(self):
+        """Stop the thread; what it has written is there for the next run."""
+        self.stopped = True
+        self.thread.join(5)
+
+    def validation(self) -> torch.Tensor:
+        """All validation sequences, int64 [n, context], of documents never trained on; waits."""
+        return self.train(0, self.need[VAL] // self.stride, VAL)
+
+    def train(self, start: int, count: int, side: int = TRAIN) -> torch.Tensor:
+        """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
+        self._wait(side, (start + count) * self.stride)
+        offset = start * self.stride * self.dtype.itemsize
+        with user_errors(f"cannot read {self.files[side]}, start again"):
+            ids = np.fromfile(self.files[side], self.dtype, count * self.stride, offset=offset)
+            ids = torch.from_numpy(ids.astype(np.int64)).view(count, self.stride)
+        with_bos = (self.context - self.stride, 0)
+        return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
+
+    def _wait(self, side: int, enough: float):
+        """Until a side has `enough` tokens, or the thread has ended: UserError where the source was
+        too short, unless less is allowed, and whatever else has ended it."""
+        waits = 0
+        while self.tokens[side] < enough and self.thread.is_alive():
+            self.thread.join(0.1)  # in short steps: Ctrl-C gets through
+            waits += 1
+            if waits % 10 == 0:
+                have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
+                done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
+                self.report(f"tokenising into {self.folder}: {done}")
+        if self.thread.is_alive():
+            return
+        if self.failure:
+            raise self.failure
+        for side, kind, flag in (
+            (TRAIN, "training", "--tokens"),
+            (VAL, "validation", "--eval-tokens"),
+        ):
+            have = self.tokens[side] // self.stride * self.stride
+            if self.allow_short and have:
+                self.need[side] = min(self.need[side], have)
+            advice = f"lower {flag}" if have else "give more text"
+            short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
+            refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
 
     def load_meta(self):
-        """Each side's tokens on disk, how much of the source they took, documents left out; zeros
-        where there is no cache yet, or a damaged one."""
-        self.tokens, self.passed, self.left_out = [0, 0], [0, 0], 0
+        """Each side's tokens on disk, and how much of the source they took; zeros where there is no
+        cache yet, or a damaged one."""
+        self.tokens, self.passed = [0, 0], [0, 0]
         with suppress(Exception):
-            counts = json.loads((self.folder / "meta.json").read_bytes())
+            tokens, passed = json.loads((self.folder / "meta.json").read_bytes())
             held = [path.stat().st_size // self.dtype.itemsize for path in self.files]
-            natural = [type(n) for n in counts] == [int] * 5 and min(counts) >= 0
-            if natural and counts[TRAIN] <= held[TRAIN] and counts[VAL] <= held[VAL]:
-                self.tokens, self.passed, self.left_out = counts[:2], counts[2:4], counts[4]
+            if all(n in range(most + 1) for n, most in zip(tokens, held, strict=True)):
+                self.tokens, self.passed = tokens, passed
 
     def lacks(self, *sides: int) -> bool:
         return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
 
-    def grow(self):
-        """Until no side lacks tokens, or the source has ended."""
+    def _run(self):
+        """The thread."""
         try:
             if self.lacks(TRAIN, VAL):
-                self._tell_others()
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.locked_out = True
-                with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
-                    self.locked_out = False
-                    self.load_meta()
-                    self._read_source()
+                self._grow()
         except OSError as error:
-            raise UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME") from error
-        if self.left_out:
-            rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
-            say_once(f"{self.source.data}: left out {self.left_out:,} documents that hold {rows}")
+            self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
+        except BaseException as error:  # tiktoken's panics are no Exception
+            self.failure = error
 
-    def _tell_others(self):
-        others = [path for path in self.source.folder.glob("*/*.bin")]
-        if others and not self.folder.exists():
-            size = sum(path.stat().st_size for path in others) / 1e6
-            where = f"tokens of other versions and tokenizers, {size:,.1f} MB: {self.source.folder}"
-            say_once(f"{self.source.data}: {where}")
-
-    def _read_source(self):
-        files = source_files(self.source.place)
-        if IDS.search(files[0][0]):
-            self._copy_ids(files)
-        else:
-            self._tokenise()
+    def _grow(self):
+        """Until no side lacks tokens, or the source has ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
+            self.load_meta()
+            files = source_files(self.place)
+            if IDS.search(files[0][0]):
+                self._copy_ids(files)
+            else:
+                self._tokenise()
 
     def _tokenise(self):
         """Both sides grow by the same pieces; `passed` counts batches of them."""
-        source, threads = pieces(self.source.place), (os.cpu_count() or 1) // 2 or 1
+        source, threads = pieces(self.place), (os.cpu_count() or 1) // 2 or 1
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
-                texts = [text for text, _ in batch]
-                ids = self.tokenizer.encode_batch(texts, threads)
+                ids = self.tokenizer.encode_batch([text for text, _ in batch], threads)
+                fit = [some.max(initial=0) < self.n_ids for some in ids]
+                if not all(fit):
+                    rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
+                    say_once(f"{self.data}: leaving out documents that hold {rows}")
                 for side in (TRAIN, VAL):
                     if number > self.passed[side]:
-                        own = [some for some, (_, held) in zip(ids, batch) if held == side]
-                        self._append_documents(side, own, number)
+                        kept = [f and held == side for f, (_, held) in zip(fit, batch)]
+                        own = [
+                            np.append(some, self.tokenizer.eos_id) for some in compress(ids, kept)
+                        ]
+                        self._append(side, np.concatenate([np.zeros(0, self.dtype), *own]), number)
             if not self.lacks(TRAIN, VAL):
                 break
 
-    def _append_documents(self, side: int, documents: list[np.ndarray], passed: int):
-        """Those whose ids all have a row, each with the end of text."""
-        kept = [own for own in documents if own.max(initial=0) < self.n_ids]
-        self.left_out += len(documents) - len(kept)
-        ends = [[self.tokenizer.eos_id]] * len(kept)
-        self._append(side, np.concatenate([[], *chain(*zip(kept, ends))]), passed)
-
     def _copy_ids(self, files: list[tuple[str, int]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut
-        there. Training: all before it. `passed` counts bytes."""
-        *before, (last, end) = files
+        there. Training: all before it. `passed` counts ids."""
+        *before, (last, end) = [(path, size // self.dtype.itemsize) for path, size in files]
         begin = 0
         if not before:
-            size = end * 19 // 20 // 8 * 8
-            stored = self._stored_as(last, end)
-            near = _ids_at(last, size, min(BLOCK, end - size), stored)
-            ends = np.flatnonzero(near == self.tokenizer.eos_id)
-            begin = size + (ends[0] + 1 if len(ends) else 0) * stored.itemsize
-            before = [(last, size)]
+            begin = end * 19 // 20
+            before = [(last, begin)]
+            ends = self._ids_at(last, begin, min(BLOCK, end - begin)) == self.tokenizer.eos_id
+            begin += ends.argmax() + 1 if ends.any() else 0
         self._copy(VAL, [(last, begin, end)])
         self._copy(TRAIN, [(path, 0, size) for path, size in before])
 
     def _copy(self, side: int, spans: list[tuple[str, int, int]]):
-        """The ids of spans (path, first byte, end), from where an earlier run has stopped."""
+        """The ids of spans (path, begin, end), from where an earlier run has stopped."""
         skip = self.passed[side]
         for path, begin, end in spans:
             at = min(begin + skip, end)
             skip -= at - begin
-            stored = self._stored_as(path, end) if at < end and self.lacks(side) else None
             while at < end and self.lacks(side):
-                missing = (self.need[side] - self.tokens[side]) * stored.itemsize
-                ids = _ids_at(path, at, min(missing, BLOCK, end - at), stored)
-                at += ids.nbytes
-                largest = ids.max(initial=0)
-                refuse(largest >= self.n_ids, f"{path} holds id {largest:,}: {OTHER_IDS}")
-                self._append(side, ids, self.passed[side] + ids.nbytes)
+                missing = self.need[side] - self.tokens[side]
+                ids = self._ids_at(path, at, min(missing, BLOCK, end - at))
+                at += len(ids)
+                self._append(side, ids, self.passed[side] + len(ids))
 
-    def _stored_as(self, path: str, size: int) -> np.dtype:
-        """The widest integers as which the first ids of a file are the tokenizer's."""
-        first = _ids_at(path, 0, min(size, 4096) // 8 * 8, np.dtype("u1"))
-        for stored in map(np.dtype, ("<i8", "<u4", "<u2")):
-            ids = first.view(stored)
-            low, high = ids.min(initial=0), ids.max(initial=0)
-            if size % stored.itemsize == 0 and low >= 0 and high < self.tokenizer.n_vocab:
-                return stored
-        raise UserError(f"{path} is not of ids under {self.tokenizer.n_vocab:,}: {OTHER_IDS}")
+    def _ids_at(self, path: str, start: int, count: int) -> np.ndarray:
+        with opened(path) as file:
+            file.seek(start * self.dtype.itemsize)
+            ids = np.frombuffer(file.read(count * self.dtype.itemsize), self.dtype)
+        largest, kind = ids.max(initial=0), self.dtype.name
+        advice = f"give {kind} ids of this tokenizer, under {self.n_ids:,}, or text"
+        refuse(largest >= self.n_ids, f"{path}: as {kind} it holds {largest:,}: {advice}")
+        return ids
 
     def _append(self, side: int, ids: np.ndarray, passed: int):
         """Ids to a side's file, then meta.json. <bos> that stands in a text is dropped, but not
@@ -1176,105 +1104,26 @@ class TokenCache:
             file.write(ids.astype(self.dtype).tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)
-        meta = [*self.tokens, *self.passed, self.left_out]
-        write_text(self.folder / "meta.json", json.dumps(meta))
-
-
-def _ids_at(path: str, start: int, n_bytes: int, stored: np.dtype) -> np.ndarray:
-    with opened(path) as file:
-        file.seek(start)
-        return np.frombuffer(file.read(n_bytes), stored)
-
-
-class TokenStream:
-    """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
-    `data`: for `documents`, or ids: Pythia's training data, or .bin files of 2, 4 or 8 bytes each.
-    Documents, end-of-text after each, are cut into sequences of `context` ids, the first being bos
-    if there is one. train, val: tokens. n_rows: of the embedding; a document with an id beyond them
-    is left out. `report` gets a line every second while a caller waits. `key`: what the ids depend
-    on. UserError for an unknown, short or failing source."""
-
-    def __init__(
-        self, data, tokenizer, context, train, val,
-        cache=None, allow_short=False, report=progress, n_rows=None,
-    ):  # fmt: skip
-        self.data, self.tokenizer, self.context = data, tokenizer, context
-        self.stride = context - (tokenizer.bos_id is not None)  # ids of the stream in a sequence
-        self.asked, self.allow_short = (train, val), allow_short  # tokens
-        self.report = report
-        self.cache = TokenCache(Source(data, cache), tokenizer, n_rows)
-        self.key, self.folder, self.files = self.cache.key, self.cache.folder, self.cache.files
-        self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
-        self.cache.need = self.need
-        self.thread = in_background(self.cache.grow)
-        if allow_short:
-            self._wait(TRAIN, math.inf)
-        self.n_train = self.need[TRAIN] // self.stride
-
-    def close(self):
-        """Stop the thread; what it has written is there for the next run."""
-        self.cache.stopped = True
-        wait([self.thread], 5)
-
-    def validation(self) -> torch.Tensor:
-        """All validation sequences, int64 [n, context], of documents never trained on; waits."""
-        return self.train(0, self.need[VAL] // self.stride, VAL)
-
-    def train(self, start: int, count: int, side: int = TRAIN) -> torch.Tensor:
-        """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
-        self._wait(side, (start + count) * self.stride)
-        dtype = self.cache.dtype
-        offset = start * self.stride * dtype.itemsize
-        with user_errors(f"cannot read {self.files[side]}, start again"):
-            ids = np.fromfile(self.files[side], dtype, count * self.stride, offset=offset)
-            ids = torch.from_numpy(ids.astype(np.int64)).view(count, self.stride)
-        with_bos = (self.context - self.stride, 0)
-        return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
-
-    def _wait(self, side: int, enough: float):
-        """Until a side has `enough` tokens, or the thread has ended; raises what ended it."""
-        waits = 0
-        while self.cache.tokens[side] < enough and not self.thread.done():
-            wait([self.thread], 0.1)  # in short steps: Ctrl-C gets through
-            waits += 1
-            if waits % 10 == 0:
-                self.report(self._waiting_for())
-        if self.thread.done():
-            self.thread.result()
-            self._settle(TRAIN, "training", "--tokens")
-            self._settle(VAL, "validation", "--eval-tokens")
-
-    def _waiting_for(self) -> str:
-        if self.cache.locked_out:
-            return f"waiting for another process that tokenises into {self.folder}"
-        have, need = sum(map(min, self.cache.tokens, self.need)), sum(self.need)
-        return f"tokenising: {have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
-
-    def _settle(self, side: int, kind: str, flag: str):
-        """The source has ended, or the budget: make do with less where that is allowed."""
-        tokens = self.cache.tokens[side]
-        have = tokens // self.stride * self.stride
-        if self.allow_short and have:
-            self.need[side] = min(self.need[side], have)
-        advice = f"lower {flag}" if have else "give more text"
-        short = f"{tokens:,} {kind} tokens, {self.asked[side]:,} were asked for"
-        refuse(self.cache.lacks(side), f"{self.data} has {short}: {advice}")
+        write_text(self.folder / "meta.json", json.dumps([self.tokens, self.passed]))
 
 
 # ---- A run's folder ---------------------------------------------------------------------------
 
 MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
-IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
-IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
+WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
+WRITTEN += ["metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
 
 
 def run_path(settings: dict) -> Path:
     """The folder of a run under --out. UserError where it lies elsewhere, or around the SAE that
     the run starts from."""
-    name, start = settings["name"], settings["start"]
+    name, start, model = settings["name"], settings["start"], settings["model"]
     if name is None:
+        folder = Path(model).expanduser()
+        called = folder.resolve().name if folder.is_dir() else model.split("/", 1)[-1]
+        called = re.sub(r"[^\w.-]", "-", called)
         kind = f"{settings['sae']}-k{'-'.join(map(str, settings['k']))}-seed{settings['seed']}"
-        name = f"{_plain_name(settings['model'])}-layer{settings['layer']}-{kind}"
+        name = f"{called}-layer{settings['layer']}-{kind}"
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
     path = Path(settings["out"]).expanduser() / name
     source = Path(start or os.sep).expanduser().resolve()
@@ -1283,23 +1132,13 @@ def run_path(settings: dict) -> Path:
     return path
 
 
-def _plain_name(model: str) -> str:
-    """What runs of a model are called: owner/name@refs/pr/3 is name-refs-pr-3."""
-    name, at, revision = model.partition("@")
-    if os.path.isdir(os.path.expanduser(model)):
-        name, at, revision = os.path.realpath(os.path.expanduser(model)), "", ""
-    return re.sub(r"[^\w.-]", "-", Path(name).name + at + revision)
-
-
 class RunFolder:
     """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
     checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, SAEs in `parts`.
-    An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it. Of several
-    processes the one of rank 0 writes; others write checkpoints alone."""
+    Of several processes the one of rank 0 writes; others write checkpoints alone."""
 
     def __init__(self, path: Path, parts: list[str], rank: int = 0):
-        self.path, self.parts, self.rank = path, parts, rank
-        self.begun, self.waiting, self.lock = rank > 0, [], ExitStack()
+        self.path, self.parts, self.rank, self.lock = path, parts, rank, ExitStack()
 
     def take(self, resume: bool, overwrite: bool):
         """Make it, for this process alone. UserError where something else is in it."""
@@ -1308,82 +1147,70 @@ class RunFolder:
         path = self.path
         with user_errors(f"cannot write {path}: choose another --out or --name"):
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / MARK).exists() and any(path.iterdir()):
-                raise UserError(f"{path} is not empty and no run's folder: choose another --name")
+            foreign = not (path / MARK).exists() and any(path.iterdir())
+            refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
+            unfinished = (path / "checkpoint.pt").exists()
+            advice = f"{path} holds an unfinished run: pass --resume, or --overwrite"
+            refuse(unfinished and not (overwrite or resume), advice)
+            kept = any(path.glob("**/report.json")) and not (overwrite or resume and unfinished)
+            refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
             try:
                 self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
             except TimeoutError:
                 raise UserError(f"{path} is in use by a run that is going on") from None
-        unfinished = (path / "checkpoint.pt").exists()
-        if unfinished and not (overwrite or resume):
-            self.lock.close()
-            raise UserError(f"{path} holds an unfinished run: pass --resume, or --overwrite")
-        if not overwrite and any(path.glob("**/report.json")) and not (resume and unfinished):
-            self.lock.close()
-            raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
 
     def clear(self):
         """Remove what a run writes, and nothing else."""
         saes = [self.path, *self.path.glob("k[0-9]*")]
-        parts = [sae / part for sae in saes for part in self.parts]
-        for folder in parts + saes[::-1]:
-            for name in IN_SAE if folder in parts else IN_RUN:
-                for file in folder.glob(name):
-                    file.unlink()
+        for folder in [sae / part for sae in saes for part in self.parts] + saes[::-1]:
+            for file in chain(*map(folder.glob, WRITTEN)):
+                file.unlink()
             if folder != self.path and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def begin(self, settings: dict):
-        """There is something to keep: an earlier run's files give way to it."""
-        if not self.begun:
+        """All is loaded: an earlier run's files give way to this one's."""
+        if self.rank == 0:
             with user_errors(f"cannot write {self.path}"):
                 self.clear()
-            write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
-            self.begun = True
+                write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
             self.log([])
 
     def log(self, lines: list[str]):
         """Add lines to metrics.jsonl."""
-        if self.rank > 0:
-            return
-        self.waiting += lines
-        if self.begun:
+        if self.rank == 0:
             path = self.path / "metrics.jsonl"
             with user_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in self.waiting)
-            self.waiting.clear()
+                file.writelines(line + "\n" for line in lines)
 
     def save_state(self, state: dict, tag: str = ""):
         """A checkpoint. Of several processes each writes its own, under a tag; the first one's,
         which says which of the others' are valid, comes last."""
         _wait_for_all_processes()  # the first one may be removing an earlier run's
-        if self.rank > 0:
-            self._write(f"checkpoint{self.rank}{tag}.pt", state)
-        _wait_for_all_processes()
+        name = f"checkpoint{self.rank}{tag}.pt"
         if self.rank == 0:
             logged = (self.path / "metrics.jsonl").stat().st_size
-            self._write("checkpoint.pt", {**state, "tag": tag, "logged": logged})
+            name, state = "checkpoint.pt", {**state, "tag": tag, "logged": logged}
+            _wait_for_all_processes()
+        with replacing(self.path / name) as file:
+            torch.save(state, file)
+        if self.rank > 0:
+            _wait_for_all_processes()
         _wait_for_all_processes()
         for file in self.path.glob(f"checkpoint{self.rank}-*.pt"):
             if tag not in file.name:
                 file.unlink(missing_ok=True)
 
-    def _write(self, name: str, state: dict):
-        with replacing(self.path / name) as file:
-            torch.save(state, file)
-
     def load_state(self, device) -> dict | None:
         """The last checkpoint, if there is one."""
-        if not (self.path / "checkpoint.pt").exists():
-            return None
-        saved = self._read("checkpoint.pt", device)
-        if 0 < self.rank < saved["world"]:
-            saved = self._read(f"checkpoint{self.rank}{saved['tag']}.pt", device)
+        name, saved = "checkpoint.pt", None
+        with user_errors(f"cannot read a checkpoint in {self.path}: --overwrite starts anew"):
+            if (self.path / name).exists():
+                saved = torch.load(self.path / name, map_location=device, weights_only=True)
+            if saved and 0 < self.rank < saved["world"]:
+                name = f"checkpoint{self.rank}{saved['tag']}.pt"
+                saved = torch.load(self.path / name, map_location=device, weights_only=True)
         return saved
-
-    def _read(self, name: str, device) -> dict:
-        with user_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
-            return torch.load(self.path / name, map_location=device, weights_only=True)
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
@@ -1401,7 +1228,6 @@ class RunFolder:
         if self.rank == 0:
             with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
                 os.truncate(self.path / "metrics.jsonl", saved["logged"])
-        self.begun = True
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""

@@ -38,7 +38,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -2347,12 +2346,8 @@ def test_compiled_parts_give_the_same(monkeypatch, tmp_path):
 def child(code, *args, **env):
     """What a fresh Python printed as JSON, and nothing else; the code finds the loaders as L."""
     start = f"import json, os, sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    command = [
-        sys.executable,
-        "-c",
-        f"{start}import model_loaders as L, torch\n{code}",
-        *map(str, args),
-    ]
+    code = f"{start}import model_loaders as L, torch\n{code}"
+    command = [sys.executable, "-c", code, *map(str, args)]
     out = subprocess.run(command, env={**os.environ, **env}, capture_output=True, timeout=120)
     assert out.returncode == 0 and not out.stderr, out.stderr
     return json.loads(out.stdout)
@@ -2419,11 +2414,7 @@ HOSTILE = [
     ("a hole", "'b' cannot be", raw(one(b=one(offsets=[12, 20])["a"]), 20)),
     ("a hole before", "'a' cannot be", raw(one(offsets=[4, 12]), 12)),
     ("more than there is", "data of", raw(one(shape=[2**50], offsets=[0, 2**52]))),
-    (
-        "an LFS pointer",
-        "git lfs pull",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
-    ),
+    ("an LFS pointer", "git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid 4d"),
 ]
 
 
@@ -2434,25 +2425,24 @@ def test_hostile_safetensors_are_refused(tmp_path, word, content):
     path = tmp_path / "bad"
     path.write_bytes(content)
     fails(["cannot read", str(path), word], model_loaders.read_safetensors, path)
+    path.write_bytes(raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16))  # a sound one
+    assert model_loaders.read_safetensors(path).keys() == {"a", "b"}
 
 
-def test_sound_safetensors_of_the_same_kind_are_read(tmp_path):
-    (tmp_path / "a").write_bytes(raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16))
-    assert model_loaders.read_safetensors(tmp_path / "a").keys() == {"a", "b"}
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_only_regular_files_are_opened(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, load",
+    [
+        ("config.json", model_loaders.load_config),
+        ("model.safetensors", lambda folder: model_loaders.load_weights(folder, "cpu", None)),
+        ("tokenizer.json", model_loaders.load_tokenizer),
+    ],
+)
+def test_only_regular_files_are_opened(tmp_path, name, load):
     os.mkfifo(tmp_path / name)
-    load = {
-        "config.json": model_loaders.load_config,
-        "model.safetensors": lambda folder: model_loaders.load_weights(folder, "cpu", None),
-        "tokenizer.json": model_loaders.load_tokenizer,
-    }
-    fails([name, "not a regular file"], load[name], str(tmp_path))
+    fails([name, "not a regular file"], load, str(tmp_path))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    fails([name, "not a regular file"], load[name], str(tmp_path))
+    fails([name, "not a regular file"], load, str(tmp_path))
 
 
 PEAK = """
@@ -2498,12 +2488,12 @@ def test_folders(tmp_path):
     assert same(load(*weights), x | y)
 
 
-NOWHERE = ["", "pythia-161m", "./no", "/no/folder", "~/no one", "a/b/c", "x\ny", "\0", "a@b"]
+NOWHERE = ["", "pythia-161m", "./no", "~/no one", "a/b/c", "x\ny", "\0", "a@b"]
 
 
 @pytest.mark.parametrize("name", NOWHERE)
 def test_unknown_models(name):
-    fails(["no folder and no Hub", "pythia-160m or tiny"], model_loaders.load_config, name)
+    fails(["has no config.json", "tiny or owner/name"], model_loaders.load_config, name)
 
 
 def test_short_names():
@@ -2594,40 +2584,26 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
             fails(["k = ", repr(k)], functools.partial(settings_of, tmp_path, ORIGIN, k=k))
 
 
-@pytest.mark.parametrize(
-    "tensors, cfg, word",
-    [
-        *[
-            (
-                {},
-                {"metadata": {"model_from_pretrained_kwargs": how}},
-                "center_writing_weights True ",
-            )
-            for how in ({"center_writing_weights": True}, {"x": 1, "center_writing_weights": True})
-        ],
-        (
-            {},
-            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
-            "center_writing_weights True ",
-        ),
-        ({}, {"hook_head_index": 3}, "hook_head_index 3 "),
-        ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
-        ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
-        ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
-        ({}, {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' "),
-        (
-            {},
-            {"activation_fn_str": "topk", "architecture": "standard"},
-            "activation_fn_str 'topk' ",
-        ),
-        ({}, {"d_sae": 21}, "[6, 21]"),
-        ({}, {"d_in": None}, "None"),
-        ({"b_enc": torch.ones(19)}, {}, "[19]"),
-        ({"extra": torch.tensor(torch.inf)}, {}, "extra is not of finite numbers"),
-        ({"W_dec": torch.full((20, 6), torch.nan)}, {}, "W_dec is not of finite numbers"),
-        ({"b_dec": torch.ones(6, dtype=torch.int8)}, {}, "b_dec is not of finite numbers"),
-    ],
-)
+CENTRED = {"model_from_pretrained_kwargs": {"x": 1, "center_writing_weights": True}}
+UNREAD = [  # ends in a blank: convert.py is named
+    ({}, {"metadata": CENTRED}, "center_writing_weights True "),
+    ({}, CENTRED, "center_writing_weights True "),
+    ({}, {"hook_head_index": 3}, "hook_head_index 3 "),
+    ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
+    ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
+    ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
+    ({}, {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' "),
+    ({}, {"activation_fn_str": "topk"}, "activation_fn_str 'topk' "),
+    ({}, {"d_sae": 21}, "[6, 21]"),
+    ({}, {"d_in": None}, "None"),
+    ({"b_enc": torch.ones(19)}, {}, "[19]"),
+    ({"extra": torch.tensor(torch.inf)}, {}, "extra is not of finite numbers"),
+    ({"W_dec": torch.full((20, 6), torch.nan)}, {}, "W_dec is not of finite numbers"),
+    ({"b_dec": torch.ones(6, dtype=torch.int8)}, {}, "b_dec is not of finite numbers"),
+]
+
+
+@pytest.mark.parametrize("tensors, cfg, word", UNREAD)
 def test_saes_that_cannot_be_read_as_they_are(tmp_path, tensors, cfg, word):
     sae_folder(tmp_path, tensors, **cfg)
     advice = f"python experiments/convert.py {tmp_path} FOLDER" if word.endswith(" ") else ""
@@ -2781,10 +2757,8 @@ def test_byte_level_ids(normalizer, added):
 
 
 def test_lone_surrogates_and_fingerprint():
-    ours, other = (
-        model_loaders.Tokenizer(BYTE),
-        model_loaders.Tokenizer(BYTE | {"normalizer": {"type": "NFC"}}),
-    )
+    ours = model_loaders.Tokenizer(BYTE)
+    other = model_loaders.Tokenizer(BYTE | {"normalizer": {"type": "NFC"}})
     assert ours.encode("a\ud800b\udc00\ud83d\ude00") == ours.encode("a\ufffdb\ufffd\U0001f600")
     assert ours.fingerprint == model_loaders.Tokenizer(json.loads(json.dumps(BYTE))).fingerprint
     assert ours.fingerprint != other.fingerprint
@@ -2844,50 +2818,35 @@ def test_unreadable(tmp_path, base, path, value, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", json.dumps(BYTE)[:-5]])
-def test_damaged_file(tmp_path, text):
-    if text:
-        (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(model_loaders.UserError, match="cannot read|has no tokenizer.json"):
-        model_loaders.load_tokenizer(tmp_path)
-
-
 STATED = [
-    ({}, {}, "<|endoftext|>"),
-    ({"eos_token": "</s>"}, {}, "</s>"),
-    ({"eos_token": {"content": "</s>"}}, {"eos_token_id": 7}, "</s>"),
-    ({}, {"eos_token_id": 7}, 7),
-    ({"eos_token": None}, {"eos_token_id": [7, 8]}, 7),
-    ({"eos_token": "<none>"}, {}, UserError),
-    ({}, {"eos_token_id": 5000}, UserError),
+    ({}, "<|endoftext|>"),
+    ({"eos_token": None}, "<|endoftext|>"),
+    ({"eos_token": "</s>"}, "</s>"),
+    ({"eos_token": {"content": "</s>"}}, "</s>"),
+    ({"eos_token": "<none>"}, UserError),
+    ({"eos_token": {"no": "content"}}, UserError),
+    ({"eos_token": ["x"]}, UserError),
 ]
 
 
-@pytest.mark.parametrize("tokenizer_config, config, expected", STATED)
-def test_the_end_of_text_is_what_the_folder_says(tmp_path, tokenizer_config, config, expected):
+@pytest.mark.parametrize("config, expected", STATED)
+def test_the_end_of_text_is_what_the_folder_says(tmp_path, config, expected):
     spec = BYTE | {"added_tokens": [*BYTE["added_tokens"], EXTRA | {"id": 400, "content": "</s>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     if expected is UserError:
-        return fails(["end of text"], model_loaders.load_tokenizer, tmp_path)
+        return fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
     tokenizer = model_loaders.load_tokenizer(tmp_path)
-    names = {"<|endoftext|>": 0, "</s>": 400}
-    assert tokenizer.eos_id == names.get(expected, expected) and tokenizer.n_vocab == 401
+    named = spec["model"]["vocab"].get(expected, 400)
+    assert (tokenizer.eos_id, tokenizer.n_vocab) == (named, 401)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec)[:-5])  # a damaged file
+    fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    fails(["has no tokenizer.json"], model_loaders.load_tokenizer, tmp_path)
 
 
-def test_a_tokenizer_without_end_of_text():
-    vocab = {("<end>" if t == "<|endoftext|>" else t): i for t, i in BYTE["model"]["vocab"].items()}
-    spec = BYTE | {"model": BYTE["model"] | {"vocab": vocab}, "added_tokens": []}
-    assert model_loaders.Tokenizer(spec, "<end>").eos_id == 0
-    with pytest.raises(ValueError, match="end of text"):
-        model_loaders.Tokenizer(spec)
-
-
-REAL = [
-    Path(os.environ.get("SAEFT_VOCABULARIES", "/none"), n, "tokenizer.json")
-    for n in ("gemma2", "gemma3")
-]
+REAL = Path(os.environ.get("SAEFT_VOCABULARIES", "/none"))
+REAL = [REAL / name / "tokenizer.json" for name in ("gemma2", "gemma3")]
 
 
 @pytest.mark.parametrize("path", [NEOX_FILE, *REAL], ids=["neox", "gemma2", "gemma3"])
@@ -3004,7 +2963,8 @@ def test_ids_that_the_tokenizer_lacks(lines_file, stream):
     wide = stream(lines_file, Bytes(n_vocab=70_000, fingerprint="wide"))
     assert ids(wide.train(0, 100)) == joined(texts(), False)[:1600]
     np.array([50] * 5000 + [120] * 5000, np.uint16).tofile(lines_file.with_name("a.bin"))
-    with pytest.raises(UserError, match="a.bin holds id 120: give --data that is tokenised"):
+    words = "a.bin: as uint16 it holds 120: give uint16 ids of this tokenizer, under 100, or text"
+    with pytest.raises(UserError, match=words):
         stream(lines_file.with_name("a.bin"), Bytes(n_vocab=100), train=9000).train(0, 500)
 
 
@@ -3012,51 +2972,43 @@ PARAGRAPH = "word " * 400 + "\n\n"
 ONE_LINE = "".join(f"{i} of one line, " for i in range(200_000))
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.txt", ONE_LINE),
-        ("a.txt", ONE_LINE.replace(", ", "\r")),
-        ("a.txt", ONE_LINE.replace(", ", "\r\n")),
-        ("a.txt", ONE_LINE.replace(" ", "x")),
-        ("a.txt", PARAGRAPH * 1000),
-        ("a.txt", "<|endoftext|>\n".join([ONE_LINE] * 2)),
-        ("a.jsonl", json.dumps({"text": ONE_LINE})),
-    ],
-    ids=["one line", "CR", "CRLF", "one word", "paragraphs", "marks", "json"],
-)
-def test_a_text_of_any_form_is_cut_into_documents(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content.encode())
-    found = list(documents(str(tmp_path / name)))
-    plain = content.replace("\r\n", "\n").replace("\r", "\n").replace("<|endoftext|>\n", "")
-    assert "".join(found) == (ONE_LINE if "json" in name else plain)
-    assert len(found) > 30 and max(map(len, found)) <= 1 << 16
+ANY_FORM = [ONE_LINE, ONE_LINE.replace(", ", "\r\n"), ONE_LINE.replace(" ", "x"), PARAGRAPH * 1000]
+
+
+@pytest.mark.parametrize("content", ANY_FORM, ids=["one line", "CRLF", "one word", "paragraphs"])
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
+    text = json.dumps({"text": content}) if form == "jsonl" else content
+    (tmp_path / f"a.{form}").write_bytes(text.encode())
+    found = list(documents(str(tmp_path)))
+    assert "".join(found) == content and len(found) > 30
+    assert max(map(len, found)) <= (1 << 16 if form == "jsonl" else 1 << 13)
 
 
 def test_forms_of_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n" + PARAGRAPH * 9)
+    """A .txt is cut where a line ends; what is hidden, no file, or of other kinds is left out."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\0 = 1\r\n\n")
     (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress((PARAGRAPH * 12).encode()))
-    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfx = 1\r\n\n\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "e.txt").write_text("no")
     os.mkfifo(tmp_path / "f.txt")
-    assert list(documents(str(tmp_path / "a.txt"))) == ["one\n", "two\n" + PARAGRAPH * 9]
     cut = list(documents(str(tmp_path / "b.TXT.GZ")))
     assert "".join(cut) == PARAGRAPH * 12 and all(piece.endswith("\n") for piece in cut)
-    assert list(documents(str(tmp_path / "c.py"))) == ["x = 1\n\n\n"]
-    assert len(list(documents(str(tmp_path)))) == 2 + len(cut) + 1
+    assert list(documents(str(tmp_path / "a.txt"))) == ["x\0 = 1\r\n\n"]
+    assert len(list(documents(str(tmp_path)))) == len(cut) + 1
 
 
-def test_links_are_followed_once(tmp_path, monkeypatch):
+def test_links(tmp_path, monkeypatch):
+    """One to the folder or to a file is followed, one to a folder in it is not."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("text")
-    for name in ("round", "around"):
-        (tmp_path / "real" / name).symlink_to(tmp_path / "real")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "real")
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
     assert list(documents(str(tmp_path / "data"))) == ["text"]
+    assert list(documents(str(tmp_path / "b.txt"))) == ["text"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list(documents("~/real")) == ["text"]
 
@@ -3121,11 +3073,9 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.txt", "é".encode("latin-1") * 99, "can't decode .* invalid"),
         ("a.txt", "text".encode("utf-16"), "utf-8"),
-        ("a.txt", "text".encode("utf-16-le"), "is NUL, as in UTF-16: convert"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
-        ("a.bin", b"123" * 9, "is not of ids under 256"),
-        ("a.bin", np.full(99, 300, np.uint16).tobytes(), "is not of ids under 256"),
+        ("a.bin", b"123" * 9, "give uint16 ids of this tokenizer, under 256"),
         ("none.txt", None, "no text in"),
         ("c5", None, "owner/name on the Hub, c4, pile"),
         ("", None, "no text in ''"),
@@ -3143,12 +3093,6 @@ def test_bad_sources_are_user_errors(tmp_path, stream, monkeypatch, name, conten
     assert "\n" not in str(error.value) and repr(data)[1:-1] in str(error.value)
 
 
-def test_a_fifo_is_no_data(tmp_path, stream):
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="no text in"):
-        stream(tmp_path / "a.txt")
-
-
 def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, stream, monkeypatch):
     lines = texts(3000, 500)
     lines_file.write_bytes(jsonl(lines))
@@ -3164,28 +3108,18 @@ def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, str
     assert stream(lines_file).folder != big.folder
 
 
-def test_a_new_version_of_the_data_is_noticed_and_the_old_one_told(lines_file, stream, capsys):
+def test_a_new_version_of_the_data_is_noticed(lines_file, stream):
     old = stream(lines_file)
-    old.train(0, 9), old.close(), capsys.readouterr()
+    old.train(0, 9), old.close()
     lines_file.write_bytes(lines_file.read_bytes()[::-1].replace(b"x", b"y", 1)[::-1])
     os.utime(lines_file, ns=(0, os.stat(lines_file).st_mtime_ns + 1))  # of the same size
     new = stream(lines_file)
-    new.train(0, 9)
     assert new.folder != old.folder and old.folder.exists() and new.key != old.key
-    told = f"{lines_file}: tokens of other versions and tokenizers, 0.0 MB: {old.folder.parent}\n"
-    assert capsys.readouterr().out == told
-    new.close()
-    assert stream(lines_file).key == new.key and capsys.readouterr().out == ""
+    assert stream(lines_file).key == new.key
 
 
-META = [None, b"", b"[1, 2, [3", b"[]", b"{}", b"null", b"text", b"[9e9, 0, 0, 0, 0]", b"[1, 2, 3]"]
-META += [
-    b"[-1, 0, 0, 0, 0]",
-    b"[9000000, 0, 1, 1, 0]",
-    b'["1", 0, 0, 0, 0]',
-    b"[" * 100_000,
-    b"\xff",
-]
+META = [None, b"", b"[1, 2, [3", b"{}", b"text", b"[1, 2]", b"[[0, 0], [0, 0], 0]", b"\xff"]
+META += [b"[[9e9, 0], [0, 0]]", b"[[-1, 0], [0, 0]]", b"[[9000000, 0], [1, 1]]", b'[["1", 0], [0]]']
 
 
 @pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
@@ -3208,7 +3142,7 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkeypatch, side):
     monkeypatch.setattr(model_loaders, "BATCH", 20)
-    append, seen = model_loaders.TokenCache._append, []
+    append, seen = model_loaders.TokenStream._append, []
 
     def dies(self, *args):
         append(self, *args)
@@ -3217,36 +3151,22 @@ def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_loaders.TokenCache, "_append", dies)
+        patch.setattr(model_loaders.TokenStream, "_append", dies)
         stream(lines_file, train=9600).train(0, 600)
     s = stream(lines_file, train=9600, val=320)
     assert ids(s.train(0, 600)) == joined(texts(), False)[:9600]
     assert ids(s.validation()) == joined(texts(), True)[:320]
 
 
-@pytest.mark.parametrize("damage", ["folder", "file", "cut"])
-def test_a_cache_that_goes_away_is_one_line(lines_file, stream, damage):
-    s = stream(lines_file, train=4000)
-    s.train(0, 250)
-    s.validation()
-    if damage == "folder":
-        s.close()
-        shutil.rmtree(s.folder)
-    elif damage == "file":
-        s.files[0].unlink()
-    else:
-        os.truncate(s.files[0], 5)
-    fails(["cannot read", str(s.files[0])], s.train, 0, 250)
-
-
-@pytest.mark.parametrize("damage", ["folder", "cut"])
-def test_a_cache_that_goes_away_meanwhile_is_one_line(tmp_path, stream, monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_a_cache_that_goes_away_is_one_line(lines_file, stream, monkeypatch, damage, meanwhile):
     monkeypatch.setattr(model_loaders, "BATCH", 1)
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(20_000, 300)))
-    s = stream(tmp_path / "a.jsonl", train=5_000_000)
-    s.train(0, 5)
+    lines_file.write_bytes(jsonl(texts(20_000, 300)))
+    s = stream(lines_file, train=5_000_000 if meanwhile else 4000)
+    s.train(0, 5), meanwhile or s.validation()
     for path in s.files[:1] if damage == "cut" else s.folder.glob("[!.]*"):
-        os.truncate(path, 0) if damage == "cut" else path.unlink()
+        os.truncate(path, 5) if damage == "cut" else path.unlink()
     with pytest.raises(UserError, match="cannot (write|read) ") as error:
         s.train(s.n_train - 1, 1)
     assert str(s.folder) in str(error.value)
@@ -3274,31 +3194,25 @@ def test_short_data(tmp_path, lines_file, stream):
         stream(lines_file, val=9_000_000).validation()
     short = stream(lines_file, train=2_000_000, allow_short=True)
     assert short.n_train == have // 16 and len(short.train(0, short.n_train)) == have // 16
-    (tmp_path / "one.py").write_text("x = 1")
+    (tmp_path / "one.txt").write_text("x = 1")
     with pytest.raises(UserError, match="were asked for: give more text"):
-        stream(tmp_path / "one.py", allow_short=True)
+        stream(tmp_path / "one.txt", allow_short=True)
 
 
-def test_ids_in_a_bin(tmp_path, stream):
-    stored = np.random.default_rng(0).integers(1, 256, 10_000, np.uint16)
+@pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
+def test_ids_in_a_bin(tmp_path, stream, n_vocab, dtype):
+    """Their width is the tokenizer's: two bytes where its ids fit in, else four."""
+    stored = np.random.default_rng(0).integers(1, n_vocab, 10_000).astype(dtype)
     stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
-    stored.tofile(path := tmp_path / "ids.bin")
-    s = stream(path, train=8000)
+    stored.tofile(path := tmp_path / "IDS.BIN")
+    make = functools.partial(stream, path, Bytes(n_vocab=n_vocab))
+    s = make(train=8000)
     assert s.train(0, 500).flatten().tolist() == stored[:8000].tolist()
     assert s.validation().flatten().tolist() == stored[9701:9861].tolist()
     with pytest.raises(UserError, match="has 9,500 training tokens, 10,000 were"):
-        (long := stream(path, train=10_000)).train(long.n_train - 1, 1)
-    short = stream(path, train=10_000, allow_short=True)
-    assert ids(short.train(0, short.n_train)) == bytes(stored[: 9500 // 16 * 16].tolist())
-
-
-@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
-@pytest.mark.parametrize("n_vocab", [256, 70_000])
-def test_the_width_of_ids_is_found_by_looking(tmp_path, stream, dtype, n_vocab):
-    stored = np.random.default_rng(0).integers(1, n_vocab if dtype != "<u2" else 256, 10_000)
-    stored.astype(dtype).tofile(tmp_path / "IDS.BIN")
-    s = stream(tmp_path / "IDS.BIN", Bytes(n_vocab=n_vocab, fingerprint=str(n_vocab)))
-    assert s.train(0, 100).flatten().tolist() == stored[:1600].tolist()
+        (long := make(train=10_000)).train(long.n_train - 1, 1)
+    short = make(train=10_000, allow_short=True)
+    assert short.train(0, short.n_train).flatten().tolist() == stored[: 9500 // 16 * 16].tolist()
 
 
 def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream):
@@ -3331,32 +3245,10 @@ def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stre
     signal.setitimer(signal.ITIMER_REAL, 1.5)
     with pytest.raises(ZeroDivisionError):
         s.train(0, s.n_train)
-    assert re.fullmatch(r"tokenising: 0\.\dM of 2\.0M tokens", told[0])
+    assert re.fullmatch(r"tokenising into .*: 0\.\dM of 2\.0M tokens", told[0])
     start = time.monotonic()
     s.close()
-    assert time.monotonic() - start < 2 and s.thread.done()
-
-
-def test_a_lock_that_another_process_holds_is_reported(tmp_path, lines_file, stream):
-    s = stream(lines_file)
-    s.validation(), s.close()
-    (s.folder / "meta.json").unlink()
-    code = """
-with L.hf.utils.WeakFileLock(sys.argv[1]): print(0, flush=True); time.sleep(60)
-"""
-    start = f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    command = [sys.executable, "-c", f"{start}import model_loaders as L{code}", s.folder / "lock"]
-    other, told = subprocess.Popen(command, stdout=subprocess.PIPE), []
-    try:
-        other.stdout.readline()
-        other.send_signal(signal.SIGSTOP)
-        threading.Timer(1.5, other.kill).start()
-        s = stream(lines_file, report=told.append)
-        assert ids(s.train(0, 100)) == joined(texts(), False)[:1600]
-    finally:
-        other.kill()
-        other.wait()
-    assert told == [f"waiting for another process that tokenises into {s.folder}"]
+    assert time.monotonic() - start < 2 and not s.thread.is_alive()
 
 
 # ---- Nothing guessed ---------------------------------------------------------------------------
@@ -3382,9 +3274,8 @@ def test_choices_may_be_a_registry_that_grows():
     settings = dataclasses.make_dataclass("Settings", [("kind", "str", kinds)])
     registry["two"] = 2
     parser = model_loaders.flags_of(settings, "")
-    assert (
-        parser.parse_args(["--kind", "two"]).kind == "two" and "{one,two}" in parser.format_help()
-    )
+    assert parser.parse_args(["--kind", "two"]).kind == "two"
+    assert "{one,two}" in parser.format_help()
     fails(["invalid choice", "two"], parser.parse_args, ["--kind", "three"])
     assert settings().kind == "one"
 
@@ -3419,9 +3310,6 @@ def test_one_function_reads_every_spelling_of_a_hook():
         assert model_loaders.read_hook(name) == expected, name
         written = model_loaders.hook_name(*expected)
         assert model_loaders.read_hook(written) == expected
-        assert written == name or not re.fullmatch(
-            r"blocks\.3\.(?!hook_in|hook_resid_pre)\w.*", name
-        )
     for name in NO_HOOKS:
         fails(["it reads", str(name)], model_loaders.read_hook, name)
 
@@ -3444,60 +3332,45 @@ def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
     if NEOX_FILE.exists():
         spec = json.loads(NEOX_FILE.read_text("utf-8"))
         assert usual("gemma-3-nano", spec) == "pythia"
-        other = {
-            "id": 50277,
-            "content": "|||PHONE_NUMBER|||",
-        }  # as OLMo's, which is NeoX's with more
+        other = {"id": 50277, "content": "|||NAME|||"}  # as OLMo's, which is NeoX's with more
         added = [*spec["added_tokens"], spec["added_tokens"][0] | other]
         assert usual("pythia-160m", spec | {"added_tokens": added}) == "c4"
 
 
-SPLITS = [  # files, those that are read, and whether any is left out
-    (["corpus.jsonl", "constraints.txt"], ["corpus.jsonl", "constraints.txt"]),
-    (["trains-and-railways.jsonl", "latest.txt"], ["trains-and-railways.jsonl", "latest.txt"]),
-    (["train-0.jsonl", "train-1.jsonl", "test-0.jsonl"], ["train-0.jsonl", "train-1.jsonl"]),
-    (["data/train/0.txt", "data/valid/0.txt"], ["data/train/0.txt"]),
-    (["a.jsonl", "a_validation.jsonl", "dev.txt", "eval/b.txt", "x.val.txt.gz"], ["a.jsonl"]),
-    (
-        ["en/c4-train.00000.json.gz", "en/c4-validation.00000.json.gz"],
-        ["en/c4-train.00000.json.gz"],
-    ),
-    (["TRAIN.TXT", "Test.txt"], ["TRAIN.TXT"]),
-    (["train.py", "test_x.py", "model.py"], ["train.py", "test_x.py", "model.py"]),
-    (["train/test_x.py", "docs/a.py"], ["train/test_x.py"]),
-    (["valid.txt", "test.txt"], ["valid.txt", "test.txt"]),
-    (["devices.txt", "evaluation.txt", "values.txt", "contest.txt"],) * 2,
+SPLITS = [  # files that are read, and those that are left out
+    ("corpus.jsonl constraints.txt", ""),
+    ("trains-and-railways.jsonl latest.txt", ""),
+    ("train-0.jsonl train-1.jsonl", "test-0.jsonl"),
+    ("data/train/0.txt", "data/valid/0.txt"),
+    ("a.jsonl", "a_validation.jsonl dev.txt eval/b.txt x.val.txt.gz"),
+    ("en/c4-train.00000.json.gz", "en/c4-validation.00000.json.gz"),
+    ("TRAIN.TXT", "Test.txt"),
+    ("valid.txt test.txt", ""),
+    ("devices.txt evaluation.txt values.txt contest.txt", ""),
 ]
 
 
-@pytest.mark.parametrize("names, expected", SPLITS)
-def test_the_training_split_is_whole_words(tmp_path, capsys, names, expected):
+@pytest.mark.parametrize("taken, left", SPLITS)
+def test_the_training_split_is_whole_words(tmp_path, capsys, monkeypatch, taken, left):
     """One rule: a local clone is read as the dataset on the Hub."""
+    taken, names = taken.split(), [*taken.split(), *left.split()]
     for name in names:
         (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "test" / name).write_text("text")
     found = model_loaders.source_files(str(tmp_path / "test"))
-    assert sorted(os.path.relpath(path, tmp_path / "test") for path, _ in found) == sorted(expected)
+    assert sorted(os.path.relpath(path, tmp_path / "test") for path, _ in found) == sorted(taken)
     told = capsys.readouterr().out
-    assert f"reading {len(expected)} files" in told and all(n in told for n in sorted(expected)[:3])
-    left_out = sorted({*names} - {*expected})
-    assert told.count("\n") == 1 and ("left out" in told) == bool(left_out)
-    assert all(name in told for name in left_out[:3])
+    assert told.count("\n") == 1 and f"reading {len(taken)} of {len(names)} files: " in told
+    assert sum(name in told for name in taken) == min(3, len(taken))
 
-
-def test_the_same_split_on_the_hub(monkeypatch, capsys):
     class Files:
         def find(self, path, detail):
-            assert path in ("datasets/o/n@c", "datasets/allenai/c4@c/en")
-            return {f"{path}/{name}": {"size": 1} for name in listed}
+            return {f"{path}/{name}": {"size": 1} for name in [*names, "load.py", "README.md"]}
 
     monkeypatch.setattr(model_loaders.hf, "HfFileSystem", Files)
-    for names, expected in SPLITS[:7] + SPLITS[9:]:
-        listed = [*names, "load.py", "README.md"]
-        found = [path for path, _ in model_loaders.source_files("hf://datasets/o/n@c")]
-        assert found == sorted(f"hf://datasets/o/n@c/{name}" for name in expected)
-    model_loaders.source_files("hf://datasets/allenai/c4@c")
-    assert model_loaders._place("c4") == "hf://datasets/allenai/c4"
+    for data, folder in (("o/n@c", ""), ("allenai/c4@c", "en/")):  # its others are other data
+        found = [path for path, _ in model_loaders.source_files(f"hf://datasets/{data}")]
+        assert found == sorted(f"hf://datasets/{data}/{folder}{name}" for name in taken)
 
 
 def test_a_short_name_and_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
@@ -3588,124 +3461,65 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
 
 
-@pytest.mark.parametrize("form", ["jsonl", "txt", "py"])
-def test_a_long_document_is_on_one_side_whole(tmp_path, form):
+def test_a_long_document_is_on_one_side_whole(tmp_path):
     rng = random.Random(1)
     made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(60)]
-    if form == "jsonl":
-        (tmp_path / "a.jsonl").write_bytes(jsonl(made))
-    elif form == "txt":
-        (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(made))
-    else:
-        for i, text in enumerate(made):
-            (tmp_path / f"{i:02}.py").write_text(text)
-    found, at = list(model_loaders.pieces(str(tmp_path))), 0
-    whole = "".join(text for text, _ in found)
-    assert sorted(whole) == sorted("".join(made)) and max(len(text) for text, _ in found) <= 1 << 16
-    starts = {}
-    for text, held in found:
-        number = re.match(r"(\d+) ", text)
-        if number and made[int(number[1])].startswith(text[:100]):
-            at, starts[int(number[1])] = int(number[1]), held
-        assert starts[at] == held
-    assert len(starts) == 60 and 1 <= sum(starts.values()) <= 8
+    (tmp_path / "a.jsonl").write_bytes(jsonl(made))
+    for held in (False, True):
+        found = [text for text, side in model_loaders.pieces(str(tmp_path)) if side == held]
+        assert "".join(found) == "".join(text for text in made if held_out(text) == held)
+        assert found and max(map(len, found)) <= 1 << 16
 
 
-def test_a_folder_of_ids_is_read_whole(tmp_path, stream, capsys):
+def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):
+    """And a copy goes on in the middle of it."""
+    monkeypatch.setattr(model_loaders, "BLOCK", 1000)
     stored = np.random.default_rng(0).integers(1, 256, (4, 4000), np.uint16)
-    folder = tmp_path / "my-pythia-preshuffled"
-    folder.mkdir()
+    (folder := tmp_path / "my-pythia-preshuffled").mkdir()
     for i, part in enumerate(stored):
         part.tofile(folder / f"document-{i:05d}-of-00003.bin")
     (folder / "README.md").write_text("ids")
-    s = stream(folder, train=12_000, val=640)
-    assert s.train(0, 750).flatten().tolist() == stored[:3].flatten().tolist()
-    assert s.validation().flatten().tolist() == stored[3, :640].tolist()
+    for train in (1600, 4000, 6400, 12_000):
+        s = stream(folder, train=train, val=640)
+        assert s.train(0, s.n_train).flatten().tolist() == stored.flatten().tolist()[:train]
+        assert s.validation().flatten().tolist() == stored[3, :640].tolist()
+        s.close()
     with pytest.raises(UserError, match="has 12,000 training tokens, 16,000 were"):
         (more := stream(folder, train=16_000)).train(more.n_train - 1, 1)
-    (folder / "document-00001-of-00003.bin").write_bytes(stored[1].astype("<i8").tobytes())
-    s = stream(folder, train=12_000, val=640)  # of another width
-    assert s.train(0, 750).flatten().tolist() == stored[:3].flatten().tolist()
     (folder / "notes.txt").write_text("text")
-    with pytest.raises(
-        UserError, match="has ids .*document-00000.* and text .*notes.txt.*name one"
-    ):
+    with pytest.raises(UserError, match="has text and ids, .*document-00000.*: name one"):
         stream(folder)
 
 
-def test_a_copy_of_ids_goes_on_in_the_middle_of_a_folder(tmp_path, stream, monkeypatch):
-    monkeypatch.setattr(model_loaders, "BLOCK", 1000)
-    stored = np.random.default_rng(0).integers(1, 256, (4, 4000), np.uint16)
-    (tmp_path / "ids").mkdir()
-    for i, part in enumerate(stored):
-        part.tofile(tmp_path / "ids" / f"{i}.bin")
-    for train in (1600, 4000, 6400, 12_000):
-        s = stream(tmp_path / "ids", train=train)
-        assert s.train(0, s.n_train).flatten().tolist() == stored.flatten().tolist()[:train]
-        s.close()
-
-
-def test_a_text_with_an_id_that_has_no_row_is_left_out_and_counted(tmp_path, stream, capsys):
-    lines = texts(400)
-    marked = [line + "~" if i % 10 == 0 else line for i, line in enumerate(lines)]
+def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys):
+    model_loaders.say_once.cache_clear()
+    marked = [line + "~" if i % 10 == 0 else line for i, line in enumerate(texts(400))]
     (tmp_path / "a.jsonl").write_bytes(jsonl(marked))
     kept = [line for line in marked if "~" not in line]
-    for tokenizer in (Bytes(), Bytes()):  # from the cache, too
-        s = stream(tmp_path / "a.jsonl", tokenizer, n_rows=126, train=10**6, allow_short=True)
-        assert ids(s.train(0, s.n_train)) == joined(kept, False)[: s.n_train * 16]
-        told = capsys.readouterr().out
-        assert f"left out 40 documents that hold ids from {126} on" in told, told
-        s.close()
-        model_loaders.say_once.cache_clear()
+    s = stream(tmp_path / "a.jsonl", n_rows=126, train=10**6, allow_short=True)
+    assert ids(s.train(0, s.n_train)) == joined(kept, False)[: s.n_train * 16]
+    assert capsys.readouterr().out.count("leaving out documents that hold ids from 126 on") == 1
     s = stream(tmp_path / "a.jsonl", n_rows=127)
-    assert (
-        ids(s.train(0, 100)) == joined(marked, False)[:1600]
-        and "left" not in capsys.readouterr().out
-    )
+    assert ids(s.train(0, 100)) == joined(marked, False)[:1600]
+    assert "leaving" not in capsys.readouterr().out
     with pytest.raises(UserError, match="has no row in the embedding: 7"):
         stream(tmp_path / "a.jsonl", Bytes(bos_id=7), n_rows=7)
     np.array([50] * 5000 + [126] * 5000, np.uint16).tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match="a.bin holds id 126"):
+    with pytest.raises(UserError, match="a.bin: as uint16 it holds 126"):
         stream(tmp_path / "a.bin", n_rows=126, train=9000).train(0, 500)
 
 
 def test_truncation_and_padding_change_no_id(tmp_path):
-    """As transformers writes a tokenizer.json after a call with truncation or padding."""
-    plain = model_loaders.Tokenizer(BYTE)
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(BYTE)),
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
-    ways = [{"truncation": True, "max_length": 5}, {"padding": True}]
-    ways += [{"padding": "max_length", "max_length": 50}]
-    ways += [{"truncation": True, "max_length": 5, "padding": "max_length", "stride": 2}]
-    seen = set()
-    for i, how in enumerate(ways):
-        theirs(["a long text of many words", "x"], **how)
-        theirs.save_pretrained(tmp_path / f"{i}")
-        spec = json.loads((tmp_path / f"{i}" / "tokenizer.json").read_text())
-        seen |= {part for part in ("truncation", "padding") if spec[part]}
-        ours = model_loaders.load_tokenizer(str(tmp_path / f"{i}"))
-        for text in library(0, 20_000):
-            assert ours.encode(text) == plain.encode(text)
-    assert seen == {"truncation", "padding"}
-
-
-@pytest.mark.parametrize("config", [
-    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-    {"compression_config": {"quant_method": "compressed-tensors"}},
-    {"quantization": {"group_size": 64, "bits": 4}},
-])  # fmt: skip
-def test_quantised_checkpoints_say_what_they_are(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model_loaders.write_safetensors(tmp_path / "model.safetensors", {"a": torch.ones(2)}, {})
-    method = config.get("quantization_config", {}).get("quant_method", "")
-    words = ["quantised", "unquantised", method]
-    fails(words, model_loaders.load_weights, str(tmp_path), "cpu", torch.float32)
+    """As transformers writes a tokenizer.json after a call with truncation and padding."""
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    own = tokenizers.Tokenizer.from_str(json.dumps(BYTE))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names)
+    theirs(["a long text of many words", "x"], truncation=True, max_length=5, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert spec["truncation"] and spec["padding"]
+    plain, ours = model_loaders.Tokenizer(BYTE), model_loaders.load_tokenizer(str(tmp_path))
+    assert all(ours.encode(text) == plain.encode(text) for text in library(0, 20_000))
 
 
 def test_quantised_tensors_say_what_they_are(tmp_path):
@@ -3721,16 +3535,6 @@ def test_quantised_tensors_say_what_they_are(tmp_path):
         fails(["a.qweight", str(dtype), "quantised"], load)
     save_file({"a": torch.ones(2), "x.attention.bias": torch.ones(2, dtype=torch.uint8)}, path)
     assert load().keys() == {"a"}
-
-
-def test_nul_is_a_character_and_utf_16_is_not_utf_8(tmp_path):
-    text = "a\0b " + "text " * 99 + "\0\0\0" + "x"
-    (tmp_path / "a.txt").write_text(text)
-    assert list(documents(str(tmp_path / "a.txt"))) == [text]
-    for coding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
-        for name, content in (("b.txt", text), ("b.jsonl", json.dumps({"text": text}))):
-            (tmp_path / name).write_bytes(content.encode(coding))
-            fails(["convert it to UTF-8"], lambda: list(documents(str(tmp_path / name))))
 
 
 def test_runs_are_called_after_their_model(tmp_path):
@@ -3775,10 +3579,8 @@ def test_a_dataset_on_the_hub_that_changes(tmp_path):
         more = client(hub, tmp_path, ("o/d", 32_000, 640, 256))[0]
         named = [(f"o/d@{name}", 32_000, 640, 256) for name in ("main", "f" * 40)]
         assert client(hub, tmp_path, *named) == [more, more]
-        assert [bytes(side) for side in more] == [
-            joined(second, False)[:32_000],
-            joined(second, True)[:640],
-        ]
+        expected = joined(second, False)[:32_000], joined(second, True)[:640]
+        assert tuple(map(bytes, more)) == expected
     offline = client(hub, tmp_path, ("o/d", 32_000, 640, 256), ("o/d", 48_000, 640, 256))
     assert offline[0] == more and "cannot fetch datasets/o/d" in offline[1]
     assert "cannot fetch datasets/o/new" in client(hub, tmp_path, ("o/new", 640, 64, 256))[0]
@@ -3799,19 +3601,16 @@ class Hub(ThreadingHTTPServer):
 
     gated: repo ids that want the token GOOD: none -> 401 GatedRepo, OTHER -> 403 GatedRepo, else 401.
     cut {file: (n, k)}: its first k GETs end after n bytes. fail {file: status}: the answer, e.g. 503.
-    stall {file: seconds}: every request of the file waits first.
     commit: of main. All can change while it runs.
     """
 
     daemon_threads, block_on_close = True, False
 
-    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None, stall=None):
+    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = {"models": models or {}, "datasets": datasets or {}}
-        self.gated, self.cut = set(gated), dict(cut or {})
-        self.fail, self.stall = dict(fail or {}), dict(stall or {})
+        self.gated, self.cut, self.fail = set(gated), dict(cut or {}), dict(fail or {})
         self.commit = COMMIT
-        self.listing = {}  # in place of the true one, by repo
         self.requests, self.sent, self.lock = [], Counter(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -3874,12 +3673,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= cut is not None
 
     def api(self, files, repo, what, folder):
-        if repo in self.server.listing:
-            return self.server.listing[repo]
         if what in (None, "revision"):
-            return dict(
-                id=repo, sha=self.server.commit, private=False, downloads=0, likes=0, tags=[]
-            )
+            about = {"id": repo, "sha": self.server.commit, "private": False}
+            return about | {"downloads": 0, "likes": 0, "tags": []}
         listed = self.form.get("paths") if what == "paths-info" else sorted(files)
         found = [file for file in listed if file in files and file.startswith(folder)]
         keys = {"type": "file", "oid": COMMIT}
@@ -3890,7 +3686,6 @@ class Handler(BaseHTTPRequestHandler):
         revision = re.search("/resolve/([^/]+)/", unquote(self.path))[1]
         if f"{revision}/{file}" in (files or ()):
             file = f"{revision}/{file}"
-        time.sleep(hub.stall.get(file, 0))
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         for wrong, status, code in (
             (token not in ("", GOOD, OTHER), 401, "Invalid credentials in Authorization header"),
@@ -3936,15 +3731,12 @@ def test_hub_through_the_real_client(tmp_path):
     models = {"o/two": {"1.safetensors": x, "2.safetensors": y}, "o/old": {"weights.bin": b"x"}}
     models["o/two"]["model.safetensors.index.json"] = index
     models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
-    models["o/sick"] = {
-        f"{fault}.json": fault[0].encode() * 999 for fault in ("fail", "slow", "cut", "mend")
-    }
+    models["o/sick"] = {"fail.json": b"f", "cut.json": b"c" * 999}
     models["o/sae"] = {"a/cfg.json": json.dumps(SAE_CFG).encode(), "x/a/cfg.json": b"3"}
     tensors = {name: torch.ones(shape) for name, shape in SAE_SHAPES.items()}
     models["o/sae"]["a/sae_weights.safetensors"] = safetensors.save(tensors)
     models["EleutherAI/pythia-14m"] = {"config.json": b'{"a": 1}', "step8/config.json": b'{"a": 2}'}
     data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
-    data |= {"o/list": {"x.bin": b"x"}}
 
     def check(cases, nap, **env):
         """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
@@ -3959,34 +3751,28 @@ def test_hub_through_the_real_client(tmp_path):
     gemma, terms = ("fetch", "gemma-2-2b", "config.json"), "its licence at https://huggingface.co/"
     refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
     cases = [
-        ("weights", "o/old", "", "", "o/old has no model.safetensors"),
-        ("fetch", "o/none", "config.json", "", "no Hub repository 'o/none'"),
-        ("fetch", "o--o/x", "config.json", "", "no Hub repository 'o--o/x'"),
-        ("fetch", "o/old", "none.json", "", "o/old has no none.json"),
+        ("weights", "o/old", "", "", "'o/old' has no model.safetensors|only"),
+        ("fetch", "o/none", "config.json", "", "'o/none' has no config.json: give a folder"),
+        ("fetch", "o--o/x", "config.json", "", "'o--o/x' has no config.json"),
         *[(*gemma, token, f"{refused}{n}") for token, n in (("", 401), (OTHER, 403), ("hf_", 401))],
         (*gemma, GOOD, ["{}"]),
         ("fetch", "o/sick", "fail.json", "", "cannot fetch o/sick|503|--model tiny"),
-        ("fetch", "o/sick", "slow.json", "", "cannot fetch o/sick|imed out|--model tiny"),
         ("fetch", "pythia-14m", "config.json", "", ['{"a": 1}']),
         ("fetch", "pythia-14m@step8", "config.json", "", ['{"a": 2}']),
         ("fetch", "EleutherAI/pythia-14m@step8", "config.json", "", ['{"a": 2}']),
         ("fetch", "EleutherAI/pythia-14m@step8", "no.json", "", "has no no.json|revision"),
         ("sae", "o/sae:a", "", "", sorted(SAE_SHAPES)),
         ("sae", "o/sae@x:a", "", "", "cfg.json|'int'"),
-        ("sae", "o/sae:b", "", "", "o/sae has no b/cfg.json"),
+        ("sae", "o/sae:b", "", "", "'o/sae' has no b/cfg.json"),
         ("fetch", "o/sick", "cut.json", "", "cannot fetch o/sick|100 |--model tiny"),
         ("dataset", "o/data", "d/x.bin", "", [50_000, 1000]),
-        ("dataset", "o/data", "d/y.bin", "", "datasets/o/data has no d/y.bin"),
-        ("dataset", "o/none", "x.bin", "", "no Hub repository 'datasets/o/none'"),
-        ("dataset", "o/list", "x.bin", "", "cannot fetch datasets/o/list|KeyError"),
+        ("dataset", "o/data", "d/y.bin", "", "'datasets/o/data' has no d/y.bin"),
+        ("dataset", "o/none", "x.bin", "", "'datasets/o/none' has no x.bin"),
         ("dataset", "o/gated", "x.bin", "", f"{terms}datasets/o/gated|401"),
     ]
-    if int(huggingface_hub.__version__[0]) >= 2:  # which tries a cut download again
-        cases.append(("fetch", "o/sick", "mend.json", "", ["m" * 999]))
     with Hub(models, data, {"google/gemma-2-2b", "o/gated"}, fail={"fail.json": 503}) as hub:
-        hub.cut, hub.stall = {"cut.json": (100, 99), "mend.json": (100, 1)}, {"slow.json": 12}
-        hub.listing = {"o/list": {"sha": COMMIT}}
-        env = hub.env(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="1")
+        hub.cut = {"cut.json": (100, 99)}
+        env = hub.env(tmp_path / "home")
         check(loads + cases, nap=False, **env)
         assert 1000 <= hub.sent["d/x.bin"] <= 4000  # of 100,000: a byte range
     for word, more in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
@@ -4030,10 +3816,7 @@ def test_text_from_the_hub(tmp_path):
     shards = [texts(700, 500, seed) for seed in range(3)]
     names = [f"en/c4-train.{i:05d}-of-00003.json.gz" for i in range(3)]
     c4 = {n: gzip.compress(jsonl(s)) for n, s in zip(names, shards, strict=True)}
-    c4 |= {
-        "en/c4-validation.00000-of-00001.json.gz": gzip.compress(jsonl(["no"])),
-        "README.md": b"#",
-    }
+    c4 |= {"en/c4-validation.00000.json.gz": gzip.compress(jsonl(["no"])), "README.md": b"#"}
     data = gzip.compress(jsonl(texts()))
     sets = {"allenai/c4": c4, "o/cut": {"train.jsonl.gz": data}, "o/other": {"a.parquet": b"PAR1"}}
     sets["o/gated"] = {"a.jsonl.gz": data, "_gated.py": b"x", "README.md": b"# x"}
@@ -4042,13 +3825,10 @@ def test_text_from_the_hub(tmp_path):
     cut = {names[0]: (50_000, 1), "train.jsonl.gz": (300, 99)}
     with Hub(datasets=sets, gated={"o/gated"}, cut=cut) as hub:
         *errors, rows = client(hub, tmp_path, *cases, big)
-        for error, (name, *_), said in zip(
-            errors, cases, ["HF_TOKEN", "no text", "", ""], strict=True
-        ):
-            assert name in error and said in error and "\n" not in error
-        if isinstance(
-            rows, str
-        ):  # older clients do not ask again after a cut: the next run goes on
+        said = ["HF_TOKEN", "no text", "", ""]
+        for error, (name, *_), words in zip(errors, cases, said, strict=True):
+            assert name in error and words in error and "\n" not in error
+        if isinstance(rows, str):  # older clients do not ask again after a cut: the next run does
             assert "allenai/c4" in rows
             rows = client(hub, tmp_path, big)[0]
         for side in (False, True):
@@ -4068,11 +3848,9 @@ def test_pythia_ids_by_byte_range(tmp_path):
     cases = [("pythia", tokens, 640, 50_277) for tokens in (6400, 32_000, 640_000)]
     with Hub(datasets={"EleutherAI/pile-standard-pythia-preshuffled": files}) as hub:
         small = client(hub, tmp_path, cases[0])[0]
-        first = 4096  # to find the width of the ids
-        sent = [hub.sent[name] for name in names]
-        assert sent == [first + 12_800, 0, first + 1280]  # not a byte more
+        assert [hub.sent[name] for name in names] == [12_800, 0, 1280]  # not a byte more
         more, short, other = client(hub, tmp_path, *cases[1:], ("pythia", 6400, 640, 256))
-        assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
-        assert more == [stored[0, :32_000].tolist(), small[1]]
-        assert "has 200,000 training tokens, 640,000 were asked for" in short
-        assert "is not of ids under 256" in other
+    assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
+    assert more == [stored[0, :32_000].tolist(), small[1]]
+    assert "has 200,000 training tokens, 640,000 were asked for" in short
+    assert "give uint16 ids of this tokenizer, under 256" in other
