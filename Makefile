@@ -1,6 +1,7 @@
 # make demo      train an SAE on the embedded model and fine-tune it: three minutes, no network
 # make test      the tests
 # make compare   every method of the paper on the embedded model: about 15 minutes
+# make lesson    the method, built by the reader in a notebook; without a display it runs it
 # make bench     time and memory of each stage beside its floor
 # TORCH=torch    installs PyTorch's newest build (with CUDA on Linux) instead of this one
 TORCH ?= torch==2.13.0
@@ -18,6 +19,11 @@ compare: .venv/plot
 	$(RUN) experiments/compare.py --tokens 300k --kl-tokens 80k --eval-tokens 25k --buffer 500
 	$(RUN) experiments/plot.py runs/compare
 
+lesson: .venv/lesson
+	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; \
+	then $(BIN)/jupyter notebook experiments/lesson.ipynb; \
+	else $(BIN)/jupyter nbconvert --execute --to html --output-dir runs experiments/lesson.ipynb; fi
+
 bench: .venv/main
 	$(RUN) experiments/bench.py
 
@@ -31,8 +37,12 @@ bench: .venv/main
 	$(BIN)/pip install --quiet matplotlib
 	touch $@
 
-.venv/test: .venv/main
-	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout
+.venv/lesson: .venv/plot
+	$(BIN)/pip install --quiet notebook nbconvert nbclient ipykernel
 	touch $@
 
-.PHONY: demo test compare bench
+.venv/test: .venv/main
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout hypothesis
+	touch $@
+
+.PHONY: demo test compare lesson bench

@@ -18,13 +18,14 @@ import shutil
 import stat
 import sys
 import threading
+import time
 import unicodedata
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
-from functools import partial
-from itertools import chain, groupby, islice, takewhile
+from dataclasses import field, fields
+from functools import cache, partial
+from itertools import chain, compress, groupby, islice, takewhile
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -35,6 +36,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
 
 # ---- The command line and the terminal ---------------------------------------------------------
+QUIET = 30  # seconds after which a long phase says something on a pipe, too
 
 
 class UserError(Exception):
@@ -57,8 +59,7 @@ def user_errors(what: str):
     except ImportError as error:
         raise UserError(f"{what}: pip install {error.name}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
-        why = str(error) if isinstance(error, UnicodeError) else repr(error)
-        why = re.sub(r"(\\n|\\t|\s)+", " ", why)
+        why = re.sub(r"(\\n|\\t|\s)+", " ", f"{type(error).__name__}: {error}")
         raise UserError(f"{what} ({why:.300})") from error
 
 
@@ -80,7 +81,8 @@ def count(text: str) -> int:
 
 
 def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **options):
-    """A dataclass's field that is also a flag of the command line; numbers are from low to high."""
+    """A dataclass's field that is also a flag of the command line; numbers are from low to high.
+    `choices` may be a dict that grows later: it is looked at when the command line is."""
     metadata = {"help": help, "range": (low, high), "options": options}
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
@@ -106,28 +108,39 @@ def check_ranges(settings):
     """UserError where a number is out of its field's range, or a text is empty."""
     for f in fields(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
+        name = "--" + f.name.replace("_", "-")
         for one in value if isinstance(value, list) else [value]:
             fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
-            refuse(
-                not fits, f"--{f.name.replace('_', '-')} {one!r} is not from {low:g} to {high:g}"
-            )
+            refuse(not fits, f"{name} {one!r} is not from {low:g} to {high:g}")
+
+
+_last_line = time.monotonic()  # when the reader last heard something
 
 
 def say(text: str, end: str = "\n"):
     """A line for the reader. The first process speaks for all; a closed stdout ends nothing."""
+    global _last_line
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         return
+    _last_line = time.monotonic()
     try:
         print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def progress(text: str, now=False):
-    """A line that, on a terminal, is cut to its width and gives way to the next."""
+@cache
+def say_once(text: str):
+    """A line that is said once, however often it is true."""
+    say(text)
+
+
+def progress(text: str, now: bool = False):
+    """Call it often. On a terminal the line, cut to its width, gives way to the next; on a pipe it
+    is printed if it must be seen `now`, or after QUIET seconds without a line."""
     if sys.stdout.isatty():
         say(text[: shutil.get_terminal_size().columns - 1], end="")
-    else:
+    elif now or time.monotonic() - _last_line >= QUIET:
         say(text)
 
 
@@ -136,18 +149,15 @@ def progress(text: str, now=False):
 TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded model and its text
 if not TINY.is_dir():  # installed from a wheel
     TINY = Path(__file__).parent / "saeft_assets" / "tiny"
-MODELS = {"tiny": str(TINY), "gemma-3-270m": "google/gemma-3-270m"}
-for size in "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split():
-    for name in (f"pythia-{size}", f"pythia-{size}-deduped"):
-        MODELS[name] = f"EleutherAI/{name}"
-for name in ("gemma-2-2b", "gemma-2-9b"):
-    MODELS[name] = f"google/{name}"
-for name in ("gemma-3-1b", "gemma-3-4b", "gemma-3-12b", "gemma-3-27b"):
-    MODELS[name] = f"google/{name}-pt"
+SIZES = "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split()
+PYTHIA = [f"pythia-{size}{kind}" for size in SIZES for kind in ("", "-deduped")]
+MODELS = {"tiny": str(TINY), **{name: f"EleutherAI/{name}" for name in PYTHIA}}
+MODELS |= {name: f"google/{name}" for name in ("gemma-2-2b", "gemma-2-9b", "gemma-3-270m")}
+MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b", "12b", "27b")}
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
-PATIENCE = 60  # seconds for the Hub to answer, or to send BLOCK bytes
-BLOCK = 1 << 22
+BLOCK = 1 << 22  # bytes, or numbers, at a time
+commits = {}  # (repository, revision) -> commit: all files that a process reads are of one
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
 
 
@@ -162,59 +172,70 @@ def hub_errors(repo: str, filename: str = "such file"):
         if isinstance(error, FileNotFoundError):
             error = error.__cause__ or error  # "not in the cache either": the cause says why
         status = getattr(getattr(error, "response", None), "status_code", None)
-        gated = isinstance(error, hub.GatedRepoError)
-        if isinstance(error, (hub.RepositoryNotFoundError, hub.HFValidationError)) and not gated:
-            advice = "try pythia-160m or tiny (private: set HF_TOKEN)"
-            message = f"no folder and no Hub repository {repo!r}: {advice}"
-        elif status in (401, 403):
+        if status in (401, 403):  # also where there is no such repository
             terms = f"accept its licence at https://huggingface.co/{repo}, set HF_TOKEN"
-            message = f"no access to {repo} ({status}): {terms}"
-        elif isinstance(error, (hub.EntryNotFoundError, FileNotFoundError)) or status == 404:
+            message = f"no access to {repo} ({status}): check the name; {terms}"
+        elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
+            names = "a folder, pythia-160m, tiny or owner/name@revision on the Hub"
             read = "models are read from safetensors files only, SAEs from SAELens's layout"
-            message = f"{repo} has no {filename}: check the name and revision ({read})"
+            message = f"{repo!r} has no {filename}: give {names} ({read})"
         else:
             advice = "try again, or a folder, --model tiny, --data tiny"
             message = f"cannot fetch {repo} (error: {status or repr(error)[:300]}): {advice}"
         raise UserError(message) from error
 
 
-def in_background(call, *args) -> Future:
-    """A call in a thread that does not keep the process alive."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:  # tiktoken's panics are no Exception
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def in_time(call, *args):
-    """What a call to the Hub returns, or an error where next to nothing comes."""
-    return in_background(call, *args).result(PATIENCE)
+def long_name(name: str, short_names: dict) -> str:
+    """What a short name, perhaps with @revision, stands for; any other name is itself. A file or
+    folder of a short name is ./name; where both are there, a line says which was taken."""
+    short, at, revision = name.partition("@")
+    if short not in short_names:
+        return name
+    if os.path.exists(name):
+        say_once(f"{name} is {short_names[short]}; the file or folder here would be ./{name}")
+    return short_names[short] + at + revision
 
 
 def fetch(name: str, filename: str) -> Path:
     """One file of a model, perhaps in a subfolder. `name`: a short name of MODELS, a folder like
     a Hub snapshot, or owner/name; on the Hub also name@revision. Raises UserError."""
-    short, _, revision = name.partition("@")
-    repo, folder = MODELS.get(short, short), os.path.expanduser(MODELS.get(name, name))
+    place = long_name(name, MODELS)
+    folder, (repo, _, revision) = os.path.expanduser(place), place.partition("@")
     with hub_errors(repo, filename):
         if os.path.isdir(folder):
             os.stat(os.path.join(folder, filename))
             return Path(folder, filename)
         if "/" not in repo:
             raise hub.HFValidationError  # a bare name, none of ours
-        file = {"repo_id": repo, "filename": filename, "revision": revision or None}
+        wanted = commits.get((repo, revision), revision or None)
+        file = {"repo_id": repo, "filename": filename, "revision": wanted}
         path = hf.try_to_load_from_cache(**file)
         if not isinstance(path, str):  # without a network the first call fails at once
-            about = in_time(hf.get_hf_file_metadata, hf.hf_hub_url(**file))
-            seconds = PATIENCE * (1 + (about.size or 0) / BLOCK)
-            path = in_background(partial(hf.hf_hub_download, **file)).result(seconds)
+            hf.get_hf_file_metadata(hf.hf_hub_url(**file))
+            path = hf.hf_hub_download(**file)
+        snapshot = Path(path).parents[len(Path(filename).parts) - 1]  # a commit's folder
+        commits.setdefault((repo, revision), snapshot.name)
         return Path(path)
+
+
+def model_key(name: str) -> str:
+    """The identity of a model and its weights: its commit on the Hub, or `files_key`."""
+    folder = fetch(name, "config.json").parent
+    repo, _, revision = long_name(name, MODELS).partition("@")
+    if (repo, revision) in commits:
+        return f"{repo}@{commits[repo, revision]}"
+    return files_key([*folder.glob("*.json"), *folder.glob("*.safetensors")], folder)
+
+
+def files_key(paths: list, top) -> str:
+    """The identity of files as they are now: their names below `top`, sizes and times."""
+    seen = [(os.path.relpath(path, top), os.stat(path)) for path in sorted(map(str, paths))]
+    return _key([(name, about.st_size, about.st_mtime_ns) for name, about in seen])
+
+
+def _key(content) -> str:
+    """A short name for whatever JSON can express."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def load_config(name: str) -> dict:
@@ -224,35 +245,31 @@ def load_config(name: str) -> dict:
 
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A language model's tensors by name; of a model that also sees, named as where it does not.
-    Raises UserError, also where they are not finite."""
+    Raises UserError, also where they are quantised or not finite."""
     weights = {}
-    for key, tensor in _all_weights(name, device, dtype).items():
-        if not re.search(IGNORED, key):
-            key = key.replace("language_model.model.", "model.").replace("language_model.", "")
-            weights[key] = tensor
-            if not tensor.isfinite().all():
+    for file in _weight_files(name):
+        for key, tensor in read_safetensors(fetch(name, file), device, dtype).items():
+            if not re.search(IGNORED, key):
+                numbers = f"{name}: {key} is of {tensor.dtype}: {UNQUANTISED}"
+                refuse(not tensor.is_floating_point(), numbers)
                 what = f"{name}: {key} is not finite in {dtype}"
-                raise UserError(f"{what}: a damaged file, or too large")
+                refuse(not tensor.isfinite().all(), f"{what}: a damaged file, or too large")
+                key = key.replace("language_model.model.", "model.").replace("language_model.", "")
+                weights[key] = tensor
     return weights
 
 
-def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Of the shards that an index lists, or of model.safetensors."""
+def _weight_files(name: str) -> list[str]:
+    """The shards that an index lists, or model.safetensors."""
     try:
         index = fetch(name, "model.safetensors.index.json")
-    except UserError:  # none, or out of reach: then the next line says why
-        return read_safetensors(fetch(name, "model.safetensors"), device, dtype)
-    where, weights = read_json(index).get("weight_map"), {}
+    except UserError:  # none, or out of reach: then fetching the other says why
+        return ["model.safetensors"]
     with user_errors(f"cannot read {index}"):
-        files = sorted({*where.values()})
+        files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
             raise ValueError("weight_map must name plain *.safetensors files")
-    for file in files:
-        weights.update(read_safetensors(fetch(name, file), device, dtype))
-    absent = sorted(where.keys() - weights.keys())
-    if absent:
-        raise UserError(f"{index} lists {absent[0]!r:.100}, which none of its files has")
-    return weights
+    return files
 
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
@@ -260,15 +277,19 @@ def _all_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
-# What cfg.json may say for an SAE that our equations express; it says the first where it is silent.
+UNQUANTISED = "quantised weights are not read, give the unquantised ones"
+# What cfg.json or its metadata may say of an SAE that our equations express; it says the first
+# where it is silent. Its architecture is the reader's to know.
 SAE_SETTINGS = {
-    "architecture": ["standard", "topk", "jumprelu"],
     "apply_b_dec_to_input": [True],
     "rescale_acts_by_decoder_norm": [False],
     "normalize_activations": ["none", None],
     "reshape_activations": ["none", None],
+    "hook_head_index": [None],
     "activation_fn_str": ["relu"],  # before SAELens 6
+    "center_writing_weights": [False],  # or it was trained on x less its mean
 }
+SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 
 @contextmanager
@@ -286,17 +307,7 @@ def open_file(path):
 def read_json(path) -> dict:
     """The JSON object in a file. Raises UserError."""
     with open_file(path) as file:
-        return _json_object(file.read())
-
-
-def _json_object(text: bytes) -> dict:
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a JSON object with one key twice")
-        return dict(pairs)
-
-    # int("NaN"), which is no JSON, is a ValueError.
-    return {**json.loads(text.decode(), object_pairs_hook=unique, parse_constant=int)}
+        return {**json.loads(file.read().decode())}
 
 
 def read_safetensors(path, device="cpu", dtype: torch.dtype | None = None) -> dict:
@@ -315,25 +326,26 @@ def read_safetensors(path, device="cpu", dtype: torch.dtype | None = None) -> di
 
 
 def _read_header(file) -> list[tuple]:
-    """(name, dtype, shape) of the tensors in a safetensors file, whose data they must fill."""
+    """(name, dtype, shape) of the tensors in a safetensors file, in the order of their data, which
+    they must fill without a hole."""
     length = int.from_bytes(file.read(8), "little")
-    size = os.fstat(file.fileno()).st_size - 8 - length  # of the data
-    if size < 0 or not 0 < length <= 100_000_000:
+    n_bytes = os.fstat(file.fileno()).st_size - 8 - length  # of the data
+    if n_bytes < 0 or length > 100_000_000:
         raise ValueError(f"a header of {length:,} bytes does not fit the file, or 100 MB")
-    header = _json_object(file.read(length))
-    json.dumps(header, ensure_ascii=False).encode()  # ValueError: half a surrogate pair
-    if not all(type(text) is str for text in header.pop("__metadata__", {}).values()):
-        raise ValueError("__metadata__ must map strings to strings")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     found, end = [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, span, dtype = entry["shape"], entry["data_offsets"], DTYPES[entry["dtype"]]
-        natural = all(type(n) is int and n >= 0 for n in (*shape, *span))
-        if not natural or span != [end, end + math.prod(shape) * dtype.itemsize]:
+        shape, span, code = entry["shape"], entry["data_offsets"], entry["dtype"]
+        if code not in DTYPES:
+            raise ValueError(f"tensor {name!r:.60} is of {code!r:.20}: {UNQUANTISED}")
+        whole = all(type(n) is int and n >= 0 for n in (*shape, *span))
+        if not whole or span != [end, end + math.prod(shape) * DTYPES[code].itemsize]:
             raise ValueError(f"tensor {name!r:.60} cannot be {entry!r:.200}")
-        found.append((name, dtype, shape))
+        found.append((name, DTYPES[code], shape))
         end = span[1]
-    if end != size:
-        raise ValueError(f"data of {size:,} bytes for tensors of {end:,}")
+    if end != n_bytes:
+        raise ValueError(f"data of {n_bytes:,} bytes for tensors of {end:,}")
     return found
 
 
@@ -381,53 +393,141 @@ def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = No
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def write_sae(folder, tensors: dict, cfg: dict):
-    D, F = len(tensors["b_dec"]), len(tensors["b_enc"])
-    shape = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none"}
-    metadata = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
-    write_safetensors(Path(folder, "sae_weights.safetensors"), {**tensors, "W_enc": tensors["W_enc"].T}, {"format": "pt"}, {**shape, **cfg, "metadata": metadata})
+def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
+    """Write an SAE for raw activations in SAELens's layout, which `read_sae` reads.
+    tensors: W_enc, W_dec [F, D], b_enc [F], b_dec [D], and whatever else it has, under its names;
+    cfg: architecture, k, ..., metadata. Raises UserError."""
+    n_latents, width = tensors["W_dec"].shape
+    told = {
+        "d_in": width,
+        "d_sae": n_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    # Without a version SAELens takes the file for an old one, and drops the other metadata.
+    told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
+    tensors = {**tensors, "W_enc": tensors["W_enc"].T}
+    write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"}, {**cfg, **told})
 
 
-def read_sae(source):
+def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
+    """What `write_sae` was given: every tensor of an SAE for raw activations, floating ones in
+    float32, and its cfg.json, in which `metadata` and its `saeft` are dicts. `source`: a folder in
+    SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
+    what our equations cannot express, whatever the architecture."""
     source = str(source)
     name, _, inside = source.partition(":")
     if os.path.isdir(os.path.expanduser(source)):
         name, inside = source, ""
-    cfg = read_json(fetch(name, os.path.join(inside, "cfg.json")))
-    path = fetch(name, os.path.join(inside, "sae_weights.safetensors"))
+    cfg = read_json(fetch(name, os.path.join(inside, SAE_FILES[0])))
+    metadata = _dict(cfg, "metadata")
+    cfg["metadata"] = {**metadata, "saeft": _dict(metadata, "saeft")}
+    origin = {**cfg, **metadata}
+    says = {**_dict(origin, "model_from_pretrained_kwargs"), **metadata, **cfg}
+    for key, accepted in SAE_SETTINGS.items():
+        advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
+        value = says.get(key, accepted[0])
+        refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
+    path = fetch(name, os.path.join(inside, SAE_FILES[1]))
     tensors = read_safetensors(path, dtype=torch.float32)
-    tensors["W_enc"] = tensors["W_enc"].T
-    cfg["metadata"] = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
-    cfg["metadata"].setdefault("saeft", {})
-    return tensors, cfg
+    D, F = cfg.get("d_in"), cfg.get("d_sae")
+    shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
+    found = {name: list(tensors[name].shape) for name in shapes.keys() & tensors.keys()}
+    refuse(found != shapes, f"{path} holds {found!r:.300}, its cfg.json means {shapes!r:.300}")
+    for name, tensor in tensors.items():
+        numbers = tensor.is_floating_point() or name not in shapes
+        sound = numbers and tensor.isfinite().all()
+        refuse(not sound, f"{path}: {name} is not of finite numbers")
+    return {**tensors, "W_enc": tensors["W_enc"].T}, cfg
+
+
+def _dict(parent: dict, key: str) -> dict:
+    return parent[key] if isinstance(parent.get(key), dict) else {}
+
+
+# What an SAE reads, as SAELens (TransformerLens) says it; a block's own name, as in transformers
+# and sparsify, for its output; in dictionary_learning's words.
+HOOKS = [
+    r"blocks\.(?P<block>[0-9]+)\.(?P<place>\w[\w.]*)",
+    r"(?:[a-z_]\w*\.)*(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
+    r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
+]
+SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_post")
+SAME_PLACE.update({"in": "resid_pre", "attention_out": "attn_out"})
+
+
+def read_hook(name: str) -> tuple[int, str]:
+    """(block, place) of what an SAE reads, in any library's words: blocks.3.hook_resid_post is
+    (3, "resid_post"), and so are blocks.4.hook_resid_pre and gpt_neox.layers.3;
+    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, and for what is not
+    understood."""
+    found = next(filter(None, (re.fullmatch(hook, str(name)) for hook in HOOKS)), None)
+    refuse(not found, f"it reads {name!r:.80}, which is no hook that is known")
+    block, place = int(found["block"]), (found["place"] or ".output").removeprefix("hook_")
+    place = SAME_PLACE.get(place, place)
+    if place == "resid_pre":  # the output of the block before
+        refuse(block == 0, f"it reads {name}, the embedding: no block's output")
+        return block - 1, "resid_post"
+    return block, place
+
+
+def hook_name(layer: int, place: str) -> str:
+    """SAELens's name of a place, as `read_hook` reads it."""
+    return f"blocks.{layer}.{place if 'hook_' in place else 'hook_' + place}"
+
+
+# What of an SAE's metadata matters: the setting that it tells, and its type.
+ORIGIN = {
+    "model_name": ("model", str),
+    "dataset_path": ("data", str),
+    "context_size": ("context", int),
+    "prepend_bos": ("bos", bool),
+    "first_sequence": ("tokens", int),
+}
+
+
+def sae_settings(cfg: dict) -> dict:
+    """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
+    model, data, bos, context, tokens (those of its data that it has seen), k, d_sae. UserError
+    for a hook that is not understood, and for values of other types."""
+    origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
+    for key, (name, kind) in ORIGIN.items():  # before SAELens 6 they stand among the rest
+        value = told[name] = origin.get(key)
+        natural = type(value) is kind and (kind is not int or value >= 0)
+        refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
+    hook = origin.get("hook_name") or origin.get("hook_point")  # the second before SAELens 3
+    if hook is not None:
+        told["layer"], told["place"] = read_hook(hook)
+    how = _dict(origin, "model_from_pretrained_kwargs")
+    if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
+        told["model"] = None
+    if told["model"] and how.get("revision"):
+        told["model"] += f"@{how['revision']}"
+    told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
+    if told["tokens"] is not None:
+        told["tokens"] *= told["context"] or 0
+    k = cfg.get("k") or cfg["metadata"]["saeft"].get("k")
+    refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
+    told["k"] = [k] if k else None
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
+    """What cfg.json says about the origin of an SAE, for SAELens and for `sae_settings`;
+    first_sequence: that of its data from which on it has seen none."""
     model = settings["model"]
     return {
         "model_name": model if model == "tiny" else MODELS.get(model, model),
-        "hook_name": f"blocks.{settings['layer']}.hook_{settings['place']}",
+        "hook_name": hook_name(settings["layer"], settings["place"]),
         "context_size": settings["context"],
         "prepend_bos": prepend_bos,
         "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
     }
-
-
-def sae_settings(cfg):
-    m = cfg["metadata"]
-    hook = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", m["hook_name"])
-    told = {"layer": int(hook[1]), "place": hook[2], "model": m["model_name"], "data": m["dataset_path"],
-        "bos": "yes" if m["prepend_bos"] else "no", "context": m["context_size"], "tokens": m["first_sequence"] * m["context_size"], "d_sae": cfg["d_sae"]}
-    if cfg.get("k"):
-        told["k"] = [cfg["k"]]
-    return told
-
-
-def model_key(name):
-    return name
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
@@ -439,7 +539,6 @@ NEOX = {
     "normalizer": [None, {"type": "NFC"}],
     "pre_tokenizer": [{"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}],
 }
-WHOLE = {"Sequence": {"id": "A", "type_id": 0}}  # the text, where special tokens are set beside it
 SPACE = {"pattern": {"String": " "}}
 GEMMA = {  # transformers' form of a SentencePiece model; its split finds no space left to split at
     "model": [{"type": "BPE", "byte_fallback": True}],
@@ -455,16 +554,6 @@ UTF8_BYTES = {bytes([b]) for b in (*range(0xC0), *range(0xC2, 0xF5))}  # the oth
 
 # GPT-2's split, but its end \s+(?!\S)|\s+ in blocks of 500, or a long run would exhaust the stack.
 GPT2_SPLIT = r"'(?:[stmd]|ll|re|ve)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|(?:\s{500})*\s+(?!\S)|\s"
-# The reference's NFC is Unicode 9's: it leaves the characters listed (of 10 to 17) as they are.
-OLDER_TEXT = (
-    "[^\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c"
-    "\U000105c9-\U000105e4\U00010d24-\U00010f85\U00011070\U0001133b\U00011382-\U000113d0\U0001145e"
-    "\U00011839-\U00011a99\U00011d42-\U0001612f\U00016d63-\U00016ff1\U0001e08f-\U0001e6f5]+"
-)
-
-
-def _nfc(text: str) -> str:
-    return re.sub(OLDER_TEXT, lambda older: unicodedata.normalize("NFC", older[0]), text)
 
 
 def _gpt2_bytes(token: str) -> bytes:
@@ -477,17 +566,14 @@ def _gemma_bytes(token: str) -> bytes:
 
 
 def _check_settings(spec: dict, kind: dict):
-    """ValueError for any setting that could mean other ids."""
-    for part, accepted in (kind | {"truncation": [None], "padding": [None]}).items():
+    """ValueError for any setting that could mean other ids; `truncation` and `padding` are what the
+    last caller asked for, and mean none."""
+    for part, accepted in kind.items():
         said = spec.get(part)
         if said:
             said = {k: v for k, v in said.items() if k not in NEUTRAL and (v or k == "use_regex")}
         if said not in accepted:
             raise ValueError(f"{part} {said!r:.200}: only BPE like GPT-NeoX's or Gemma's")
-    post = spec.get("post_processor") or {"type": "ByteLevel"}
-    texts = [part for part in post.get("single", [WHOLE]) if "Sequence" in part]
-    if post["type"] not in ("ByteLevel", "TemplateProcessing") or texts != [WHOLE]:
-        raise ValueError(f"post_processor {post!r:.200}")
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or not token["content"]:
             raise ValueError(f"added token {token!r:.200}")
@@ -555,21 +641,9 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
     return units | chars
 
 
-def _gemma_split(tokens: list[str]) -> str:
-    """Pieces for speed: words with the spaces before them, together with the next word where they
-    end in a character that some token has before a space."""
-    before = {*re.findall("([^ ▁])▁", " ".join(tokens))}
-    chars = "".join(f"\\x{{{ord(char):x}}}" for char in before)
-    return (f" *(?:[^ ]*[{chars}] +)+[^ ]*|" if before else "") + " *[^ ]+| +"
-
-
-def _any_of(texts: list[str]) -> re.Pattern:
-    """The longest of the texts. In groups, or each "<" were tried against 6,000 of Gemma's."""
-    groups = groupby(sorted(texts, reverse=True), lambda text: re.escape(text[:8]))
-    options = [
-        start + "(?:" + "|".join(re.escape(t[8:]) for t in rest) + ")" for start, rest in groups
-    ]
-    return re.compile(f"({'|'.join(options) or '(?!)'})")
+def _any_of(texts) -> re.Pattern:
+    """The longest of the texts, in a group."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(texts, reverse=True))) or '(?!)'})")
 
 
 class Tokenizer:
@@ -578,17 +652,15 @@ class Tokenizer:
     n_vocab: largest id + 1. eos_id: the token between documents, by default <|endoftext|>, <eos>
     or </s>. bos_id: None without a <bos>. An exception for files that are not read exactly."""
 
-    def __init__(self, spec: dict, eos: str | int | None = None):
+    def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
         _check_settings(spec, GEMMA if gemma else NEOX)
         ids = _all_ids(spec)
-        text = json.dumps(spec, ensure_ascii=False)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.n_vocab, self.bos_id = len(ids), ids.get("<bos>")
+        self.fingerprint, self.n_vocab, self.bos_id = _key(spec), len(ids), ids.get("<bos>")
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
-        known = [ids.get(name, name) for name in names if ids.get(name, name) in range(len(ids))]
+        known = [ids[name] for name in names if name in ids]
         if not known:
-            raise ValueError(f"it has no end of text, {' or '.join(map(str, names))}")
+            raise ValueError(f"it has no end of text, {' or '.join(names)}")
         self.eos_id = known[0]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
@@ -598,12 +670,13 @@ class Tokenizer:
         if not gemma and not GPT2_BYTES.keys() >= letters:
             raise ValueError("merges of a character that stands for no byte")
         if gemma:
-            units, split = _gemma_units(vocab), _gemma_split(made)
+            units, split = _gemma_units(vocab), "(?s).+"
             to_bytes, self._normalize = _gemma_bytes, partial(re.sub, "▁", " ")
         else:
             units = {byte: [vocab[char]] for char, byte in GPT2_BYTES.items() if char in vocab}
             split, to_bytes = GPT2_SPLIT, _gpt2_bytes
-            self._normalize = _nfc if spec.get("normalizer") else str
+            nfc = partial(unicodedata.normalize, "NFC")
+            self._normalize = nfc if spec.get("normalizer") else str
         if not units.keys() >= UTF8_BYTES:
             raise ValueError("the vocabulary has no token for some byte")
         units |= {to_bytes(token): [vocab[token]] for token in made}
@@ -614,7 +687,11 @@ class Tokenizer:
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
-        self._cut, self._cut_late, self._added = _any_of(raw), _any_of([*late]), ids | late
+        self._cut, self._cut_late, self._added = _any_of(raw), _any_of(late), ids | late
+
+    def vocabulary(self) -> str:
+        """A short name for the bytes of all tokens, in the order of their ids."""
+        return _key([self._bytes[i].hex() for i in range(self.n_vocab)])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
@@ -643,13 +720,10 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes its
     <bos> away, "yes" lets the end of text serve where there is none. Raises UserError."""
     path, eos = fetch(str(name), "tokenizer.json"), None
-    for filename, key in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
-        with suppress(UserError):  # there is no such file
-            said = read_json(fetch(str(name), filename)).get(key)
-            said = said.get("content") if isinstance(said, dict) else said
-            eos = eos if said is None else said
+    with suppress(UserError):  # there is no such file
+        eos = read_json(fetch(str(name), "tokenizer_config.json")).get("eos_token")
     with user_errors(f"cannot read {path}"):
-        tokenizer = Tokenizer(read_json(path), eos[0] if isinstance(eos, list) else eos)
+        tokenizer = Tokenizer(read_json(path), eos["content"] if isinstance(eos, dict) else eos)
     if bos == "yes" and tokenizer.bos_id is None:
         tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
     if bos == "no":
@@ -663,19 +737,20 @@ DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short 
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
 DATASETS["tiny"] = str(TINY / "text.jsonl.gz")
-HUB_FOLDERS = {"allenai/c4": "/en", "monology/pile-uncopyrighted": "/train"}  # listing all is slow
-IDS = re.compile(r"\.bin$|-pythia-preshuffled$", re.I)  # so ends a source of ids, not of text
-TEXT = re.compile(r"\.(txt|py|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
-LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a document; in one of a .txt without marks
-BATCH = 64  # documents tokenised at a time
-OTHER_IDS = "give --data that is tokenised for the model, or text"
+HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
+NEOX_VOCABULARY = "e56ffe519fcf54d3"  # Tokenizer.vocabulary() of GPT-NeoX's and Pythia's
+IDS = re.compile(r"\.bin$", re.I)
+TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
+HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
+LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a piece of a document; in a document of a .txt
+BATCH = 64  # pieces tokenised at a time
+RULES = 3  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
-def usual_data(tokenizer, model="x") -> str:
-    """The source of tokens where none is given: Pythia's own, or c4."""
-    deduped = "-deduped" if "-deduped" in model else ""
-    return f"pythia{deduped}" if "pythia" in model else "c4"
+def usual_data(tokenizer: Tokenizer) -> str:
+    """The source of tokens where none is given: Pythia's own where its vocabulary is theirs; c4."""
+    return "pythia" if tokenizer.vocabulary() == NEOX_VOCABULARY else "c4"
 
 
 def held_out(text: str) -> bool:
@@ -684,46 +759,56 @@ def held_out(text: str) -> bool:
 
 
 def _place(data: str) -> str:
-    """Where a source is: a path, or hf://datasets/owner/name."""
-    path = os.path.expanduser(DATASETS.get(data, data))
+    """Where a source is: a path, or hf://datasets/owner/name[@revision]."""
+    path = os.path.expanduser(long_name(data, DATASETS))
     name = path.removeprefix("datasets/")
-    local = os.path.exists(path) or TEXT.search(name) or not re.fullmatch(r"[\w-]+/[\w.-]+", name)
-    return path if local else f"hf://datasets/{name}"
+    local = os.path.exists(path) or TEXT.search(name) or IDS.search(name)
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", name) and not local
+    return f"hf://datasets/{name}" if on_hub else path
 
 
 def source_files(data: str) -> list[tuple[str, int]]:
-    """(path, bytes) of a source's files: local ones mixed by a fixed seed, the Hub's in order."""
-    place = _place(data)
-    wanted = re.compile(r"\.bin$", re.I) if IDS.search(place) else TEXT
-    if place.startswith("hf://"):
-        repo = place.removeprefix("hf://")
-        with hub_errors(repo):
-            find = partial(hf.HfFileSystem().find, repo + HUB_FOLDERS.get(data, ""), detail=True)
-            listing = in_time(find).items()
-            found = sorted((f"hf://{path}", entry["size"]) for path, entry in listing)
-        found = [f for f in found if wanted.search(f[0]) and not f[0].endswith(".py")]  # a loader
-        found = [f for f in found if "train" in f[0].removeprefix(place)] or found
-    else:
-        found = [(path, os.path.getsize(path)) for path in _walk(place) if wanted.search(path)]
-        random.Random(0).shuffle(found)
-    if not found:
-        forms = f".txt, .jsonl, .py, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
-        raise UserError(f"no text in {data!r}: give one of {forms}")
-    return found
+    """(path, bytes) of the files that a source is read from, all of text or all of ids; a line
+    says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
+
+    They are the split `train` where there is one; else all that are of no held-out split; else
+    all. A split is a whole word in the name of a folder or a file."""
+    place = data if data.startswith("hf://") else _place(data)
+    found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
+    names = [name for name in found if TEXT.search(name) or IDS.search(name)]
+    forms = f".txt, .jsonl, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
+    refuse(not names, f"no text in {data!r}: give one of {forms}")
+    of_ids = [name for name in names if IDS.search(name)]
+    refuse(len(of_ids) not in (0, len(names)), f"{data!r} has text and ids, {of_ids[:1]}: name one")
+    words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
+    train = [name for name in names if "train" in words[name]]
+    taken = train or [name for name in names if not words[name] & HELD_OUT] or names
+    if len(names) > 1:
+        shown = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
+        say_once(f"{data}: reading {len(taken)} of {len(names)} files: {shown}")
+    if not of_ids and not place.startswith("hf://"):
+        random.Random(0).shuffle(taken)
+    return [found[name] for name in taken]
 
 
-def _walk(root: str) -> list[str]:
-    """The regular files in a folder, or the one file; links are followed, each folder read once,
-    what is hidden left out."""
-    paths, seen = [root], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True) if os.path.isdir(root) else ():
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        paths += [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
-    return [path for path in paths if os.path.isfile(path)]
+def _hub_files(place: str) -> dict[str, tuple[str, int]]:
+    """{name in the repository: (path, bytes)} of a Hub dataset's files."""
+    repo = place.removeprefix("hf://")
+    folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
+    with hub_errors(repo):
+        found = sorted(hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True).items())
+        return {path.split("/", 3)[-1]: (f"hf://{path}", about["size"]) for path, about in found}
+
+
+def _local_files(root: str) -> dict[str, tuple[str, int]]:
+    """{name in the folder: (path, bytes)} of its regular files, or of the one file; what is hidden
+    and folders that are links are left out."""
+    if os.path.isfile(root):
+        return {os.path.basename(root): (root, os.path.getsize(root))}
+    below = sorted(Path(root).rglob("*")) if os.path.isdir(root) else []
+    files = {path.relative_to(root).as_posix(): path for path in below if path.is_file()}
+    shown = [name for name in files if not re.search(r"(^|/)\.", name)]
+    return {name: (str(files[name]), files[name].stat().st_size) for name in shown}
 
 
 @contextmanager
@@ -735,23 +820,31 @@ def opened(path: str):
         return
     parts = path.split("/")
     with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
+        # Without a cache it is read by ranges, so that no cut passes for the end.
         with hf.HfFileSystem().open(path, cache_type="none") as file:
-            file.read = partial(in_time, file.read)  # by ranges, so that no cut passes for the end
             yield file
 
 
 def documents(data: str):
-    """Yields the documents of a file or folder of .txt, .py, .jsonl (.gz, .zst), or a Hub dataset,
-    always in the same order, cut after LONGEST characters. Raises UserError."""
+    """Yields the documents of a file or folder of .txt, .jsonl (.gz, .zst), or a Hub dataset,
+    always in the same order, in pieces of at most LONGEST characters. Raises UserError."""
+    return (piece for piece, _ in pieces(data))
+
+
+def pieces(data: str):
+    """Yields (piece, whether its document is held out) of `documents`: the side is decided by the
+    document, so that all its pieces are on one side."""
     for path, _ in source_files(data):
         with opened(path) as file:
             blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
             texts = codecs.iterdecode(blocks, "utf-8-sig")
-            plain = TEXT.search(path)[1].lower() in ("txt", "py")
+            plain = TEXT.search(path)[1].lower() == "txt"
             for text in _plain_texts(texts) if plain else _json_texts(texts, path):
+                held = held_out(text)
                 for start in range(0, len(text), LONGEST):
-                    if text[start : start + LONGEST].strip():
-                        yield text[start : start + LONGEST]
+                    piece = text[start : start + LONGEST]
+                    if piece.strip():
+                        yield piece, held
 
 
 def _unpacked(file, path: str):
@@ -787,46 +880,79 @@ def _json_texts(blocks, path: str):
 
 
 def _plain_texts(blocks):
-    """Yields what stands between lines `<|endoftext|>`; of a text without them pieces that end
-    with a line, if they can. Lines may end as on any system."""
-    newlines, rest, longest = io.IncrementalNewlineDecoder(None, translate=True), "", PIECE
+    """Yields a text in documents of at most PIECE characters, which end with a line if they can."""
+    rest = ""
     for block in blocks:
-        if "\0" in block:
-            raise ValueError("NUL characters, as in UTF-16: convert it to UTF-8")
-        *whole, rest = (rest + newlines.decode(block)).split("<|endoftext|>\n")
-        yield from whole
-        longest = LONGEST if whole else longest
-        start = 0
-        while start + longest < len(rest):
-            end = rest.rfind("\n", start, start + longest) + 1 or start + longest
+        rest, start = rest + block, 0
+        while start + PIECE < len(rest):
+            end = rest.rfind("\n", start, start + PIECE) + 1 or start + PIECE
             yield rest[start:end]
             start = end
         rest = rest[start:]
-    yield rest + newlines.decode("", final=True)
+    yield rest
+
+
+def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
+    """(place, version, folder) of a source as it is now: a path, or a Hub dataset at one commit;
+    that commit, or `files_key`; where the cache has all versions. Offline a dataset is what it was
+    last."""
+    place = _place(data)
+    if not root:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
+        root = os.path.join(root, "saeft")
+    folder = Path(root, re.sub(r"\W+", "-", place)[-60:])
+    if not place.startswith("hf://"):
+        top = place if os.path.isdir(place) else os.path.dirname(place)
+        return place, files_key([path for path, _ in source_files(place)], top or "."), folder
+    repo, _, revision = place.removeprefix("hf://datasets/").partition("@")
+    try:
+        with hub_errors(f"datasets/{repo}"):
+            commit = hf.HfApi().dataset_info(repo, revision=revision or None, timeout=10).sha
+        with suppress(UserError):  # a cache that cannot be written is told where it matters
+            write_text(folder / "commit", commit)
+    except UserError:
+        if not (folder / "commit").is_file():
+            raise
+        commit = (folder / "commit").read_text()
+    return f"hf://datasets/{repo}@{commit}", commit, folder
 
 
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
-    `data`: for `documents`, or ids: Pythia's training data, or a .bin of 2, 4 or 8 bytes each.
-    Documents, end-of-text after each, are cut into sequences of `context` ids, the first being bos
-    if there is one. train, val: tokens. `report` gets a line every second while a caller waits.
-    UserError for an unknown, short or failing source."""
+    `data`: for `documents`, or .bin files of ids: little-endian uint16, or uint32 where the
+    tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
+    `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
+    embedding; a document with an id beyond them is left out. `report` gets a line every second
+    while a caller waits. UserError for an unknown, short or failing source.
+
+    In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
+    many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
 
     def __init__(
-        self, data, tokenizer, context, train, val, cache=None, allow_short=False, report=None, n_rows=None
-    ):
+        self, data, tokenizer, context, train, val,
+        cache=None, allow_short=False, report=progress, n_rows=None,
+    ):  # fmt: skip
         self.data, self.tokenizer, self.context = data, tokenizer, context
-        self.stride = context - (tokenizer.bos_id is not None)  # ids of the stream in a sequence
-        self.asked, self.allow_short = (train, val), allow_short  # tokens
+        self.allow_short, self.report = allow_short, report
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        self.n_ids = min(tokenizer.n_vocab, n_rows or tokenizer.n_vocab)  # those that may occur
+        beyond = f"the end of text, {eos}, or <bos>, {bos}, has no row in the embedding: {n_rows}"
+        refuse(max(eos, bos or 0) >= self.n_ids, beyond)
+        self.stride = context - (bos is not None)  # ids of the stream in a sequence
+        self.asked = [train, val]  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-        self.report = report or (lambda line: None)
-        self.folder = self._cache_folder(cache)
+        self.place, version, folder = source_now(data, cache)
+        ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
+        self.key = _key([version, ids, BATCH, RULES])
+        self.folder = folder / self.key
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
-        self.key = self.folder.name
-        self.stopped = self.locked_out = False
-        self._load_meta()
-        self.thread = in_background(self._run)
+        self.stopped = False
+        self.failure = None  # what ended the thread
+        self.load_meta()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
         if allow_short:
             self._wait(TRAIN, math.inf)
         self.n_train = self.need[TRAIN] // self.stride
@@ -834,7 +960,7 @@ class TokenStream:
     def close(self):
         """Stop the thread; what it has written is there for the next run."""
         self.stopped = True
-        wait([self.thread], 5)
+        self.thread.join(5)
 
     def validation(self) -> torch.Tensor:
         """All validation sequences, int64 [n, context], of documents never trained on; waits."""
@@ -851,126 +977,125 @@ class TokenStream:
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
 
     def _wait(self, side: int, enough: float):
-        """Until a side has `enough` tokens, or the thread has ended; raises what ended it."""
+        """Until a side has `enough` tokens, or the thread has ended: UserError where the source was
+        too short, unless less is allowed, and whatever else has ended it."""
         waits = 0
-        while self.tokens[side] < enough and not self.thread.done():
-            wait([self.thread], 0.1)  # in short steps: Ctrl-C gets through
+        while self.tokens[side] < enough and self.thread.is_alive():
+            self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             waits += 1
             if waits % 10 == 0:
                 have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
-                counts = f"tokenising: {have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
-                other = f"waiting for another process that tokenises into {self.folder}"
-                self.report(other if self.locked_out else counts)
-        if self.thread.done():
-            self.thread.result()
+                done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
+                self.report(f"tokenising into {self.folder}: {done}")
+        if self.thread.is_alive():
+            return
+        if self.failure:
+            raise self.failure
+        for side, kind, flag in (
+            (TRAIN, "training", "--tokens"),
+            (VAL, "validation", "--eval-tokens"),
+        ):
+            have = self.tokens[side] // self.stride * self.stride
+            if self.allow_short and have:
+                self.need[side] = min(self.need[side], have)
+            advice = f"lower {flag}" if have else "give more text"
+            short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
+            refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
 
-    def _lacks(self, *sides: int) -> bool:
-        return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
-
-    def _cache_folder(self, cache) -> Path:
-        """A folder of this source, and in it one named after all that the ids depend on."""
-        place, files = _place(self.data), []
-        if not place.startswith("hf://"):
-            files = [(path, os.stat(path)) for path, _ in source_files(self.data)]
-            files = [(path, seen.st_size, seen.st_mtime_ns) for path, seen in files]
-        own = self.tokenizer.fingerprint, self.tokenizer.eos_id, self.tokenizer.n_vocab
-        key = hashlib.sha256(json.dumps([place, files, own, BATCH]).encode()).hexdigest()[:16]
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if root.startswith("~"):
-            raise UserError("no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
-        folder = Path(cache or f"{root}/saeft", re.sub(r"\W+", "-", place)[-60:])
-        older = [path for path in folder.glob("*/*") if path.parent.name != key]
-        if older and not (folder / key).exists():
-            size = sum(path.stat().st_size for path in older) / 1e6
-            self.report(f"older tokens of {self.data}, {size:,.1f} MB: rm -r {folder}")
-        return folder / key
-
-    def _load_meta(self):
-        """Each side's tokens on disk, and how much of the source they took; else start again."""
+    def load_meta(self):
+        """Each side's tokens on disk, and how much of the source they took; zeros where there is no
+        cache yet, or a damaged one."""
         self.tokens, self.passed = [0, 0], [0, 0]
-        with suppress(Exception):  # there is none, or it is damaged
-            counts = json.loads((self.folder / "meta.json").read_bytes())
+        with suppress(Exception):
+            tokens, passed = json.loads((self.folder / "meta.json").read_bytes())
             held = [path.stat().st_size // self.dtype.itemsize for path in self.files]
-            natural = [type(n) for n in counts] == [int] * 4 and min(counts) >= 0
-            if natural and counts[TRAIN] <= held[TRAIN] and counts[VAL] <= held[VAL]:
-                self.tokens, self.passed = counts[:2], counts[2:]
+            if all(n in range(most + 1) for n, most in zip(tokens, held, strict=True)):
+                self.tokens, self.passed = tokens, passed
+
+    def lacks(self, *sides: int) -> bool:
+        return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
 
     def _run(self):
         """The thread."""
         try:
-            if self._lacks(TRAIN, VAL):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.locked_out = True
-                with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
-                    self.locked_out = False
-                    self._load_meta()
-                    if IDS.search(_place(self.data)):
-                        self._copy_ids()
-                    else:
-                        self._tokenise()
+            if self.lacks(TRAIN, VAL):
+                self._grow()
         except OSError as error:
-            raise UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME") from error
-        self._settle(TRAIN, "training", "--tokens")
-        self._settle(VAL, "validation", "--eval-tokens")
+            self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
+        except BaseException as error:  # tiktoken's panics are no Exception
+            self.failure = error
 
-    def _settle(self, side: int, kind: str, flag: str):
-        """The source has ended, or the budget: make do with less where that is allowed."""
-        have = self.tokens[side] // self.stride * self.stride
-        if self.allow_short and have:
-            self.need[side] = min(self.need[side], have)
-        if self._lacks(side):
-            advice = f"lower {flag}"
-            short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
-            raise UserError(f"{self.data} has {short}: {advice if have else 'give more text'}")
+    def _grow(self):
+        """Until no side lacks tokens, or the source has ended."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
+            self.load_meta()
+            files = source_files(self.place)
+            if IDS.search(files[0][0]):
+                self._copy_ids(files)
+            else:
+                self._tokenise()
 
     def _tokenise(self):
-        """Both sides grow by the same documents; `passed` counts batches of them."""
-        source, threads = documents(self.data), (os.cpu_count() or 1) // 2 or 1
+        """Both sides grow by the same pieces; `passed` counts batches of them."""
+        source, threads = pieces(self.place), (os.cpu_count() or 1) // 2 or 1
         batches = iter(lambda: list(islice(source, BATCH)), [])
-        for number, texts in enumerate(batches, 1):
+        for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
-                ids = {False: [[]], True: [[]]}  # by held_out
-                for text, own in zip(texts, self.tokenizer.encode_batch(texts, threads)):
-                    ids[held_out(text)] += [own, [self.tokenizer.eos_id]]
-                for side, own in ((TRAIN, ids[False]), (VAL, ids[True])):
+                ids = self.tokenizer.encode_batch([text for text, _ in batch], threads)
+                fit = [some.max(initial=0) < self.n_ids for some in ids]
+                if not all(fit):
+                    rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
+                    say_once(f"{self.data}: leaving out documents that hold {rows}")
+                for side in (TRAIN, VAL):
                     if number > self.passed[side]:
-                        self._append(side, np.concatenate(own), number)
-            if not self._lacks(TRAIN, VAL):
+                        kept = [f and held == side for f, (_, held) in zip(fit, batch)]
+                        own = [
+                            np.append(some, self.tokenizer.eos_id) for some in compress(ids, kept)
+                        ]
+                        self._append(side, np.concatenate([np.zeros(0, self.dtype), *own]), number)
+            if not self.lacks(TRAIN, VAL):
                 break
 
-    def _copy_ids(self):
-        """Training: the first file. Validation: the last; of one file its last 20th, without the
-        document that is cut there. `passed` counts bytes."""
-        files = source_files(self.data)
-        (first, size), (last, end) = files[0], files[-1]
-        stored, begin = self._stored_as(first, size), 0
-        if len(files) == 1:
-            begin = size = size * 19 // 20 // 8 * 8
-            ends = _ids_at(last, begin, min(BLOCK, end - begin), stored) == self.tokenizer.eos_id
-            begin += (ends.tolist().index(True) + 1 if ends.any() else 0) * stored.itemsize
-        for side, path, at, stop in ((VAL, last, begin, end), (TRAIN, first, 0, size)):
-            at += self.passed[side]
-            while at < stop and self._lacks(side):
-                missing = (self.need[side] - self.tokens[side]) * stored.itemsize
-                ids = _ids_at(path, at, min(missing, BLOCK, stop - at), stored)
-                at += ids.nbytes
-                self._append(side, ids, self.passed[side] + ids.nbytes)
+    def _copy_ids(self, files: list[tuple[str, int]]):
+        """Validation: the last file; of one file its last 20th, without the document that is cut
+        there. Training: all before it. `passed` counts ids."""
+        *before, (last, end) = [(path, size // self.dtype.itemsize) for path, size in files]
+        begin = 0
+        if not before:
+            begin = end * 19 // 20
+            before = [(last, begin)]
+            ends = self._ids_at(last, begin, min(BLOCK, end - begin)) == self.tokenizer.eos_id
+            begin += ends.argmax() + 1 if ends.any() else 0
+        self._copy(VAL, [(last, begin, end)])
+        self._copy(TRAIN, [(path, 0, size) for path, size in before])
 
-    def _stored_as(self, path: str, size: int) -> np.dtype:
-        """The widest integers as which the first ids of a file are the tokenizer's."""
-        first = _ids_at(path, 0, min(size, 4096) // 8 * 8, np.dtype("u1"))
-        for stored in map(np.dtype, ("<i8", "<u4", "<u2")):
-            ids = first.view(stored)
-            low, high = ids.min(initial=0), ids.max(initial=0)
-            if size % stored.itemsize == 0 and low >= 0 and high < self.tokenizer.n_vocab:
-                return stored
-        raise UserError(f"{path} is not of ids under {self.tokenizer.n_vocab:,}: {OTHER_IDS}")
+    def _copy(self, side: int, spans: list[tuple[str, int, int]]):
+        """The ids of spans (path, begin, end), from where an earlier run has stopped."""
+        skip = self.passed[side]
+        for path, begin, end in spans:
+            at = min(begin + skip, end)
+            skip -= at - begin
+            while at < end and self.lacks(side):
+                missing = self.need[side] - self.tokens[side]
+                ids = self._ids_at(path, at, min(missing, BLOCK, end - at))
+                at += len(ids)
+                self._append(side, ids, self.passed[side] + len(ids))
+
+    def _ids_at(self, path: str, start: int, count: int) -> np.ndarray:
+        with opened(path) as file:
+            file.seek(start * self.dtype.itemsize)
+            ids = np.frombuffer(file.read(count * self.dtype.itemsize), self.dtype)
+        largest, kind = ids.max(initial=0), self.dtype.name
+        advice = f"give {kind} ids of this tokenizer, under {self.n_ids:,}, or text"
+        refuse(largest >= self.n_ids, f"{path}: as {kind} it holds {largest:,}: {advice}")
+        return ids
 
     def _append(self, side: int, ids: np.ndarray, passed: int):
-        """Ids without <bos> to a side's file, then meta.json: an interruption leaves no trace."""
-        ids = ids[ids != self.tokenizer.bos_id]
-        if ids.max(initial=0) >= self.tokenizer.n_vocab:
-            raise UserError(f"{self.data} holds id {ids.max():,.0f}: {OTHER_IDS}")
+        """Ids to a side's file, then meta.json. <bos> that stands in a text is dropped, but not
+        where it is the end of text as well."""
+        if self.tokenizer.bos_id != self.tokenizer.eos_id:
+            ids = ids[ids != self.tokenizer.bos_id]
         with open(self.files[side], "ab") as file:
             end = self.tokens[side] * self.dtype.itemsize
             if file.tell() < end:
@@ -979,29 +1104,26 @@ class TokenStream:
             file.write(ids.astype(self.dtype).tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)
-        write_text(self.folder / "meta.json", json.dumps(self.tokens + self.passed))
-
-
-def _ids_at(path: str, start: int, n_bytes: int, stored: np.dtype) -> np.ndarray:
-    with opened(path) as file:
-        file.seek(start)
-        return np.frombuffer(file.read(n_bytes), stored)
+        write_text(self.folder / "meta.json", json.dumps([self.tokens, self.passed]))
 
 
 # ---- A run's folder ---------------------------------------------------------------------------
 
 MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
-IN_SAE = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors"]
-IN_RUN = [*IN_SAE, "config.json", "metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
+WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
+WRITTEN += ["metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
 
 
 def run_path(settings: dict) -> Path:
     """The folder of a run under --out. UserError where it lies elsewhere, or around the SAE that
     the run starts from."""
-    name, start = settings["name"], settings["start"]
+    name, start, model = settings["name"], settings["start"], settings["model"]
     if name is None:
+        folder = Path(model).expanduser()
+        called = folder.resolve().name if folder.is_dir() else model.split("/", 1)[-1]
+        called = re.sub(r"[^\w.-]", "-", called)
         kind = f"{settings['sae']}-k{'-'.join(map(str, settings['k']))}-seed{settings['seed']}"
-        name = f"{Path(settings['model']).name}-layer{settings['layer']}-{kind}"
+        name = f"{called}-layer{settings['layer']}-{kind}"
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
     path = Path(settings["out"]).expanduser() / name
     source = Path(start or os.sep).expanduser().resolve()
@@ -1013,12 +1135,10 @@ def run_path(settings: dict) -> Path:
 class RunFolder:
     """A folder that one process at a time writes a run into: config.json, metrics.jsonl,
     checkpoints; for each SAE, here or in k8, k16, ..., its files, report.json, SAEs in `parts`.
-    An earlier run's files stay until `begin`; lines of metrics.jsonl wait for it. Of several
-    processes the one of rank 0 writes; others write checkpoints alone."""
+    Of several processes the one of rank 0 writes; others write checkpoints alone."""
 
     def __init__(self, path: Path, parts: list[str], rank: int = 0):
-        self.path, self.parts, self.rank = path, parts, rank
-        self.begun, self.waiting, self.lock = rank > 0, [], ExitStack()
+        self.path, self.parts, self.rank, self.lock = path, parts, rank, ExitStack()
 
     def take(self, resume: bool, overwrite: bool):
         """Make it, for this process alone. UserError where something else is in it."""
@@ -1027,96 +1147,87 @@ class RunFolder:
         path = self.path
         with user_errors(f"cannot write {path}: choose another --out or --name"):
             path.mkdir(parents=True, exist_ok=True)
-            if not (path / MARK).exists() and any(path.iterdir()):
-                raise UserError(f"{path} is not empty and no run's folder: choose another --name")
+            foreign = not (path / MARK).exists() and any(path.iterdir())
+            refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
+            unfinished = (path / "checkpoint.pt").exists()
+            advice = f"{path} holds an unfinished run: pass --resume, or --overwrite"
+            refuse(unfinished and not (overwrite or resume), advice)
+            kept = any(path.glob("**/report.json")) and not (overwrite or resume and unfinished)
+            refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
             try:
                 self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
             except TimeoutError:
                 raise UserError(f"{path} is in use by a run that is going on") from None
-        unfinished = (path / "checkpoint.pt").exists()
-        if unfinished and not (overwrite or resume):
-            self.lock.close()
-            raise UserError(f"{path} holds an unfinished run: pass --resume, or --overwrite")
-        if not overwrite and any(path.glob("**/report.json")) and not (resume and unfinished):
-            self.lock.close()
-            raise UserError(f"{path} holds a finished run: choose a --name, or pass --overwrite")
 
     def clear(self):
         """Remove what a run writes, and nothing else."""
         saes = [self.path, *self.path.glob("k[0-9]*")]
-        parts = [sae / part for sae in saes for part in self.parts]
-        for folder in parts + saes[::-1]:
-            for name in IN_SAE if folder in parts else IN_RUN:
-                for file in folder.glob(name):
-                    file.unlink()
+        for folder in [sae / part for sae in saes for part in self.parts] + saes[::-1]:
+            for file in chain(*map(folder.glob, WRITTEN)):
+                file.unlink()
             if folder != self.path and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def begin(self, settings: dict):
-        """There is something to keep: an earlier run's files give way to it."""
-        if not self.begun:
+        """All is loaded: an earlier run's files give way to this one's."""
+        if self.rank == 0:
             with user_errors(f"cannot write {self.path}"):
                 self.clear()
-            write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
-            self.begun = True
+                write_text(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
             self.log([])
 
     def log(self, lines: list[str]):
         """Add lines to metrics.jsonl."""
-        if self.rank > 0:
-            return
-        self.waiting += lines
-        if self.begun:
+        if self.rank == 0:
             path = self.path / "metrics.jsonl"
             with user_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in self.waiting)
-            self.waiting.clear()
+                file.writelines(line + "\n" for line in lines)
 
     def save_state(self, state: dict, tag: str = ""):
         """A checkpoint. Of several processes each writes its own, under a tag; the first one's,
         which says which of the others' are valid, comes last."""
         _wait_for_all_processes()  # the first one may be removing an earlier run's
-        if self.rank > 0:
-            self._write(f"checkpoint{self.rank}{tag}.pt", state)
-        _wait_for_all_processes()
+        name = f"checkpoint{self.rank}{tag}.pt"
         if self.rank == 0:
             logged = (self.path / "metrics.jsonl").stat().st_size
-            self._write("checkpoint.pt", {**state, "tag": tag, "logged": logged})
+            name, state = "checkpoint.pt", {**state, "tag": tag, "logged": logged}
+            _wait_for_all_processes()
+        with replacing(self.path / name) as file:
+            torch.save(state, file)
+        if self.rank > 0:
+            _wait_for_all_processes()
         _wait_for_all_processes()
         for file in self.path.glob(f"checkpoint{self.rank}-*.pt"):
             if tag not in file.name:
                 file.unlink(missing_ok=True)
 
-    def _write(self, name: str, state: dict):
-        with replacing(self.path / name) as file:
-            torch.save(state, file)
-
     def load_state(self, device) -> dict | None:
         """The last checkpoint, if there is one."""
-        if not (self.path / "checkpoint.pt").exists():
-            return None
-        saved = self._read("checkpoint.pt", device)
-        if 0 < self.rank < saved["world"]:
-            saved = self._read(f"checkpoint{self.rank}{saved['tag']}.pt", device)
+        name, saved = "checkpoint.pt", None
+        with user_errors(f"cannot read a checkpoint in {self.path}: --overwrite starts anew"):
+            if (self.path / name).exists():
+                saved = torch.load(self.path / name, map_location=device, weights_only=True)
+            if saved and 0 < self.rank < saved["world"]:
+                name = f"checkpoint{self.rank}{saved['tag']}.pt"
+                saved = torch.load(self.path / name, map_location=device, weights_only=True)
         return saved
-
-    def _read(self, name: str, device) -> dict:
-        with user_errors(f"cannot read {self.path / name}: --overwrite starts anew"):
-            return torch.load(self.path / name, map_location=device, weights_only=True)
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
-        UserError if that run has other settings."""
+        identity: the keys of "model" and "data". UserError if that run has other settings, or one
+        of these has changed since."""
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
         for name, value in settings.items():
             was = saved["config"].get(name)
             differs = was != value and name not in may_differ
             refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
+        for part, key in identity.items():
+            changed = saved["identity"].get(part) != key
+            refuse(changed, f"--resume: the {part} of {settings[part]} changed since: --overwrite")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
                 os.truncate(self.path / "metrics.jsonl", saved["logged"])
-        self.begun = True
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""

@@ -193,7 +193,7 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
         super().__init__()
-        self.k = k
+        self.k = k  # what it means is the kind's
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
         self.W_enc = nn.Parameter(directions.clone())
@@ -276,6 +276,10 @@ class SAE(nn.Module):
 
 class TopK(SAE, kind="topk", architecture="topk"):
     """The K largest of each token."""
+
+    def __init__(self, d_model, d_sae, k, seed=0):
+        refuse(not 0 < k <= d_sae, f"K = {k} of {d_sae} latents")
+        super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre, n):
         return int(self.k), None
@@ -468,54 +472,58 @@ def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Co
     return x, limit
 
 
+@dataclass
 class ActivationBuffer:
     """Serves activations of many sequences in random order. When half of its rows [size, D] are
     used, those of new sequences join the rest, and all are shuffled."""
 
-    def __init__(self, lm, stream: TokenStream, n_sequences: int, limit, config: Config):
-        self.lm = lm
-        self.stream = stream
-        self.n_sequences = n_sequences
-        self.limit = limit
-        self.config = config
-        self.per_sequence = config.context - lm.n_skip
-        self.size = self.per_sequence * config.buffer + 2 * config.batch
-        self.rows = lm.W_U.new_empty(0, lm.W_U.shape[1])
-        self.used = self.next_sequence = self.refills = 0
-        self.seconds = self.collected = 0  # of all refills; for the time left
+    lm: LanguageModel
+    stream: TokenStream
+    n_sequences: int
+    limit: Tensor  # the norm above which a token is a sink
+    config: Config
+    rows: Tensor | None = None
+    used: int = 0
+    next_sequence: int = 0
+    refills: int = 0
+    seconds: float = 0.0  # of all refills
 
     def refill(self):
         began = time.monotonic()
-        left = self.rows[self.used :]
-        n = (self.size - len(left)) // self.per_sequence
-        n = min(n, (self.n_sequences - self.next_sequence) // world_size())
+        config, per_sequence = self.config, self.config.context - self.lm.n_skip
+        free = per_sequence * config.buffer + 2 * config.batch - (len(self) - self.used)
+        n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
         tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
-        x = collect(self.lm, tokens, self.config)
-        rows = torch.cat([left, x[content(x, self.lm.n_skip, self.limit)]])
+        x = collect(self.lm, tokens, config)
+        rows = x[content(x, self.lm.n_skip, self.limit)]
+        if len(self):
+            rows = torch.cat([self.rows[self.used :], rows])
         self.next_sequence += n * world_size()
         self.refills += 1
-        seed = (self.config.seed * 1009 + rank()) * 1_000_003 + self.refills
+        seed = (config.seed * 1009 + rank()) * 1_000_003 + self.refills
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         self.rows, self.used = rows[order.to(rows.device)], 0
         self.seconds += time.monotonic() - began
-        self.collected += n * world_size()
+
+    def __len__(self):
+        return 0 if self.rows is None else len(self.rows)
 
     def next_batch(self, n: int):
         """[n, D] activations in float32."""
         has_more = self.n_sequences - self.next_sequence >= world_size()
-        if 2 * self.used >= len(self.rows) and has_more:
+        if 2 * self.used >= len(self) and has_more:
             self.refill()
-        while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
-            left = len(self.rows) - self.used
+        while self.used + n > len(self):  # sinks left too few: again from the first sequence
+            left = len(self) - self.used
             self.next_sequence = 0
             self.refill()
-            refuse(len(self.rows) == left, ALL_SINKS)
+            refuse(len(self) == left, ALL_SINKS)
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
     def seconds_left(self) -> float:
         """For the sequences that are still to be collected."""
-        return (self.n_sequences - self.next_sequence) * self.seconds / max(1, self.collected)
+        return (self.n_sequences / max(1, self.next_sequence) - 1) * self.seconds
 
     def state_dict(self) -> dict:
         names = ("rows", "used", "next_sequence", "refills")
@@ -555,7 +563,7 @@ class Trainee:
         with config.autocast(x.device):
             x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
         spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
-        return x.flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
+        return single(x).flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
 
     def save(self, folder: Path, metadata: dict):
         """Writes what was trained, so that it gives the same figures."""
@@ -709,7 +717,7 @@ def finetune(
 
         losses, figures = [], []
         for t, (x, x_hat, f, _), kl in zip(phase.trainees, passes, kls):
-            mse = weight @ (single(x) - x_hat).pow(2).mean(-1)
+            mse = weight @ (x - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
             penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
             loss = mse + penalty if by_mse else t.loss(kl, mse, beta, penalty)
@@ -963,18 +971,21 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type and isinstance(rope, dict):
-        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
-        rope = rope[layer_type]
-    flat = isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values())
-    refuse(not flat, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported")
-    rope = {"rope_type": rope.get("type", "default"), **rope}
-    linear = rope["rope_type"] == "linear"
-    shares = {} if share < 1 else {"partial_rotary_factor": [1.0, None]}  # Gemma has no other
+        rope = rope.get(layer_type, rope)
+    names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+    known = isinstance(rope, dict) and rope.keys() <= names
+    refuse(
+        not known, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported"
+    )
+    linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
+    kinds = ["linear"] if linear else ["default"]
     numbers = {"rope_theta": base, "factor": float if linear else 1.0}
-    if share < 1:
-        numbers["partial_rotary_factor"] = share
-    rope = read_settings(rope, numbers, {"rope_type": ["default", "linear"], **shares})
-    dim = int(head_dim * (rope.partial_rotary_factor or 1.0))
+    numbers["partial_rotary_factor"] = (share, None)
+    choices = {"rope_type": kinds, "type": kinds}
+    if share == 1:  # Gemma knows no other
+        choices["partial_rotary_factor"] = [1.0, None]
+    rope = read_settings(rope, numbers, choices)
+    dim = int(head_dim * (rope.partial_rotary_factor or share))
     return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
 
 
@@ -1072,9 +1083,13 @@ class LanguageModel(nn.Module):
             resid = block(resid, *tables[block.rope])
         return resid
 
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.part(3)
+
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return soft_cap(F.linear(self.part(3)(resid), self.W_U), self.logit_cap)
+        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
@@ -1314,13 +1329,6 @@ def mean_over_ranks(x):
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
 
 
-def same_in_all_processes(*values):
-    """What the first process has, tensors and states of modules, in all others, too."""
-    for value in values if world_size() > 1 else ():
-        for tensor in value.state_dict().values() if isinstance(value, nn.Module) else [value]:
-            dist.broadcast(tensor, 0)
-
-
 def own_sequences(stream: TokenStream, start: int, count: int, device):
     """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
     sequences = stream.train(start, count * world_size())
@@ -1409,7 +1417,7 @@ class Run:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            if not self.restore() and not self.config.overwrite:  # what that replaces stays a while
+            if not self.restore():
                 self.folder.begin(asdict(self.config))
             self.train()
             for i in range(len(self.config.k)):
@@ -1481,7 +1489,6 @@ class Run:
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
                 sae.start(x / done.scale, config)
-            same_in_all_processes(done.limit, done.scale, *saes)
         return saes
 
     def trainee(self, method: str, i: int, sae: SAE) -> Trainee:
@@ -1517,8 +1524,11 @@ class Run:
                 t.sae.rescale(phase.scale)
             t.trained.train(name == "MSE" and not trained)  # a random BatchTopK has no threshold
         if trained or name != "MSE":
-            parts = {"MSE": "before", config.method[0]: "."}
-            self.save(phase, "." if self.n_mse == self.n else parts.get(name, name))
+            parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
+            seen = self.n_mse if name == "MSE" else self.n
+            metadata = model_loaders.sae_metadata(asdict(config), self.lm.n_skip > 0, seen)
+            for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
+                t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
         done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
@@ -1533,15 +1543,6 @@ class Run:
         labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
         labels.update({"kl-only": "after KL alone", "mse": "after MSE alone, same tokens"})
         return labels.get(name, f"after {name}")
-
-    def save(self, phase: Phase, part: str):
-        """Writes what a phase trains into a part of each SAE's folder."""
-        seen = self.n_mse if phase.name == "MSE" else self.n
-        metadata = model_loaders.sae_metadata(asdict(self.config), self.lm.n_skip > 0, seen)
-        self.folder.begin(asdict(self.config))
-        for t, folder in zip(phase.trainees, self.sae_folders):
-            if rank() == 0:
-                t.save(folder / part, metadata)
 
     def report(self, i: int):
         """Writes report.json and prints the closing table of SAE i."""
@@ -1611,7 +1612,6 @@ class Run:
         """Saves all that `restore` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
-        self.folder.begin(asdict(self.config))
         self.folder.save_state(state, f"-{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
 
@@ -1668,8 +1668,7 @@ def told_by_sae(source: str, given: dict) -> dict:
 
 
 def main(argv: list[str] | None = None, settings: type = Config) -> int:
-    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal; 1 where
-    another process of torchrun has ended."""
+    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
@@ -1681,9 +1680,6 @@ def main(argv: list[str] | None = None, settings: type = Config) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
-    except dist.DistError as error:
-        print(f"saeft: another process ended ({str(error):.100})", file=sys.stderr)
-        return 1
     except Interrupted as interrupted:
         saved = (run.folder.path / "checkpoint.pt").exists()
         advice = "the same command with --resume goes on" if saved else "nothing was done yet"

@@ -8,6 +8,7 @@ gemma2/tokenizer.json and gemma3/tokenizer.json. experiments/test_experiments.py
 """
 
 import copy
+import dataclasses
 import fcntl
 import functools
 import gzip
@@ -37,7 +38,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -45,6 +45,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -63,14 +64,25 @@ torch.set_num_threads(1)
 
 # ---- Whole runs, from the command line -----------------------------------------------------------
 HERE = Path(saeft.__file__).parent
+HOMES = ["HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"]
+HOMES += ["HYPOTHESIS_STORAGE_DIRECTORY"]
 SMALL = (
     "--tokens 12k --kl-tokens 5k --eval-tokens 2k --context 64 --d-sae 64 --k 4 --batch 256"
     " --kl-batch 2 --buffer 40 --warmup 5 --log-every 5"
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_home(tmp_path_factory):
+    """Caches and the home are temporary folders, for the processes that tests start too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOMES:
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
+def as_it_was():
     """A run sets handlers of signals and the precision of products; the next test finds neither."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -575,20 +587,6 @@ def test_a_folder_deleted_under_a_run_is_one_line(tmp_path, capsys, monkeypatch)
 
 
 # ---- No work lost --------------------------------------------------------------------------------
-def test_killed_runs_that_are_resumed_end_byte_equal(tmp_path):
-    line, draw = "--k 4 8 --method kl mse --dead-after 2k --checkpoint-minutes 0", random.Random(0)
-    assert command(f"{line} --name whole", tmp_path) == 0
-    for name, word in {"x": "MSE", "y": "kl", "z": "mse"}.items():
-        process = in_a_process(command, f"{line} --name {name}", tmp_path)
-        wait_for(tmp_path / name / "metrics.jsonl", process, f'"phase": "{word}"')
-        process.join(draw.uniform(0, 0.2))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert command(f"{line} --name {name} --resume", tmp_path) == 0
-        assert differences(tmp_path / "whole", tmp_path / name) == []
-
-
 def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     # Stopped by a signal in phase one, at step 7 ...
     after_step = saeft.Run.after_step
@@ -1872,6 +1870,12 @@ def test_the_time_left_is_told_in_time_on_a_clock_with_refills(monkeypatch):
         assert left / 1.5 - 1 < predicted < 1.5 * left + 1, text
 
 
+def share_recovered(model, row):
+    """From the CEs that are reported: as a ratio of small differences it is as exact as they are
+    and no more, so they are what is compared with other means."""
+    return (model["ce_zero"] - row["ce"]) / (model["ce_zero"] - model["ce_original"])
+
+
 @torch.no_grad()
 def test_evaluate_equals_direct_computation(lm):
     tokens, lm = torch.randint(96, (11, 20)), lm.double()
@@ -1892,10 +1896,7 @@ def test_evaluate_equals_direct_computation(lm):
         else:
             error = (x - x_hat).square().sum()
             expected = {"ce": ce, "gap": ours["ce"] - model["ce_original"]}
-            # As a ratio of small differences it is as exact as these, and no more.
-            expected["loss_recovered"] = (model["ce_zero"] - ours["ce"]) / (
-                model["ce_zero"] - model["ce_original"]
-            )
+            expected["loss_recovered"] = share_recovered(model, ours)
             expected["kl"] = whole_kl(log_p, log_q, 1 / len(targets)).item()
             expected["fvu"] = (error / (x - x.mean(0)).square().sum()).item()
             expected["l0"] = (f > 0).sum(1).double().mean().item()
@@ -2270,7 +2271,8 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_parts_give_the_same():
+def test_compiled_parts_give_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before counts
     shape = {"model_type": "gemma2", "num_hidden_layers": 2, "head_dim": 16}
     lm = random_lm({**SHAPE, **shape, "final_logit_softcapping": 3.0})
     resid, weight = torch.randn(2, 16, 32), torch.full((32,), 1 / 32)
@@ -2294,12 +2296,8 @@ def test_compiled_parts_give_the_same():
 def child(code, *args, **env):
     """What a fresh Python printed as JSON, and nothing else; the code finds the loaders as L."""
     start = f"import json, os, sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    command = [
-        sys.executable,
-        "-c",
-        f"{start}import model_loaders as L, torch\n{code}",
-        *map(str, args),
-    ]
+    code = f"{start}import model_loaders as L, torch\n{code}"
+    command = [sys.executable, "-c", code, *map(str, args)]
     out = subprocess.run(command, env={**os.environ, **env}, capture_output=True, timeout=120)
     assert out.returncode == 0 and not out.stderr, out.stderr
     return json.loads(out.stdout)
@@ -2348,22 +2346,13 @@ HOSTILE = [
     ("a header longer than the file", "header of 3 bytes", raw(b"", 2, 3)),
     ("a header over 100 MB", "header of 100,000,001 bytes", raw(b"", 100_000_001, 100_000_001)),
     ("a header of 2**64 - 1", f"header of {2**64 - 1:,} bytes", raw(b"", 8, 2**64 - 1)),
-    ("a list", "not a mapping", raw([1], 0)),
+    ("a list", "", raw([1], 0)),
     ("no JSON", "Expecting", raw(b"{'a': 1}", 0)),
-    ("NaN", "invalid literal", raw(one(more=float("nan")))),
-    ("one name twice", "twice", raw(json.dumps(one())[:-1].encode() + b',"a":' + b"{}}")),
-    (
-        "half a character",
-        "surrogates",
-        raw(b'{"\\ud800": ' + json.dumps(one()["a"]).encode() + b"}"),
-    ),
     ("Latin-1", "utf-8", raw(b'{"\xff": 1}', 0)),
-    ("UTF-16", "utf-8", raw('{"a": 1}'.encode("utf-16"), 0)),
     ("deeply nested", "recursion", raw(b'{"a":' + b"[" * 200_000)),
     ("bytes at its end", "data of 9 bytes", raw(one(), 9)),
     ("too few bytes", "data of 7 bytes", raw(one(), 7)),
-    ("an unknown dtype", "F31", raw(one("F31"))),
-    ("no dtype", "None", raw(one(None))),
+    *[(f"dtype {x}", f"{x!r}: quantised", raw(one(x))) for x in ("F8_E4M3", "F8_E5M2", "F4", None)],
     ("a list of dtypes", "unhashable", raw(one(["F32"]))),
     ("no entry", "subscriptable", raw({"a": 3}, 0)),
     ("an empty entry", "data_offsets", raw({"a": {}}, 0)),
@@ -2375,12 +2364,7 @@ HOSTILE = [
     ("a hole", "'b' cannot be", raw(one(b=one(offsets=[12, 20])["a"]), 20)),
     ("a hole before", "'a' cannot be", raw(one(offsets=[4, 12]), 12)),
     ("more than there is", "data of", raw(one(shape=[2**50], offsets=[0, 2**52]))),
-    *[(f"metadata {x}", "", raw(one(__metadata__=x))) for x in ("x", ["x"], {"a": 1}, {"": None})],
-    (
-        "an LFS pointer",
-        "git lfs pull",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
-    ),
+    ("an LFS pointer", "git lfs pull", b"version https://git-lfs.github.com/spec/v1\noid 4d"),
 ]
 
 
@@ -2391,25 +2375,24 @@ def test_hostile_safetensors_are_refused(tmp_path, word, content):
     path = tmp_path / "bad"
     path.write_bytes(content)
     fails(["cannot read", str(path), word], model_loaders.read_safetensors, path)
+    path.write_bytes(raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16))  # a sound one
+    assert model_loaders.read_safetensors(path).keys() == {"a", "b"}
 
 
-def test_sound_safetensors_of_the_same_kind_are_read(tmp_path):
-    (tmp_path / "a").write_bytes(raw(one(b=one(offsets=[8, 16])["a"], __metadata__={}), 16))
-    assert model_loaders.read_safetensors(tmp_path / "a").keys() == {"a", "b"}
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_only_regular_files_are_opened(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, load",
+    [
+        ("config.json", model_loaders.load_config),
+        ("model.safetensors", lambda folder: model_loaders.load_weights(folder, "cpu", None)),
+        ("tokenizer.json", model_loaders.load_tokenizer),
+    ],
+)
+def test_only_regular_files_are_opened(tmp_path, name, load):
     os.mkfifo(tmp_path / name)
-    load = {
-        "config.json": model_loaders.load_config,
-        "model.safetensors": lambda folder: model_loaders.load_weights(folder, "cpu", None),
-        "tokenizer.json": model_loaders.load_tokenizer,
-    }
-    fails([name, "not a regular file"], load[name], str(tmp_path))
+    fails([name, "not a regular file"], load, str(tmp_path))
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    fails([name, "not a regular file"], load[name], str(tmp_path))
+    fails([name, "not a regular file"], load, str(tmp_path))
 
 
 PEAK = """
@@ -2451,18 +2434,16 @@ def test_folders(tmp_path):
     for content in [3, {}, *({"weight_map": {**where, "a": file}} for file in bad)]:
         index.write_text(json.dumps(content))
         fails([index.name], load, *weights)
-    index.write_text(json.dumps({"weight_map": {**where, "e": "y.safetensors"}}))
-    fails(["lists 'e'"], load, *weights)
     index.write_text(json.dumps({"weight_map": where}))
     assert same(load(*weights), x | y)
 
 
-NOWHERE = ["", "pythia-161m", "./no", "/no/folder", "~/no one", "a/b/c", "x\ny", "\0", "a@b"]
+NOWHERE = ["", "pythia-161m", "./no", "~/no one", "a/b/c", "x\ny", "\0", "a@b"]
 
 
 @pytest.mark.parametrize("name", NOWHERE)
 def test_unknown_models(name):
-    fails(["no folder and no Hub", "pythia-160m or tiny"], model_loaders.load_config, name)
+    fails(["has no config.json", "tiny or owner/name"], model_loaders.load_config, name)
 
 
 def test_short_names():
@@ -2502,54 +2483,77 @@ def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
     fails(["cannot write"], model_loaders.write_text, sae, "x")
 
 
-@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
-def test_saes_are_read_as_they_were_written(tmp_path, architecture):
-    threshold = {"threshold": torch.rand(20)} if architecture == "jumprelu" else {}
-    tensors, cfg = sae_folder(tmp_path, threshold, architecture=architecture)
+def test_saes_are_read_as_they_were_written(tmp_path):
+    """Every tensor, of whatever name and kind, and every key."""
+    torch.manual_seed(0)
+    shapes = {"W_enc": (20, 6), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,), "log_t": (20,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {"scalar": torch.tensor(3.0), "groups": torch.tensor([5, 15])}
+    cfg = {"architecture": "new", "k": 3, "own": [1], "metadata": {"x": "ü", "saeft": {"l": 1}}}
+    model_loaders.write_sae(tmp_path, tensors, cfg)
+    read, told = model_loaders.read_sae(tmp_path)
+    assert same(read, tensors) and told == {**told, **cfg, "metadata": told["metadata"]}
+    assert told["metadata"] == {"sae_lens_version": "6.54.0", **cfg["metadata"]}
+    stored = safetensors.load_file(tmp_path / "sae_weights.safetensors")
+    assert torch.equal(stored["W_enc"], tensors["W_enc"].T) and stored.keys() == tensors.keys()
+    fixed = {"d_in": 6, "d_sae": 20, "apply_b_dec_to_input": True, "dtype": "float32"}
+    assert told == told | fixed | {"normalize_activations": "none", "reshape_activations": "none"}
+    sae_folder(tmp_path, {"b_dec": torch.ones(6).half()}, metadata=7)
     read, told = model_loaders.read_sae(str(tmp_path))
-    assert same(read, {**tensors, "W_enc": tensors["W_enc"].T}) and told == {**told, **cfg}
-    assert told["kind"] == {"standard": "relu"}.get(architecture, architecture)
-    assert (told["k"], told["scale"], told["median_norm"]) == (3, 1.0, 0.0)
-    half, _ = sae_folder(tmp_path, {"b_dec": torch.ones(6).half()})
-    assert model_loaders.read_sae(str(tmp_path))[0]["b_dec"].dtype == torch.float32
+    assert read["b_dec"].dtype == torch.float32 and told["metadata"] == {"saeft": {}}
 
 
-def test_metadata_of_other_types_tell_nothing(tmp_path):
+ORIGIN = {"model_name": "o/m", "dataset_path": "c4", "context_size": 64, "prepend_bos": False}
+ORIGIN |= {"first_sequence": 9, "hook_name": "blocks.3.hook_mlp_out"}
+
+
+def settings_of(path, metadata=None, **cfg):
+    sae_folder(path, **({} if metadata is None else {"metadata": metadata}), **cfg)
+    return model_loaders.sae_settings(model_loaders.read_sae(path)[1])
+
+
+def test_an_sae_tells_its_settings_and_no_others(tmp_path):
+    told = {"layer": 3, "place": "mlp_out", "model": "o/m", "data": "c4", "bos": "no"}
+    told |= {"context": 64, "tokens": 576, "k": [3], "d_sae": 20}
+    assert settings_of(tmp_path, ORIGIN) == told
+    assert settings_of(tmp_path, {}, k=None) == {"d_sae": 20}
+    flat = ORIGIN | {"hook_point": ORIGIN["hook_name"], "hook_name": None}  # before SAELens 6
+    assert settings_of(tmp_path, 7, **flat) == told
+    named = {"model_from_pretrained_kwargs": {"revision": "step8"}}
+    assert settings_of(tmp_path, ORIGIN | named)["model"] == "o/m@step8"
+    unnamed = {"model_from_pretrained_kwargs": {"checkpoint_index": 8}}
+    assert "model" not in settings_of(tmp_path, ORIGIN | unnamed)
+    back = model_loaders.sae_metadata(told, False, 9)
+    assert settings_of(tmp_path, back) == told
     odd = {"model_name": 7, "context_size": "long", "dataset_path": ["x"], "prepend_bos": [1]}
-    sae_folder(tmp_path, metadata={**odd, "hook_name": 5, "first_sequence": {}})
-    told = model_loaders.sae_settings(str(tmp_path))
-    assert told == {"sae": "topk", "d_sae": 20, "k": [3], "bos": "auto", "tokens": 0}
+    odd |= {"hook_name": 5, "first_sequence": -1, "context_size": 8.0}
+    for key, value in odd.items():
+        fails([repr(value)], settings_of, tmp_path, ORIGIN | {key: value})
+    for k in (0.0, -1, "many", [3], True):
+        if k:
+            fails(["k = ", repr(k)], functools.partial(settings_of, tmp_path, ORIGIN, k=k))
 
 
-@pytest.mark.parametrize(
-    "tensors, cfg, word",
-    [
-        ({}, {"architecture": "gated"}, "architecture 'gated' "),
-        ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
-        ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
-        ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
-        ({}, {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' "),
-        (
-            {},
-            {"activation_fn_str": "topk", "architecture": "standard"},
-            "activation_fn_str 'topk' ",
-        ),
-        ({}, {"d_sae": 21}, "[6, 21]"),
-        ({}, {"d_in": None}, "None"),
-        ({}, {"k": None}, "k = 0"),
-        ({}, {"k": "many"}, "k = 'many'"),
-        ({}, {"k": 21}, "k = 21"),
-        ({}, {"k": 2.5}, "k = 2.5"),
-        ({}, {"metadata": {"saeft": {"scale": "big"}}}, "scale = 'big'"),
-        ({}, {"metadata": {"saeft": {"median_norm": -1}}}, "median_norm = -1"),
-        ({}, {"metadata": {"saeft": {"l1": [1]}}}, "l1 = [1]"),
-        ({}, {"architecture": "jumprelu"}, "'threshold': [20]"),
-        ({"b_enc": torch.ones(19)}, {}, "[19]"),
-        ({"extra": torch.ones(1)}, {}, "extra"),
-        ({"W_dec": torch.full((20, 6), torch.nan)}, {}, "W_dec is not of finite numbers"),
-        ({"b_dec": torch.ones(6, dtype=torch.int8)}, {}, "b_dec is not of finite numbers"),
-    ],
-)
+CENTRED = {"model_from_pretrained_kwargs": {"x": 1, "center_writing_weights": True}}
+UNREAD = [  # ends in a blank: convert.py is named
+    ({}, {"metadata": CENTRED}, "center_writing_weights True "),
+    ({}, CENTRED, "center_writing_weights True "),
+    ({}, {"hook_head_index": 3}, "hook_head_index 3 "),
+    ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
+    ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
+    ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
+    ({}, {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z' "),
+    ({}, {"activation_fn_str": "topk"}, "activation_fn_str 'topk' "),
+    ({}, {"d_sae": 21}, "[6, 21]"),
+    ({}, {"d_in": None}, "None"),
+    ({"b_enc": torch.ones(19)}, {}, "[19]"),
+    ({"extra": torch.tensor(torch.inf)}, {}, "extra is not of finite numbers"),
+    ({"W_dec": torch.full((20, 6), torch.nan)}, {}, "W_dec is not of finite numbers"),
+    ({"b_dec": torch.ones(6, dtype=torch.int8)}, {}, "b_dec is not of finite numbers"),
+]
+
+
+@pytest.mark.parametrize("tensors, cfg, word", UNREAD)
 def test_saes_that_cannot_be_read_as_they_are(tmp_path, tensors, cfg, word):
     sae_folder(tmp_path, tensors, **cfg)
     advice = f"python experiments/convert.py {tmp_path} FOLDER" if word.endswith(" ") else ""
@@ -2612,6 +2616,13 @@ def assert_same(spec: dict, texts: list[str]) -> model_loaders.Tokenizer:
     for ids in samples:
         assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=False), ids
     return ours
+
+
+def settled(texts: list[str]) -> list[str]:
+    """Without the characters that are younger than Unicode 3.2: the reference's NFC is Unicode 9's,
+    Python's is newer."""
+    age = unicodedata.ucd_3_2_0.category
+    return ["".join(char for char in text if age(char) != "Cn") for text in texts]
 
 
 def train_byte_level(vocab_size: int, texts: list[str], normalizer=None, added=()) -> dict:
@@ -2690,14 +2701,14 @@ OVERLAPPING = [("    ", False), ("<|padding|>", False), ("<|pad", True), ("\n", 
 def test_byte_level_ids(normalizer, added):
     spec = train_byte_level(2000, library(0, 200_000), normalizer, added)
     long = [] if added is OVERLAPPING else [run + end for run in LONG[:3] for end in ("", "x")]
-    assert_same(spec, library(2_000_000, 300_000) + random_texts(300_000, 3) + long)
+    random_ones = random_texts(300_000, 3)
+    random_ones = settled(random_ones) if normalizer else random_ones
+    assert_same(spec, library(2_000_000, 300_000) + random_ones + long)
 
 
 def test_lone_surrogates_and_fingerprint():
-    ours, other = (
-        model_loaders.Tokenizer(BYTE),
-        model_loaders.Tokenizer(BYTE | {"normalizer": {"type": "NFC"}}),
-    )
+    ours = model_loaders.Tokenizer(BYTE)
+    other = model_loaders.Tokenizer(BYTE | {"normalizer": {"type": "NFC"}})
     assert ours.encode("a\ud800b\udc00\ud83d\ude00") == ours.encode("a\ufffdb\ufffd\U0001f600")
     assert ours.fingerprint == model_loaders.Tokenizer(json.loads(json.dumps(BYTE))).fingerprint
     assert ours.fingerprint != other.fingerprint
@@ -2718,14 +2729,11 @@ EXTRA = {"content": "<x>", "special": True} | dict.fromkeys(
     (BYTE, "model dropout", 0.1, "dropout"),
     (BYTE, "model ignore_merges", True, "ignore_merges"),
     (BYTE, "model end_of_word_suffix", "</w>", "end_of_word_suffix"),
-    (BYTE, "truncation", {"max_length": 5}, "truncation"),
-    (BYTE, "padding", {"strategy": "BatchLongest"}, "padding"),
     (BYTE, "normalizer", {"type": "Lowercase"}, "Lowercase"),
     (BYTE, "normalizer", SEQUENCE, "Sequence"),
     (BYTE, "pre_tokenizer", {"type": "Split", "pattern": {"Regex": "\\d"}}, "Split"),
     (BYTE, "pre_tokenizer add_prefix_space", True, "add_prefix_space"),
     (BYTE, "pre_tokenizer use_regex", False, "use_regex"),
-    (BYTE, "post_processor", {"type": "TemplateProcessing", "single": []}, "post_processor"),
     (BYTE, "added_tokens", [BYTE["added_tokens"][0] | {"lstrip": True}], "lstrip"),
     (BYTE, "added_tokens", BYTE["added_tokens"] * 2, "one twice"),
     (BYTE, "added_tokens", [BYTE["added_tokens"][0] | {"id": 1}], "do not follow"),
@@ -2733,7 +2741,7 @@ EXTRA = {"content": "<x>", "special": True} | dict.fromkeys(
     (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 1}, "vocabulary"),
     (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 2}, "0, 1, 2"),
     (BYTE, "model vocab", {"<|endoftext|>": 0, "a": 1.0}, "0, 1, 2"),
-    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": float("nan")}, "invalid literal"),
+    (BYTE, "model vocab", {"<|endoftext|>": 0, "a": float("nan")}, "0, 1, 2"),
     (BYTE, "model vocab", {"<|endoftext|>": 0, "\ud800": 1}, "cannot read"),
     (BYTE, "model merges", ["a b c"], "cannot read"),
     (BYTE, "model merges", MERGES[1:], "order of training"),
@@ -2760,50 +2768,35 @@ def test_unreadable(tmp_path, base, path, value, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", json.dumps(BYTE)[:-5]])
-def test_damaged_file(tmp_path, text):
-    if text:
-        (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(model_loaders.UserError, match="cannot read|has no tokenizer.json"):
-        model_loaders.load_tokenizer(tmp_path)
-
-
 STATED = [
-    ({}, {}, "<|endoftext|>"),
-    ({"eos_token": "</s>"}, {}, "</s>"),
-    ({"eos_token": {"content": "</s>"}}, {"eos_token_id": 7}, "</s>"),
-    ({}, {"eos_token_id": 7}, 7),
-    ({"eos_token": None}, {"eos_token_id": [7, 8]}, 7),
-    ({"eos_token": "<none>"}, {}, UserError),
-    ({}, {"eos_token_id": 5000}, UserError),
+    ({}, "<|endoftext|>"),
+    ({"eos_token": None}, "<|endoftext|>"),
+    ({"eos_token": "</s>"}, "</s>"),
+    ({"eos_token": {"content": "</s>"}}, "</s>"),
+    ({"eos_token": "<none>"}, UserError),
+    ({"eos_token": {"no": "content"}}, UserError),
+    ({"eos_token": ["x"]}, UserError),
 ]
 
 
-@pytest.mark.parametrize("tokenizer_config, config, expected", STATED)
-def test_the_end_of_text_is_what_the_folder_says(tmp_path, tokenizer_config, config, expected):
+@pytest.mark.parametrize("config, expected", STATED)
+def test_the_end_of_text_is_what_the_folder_says(tmp_path, config, expected):
     spec = BYTE | {"added_tokens": [*BYTE["added_tokens"], EXTRA | {"id": 400, "content": "</s>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     if expected is UserError:
-        return fails(["end of text"], model_loaders.load_tokenizer, tmp_path)
+        return fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
     tokenizer = model_loaders.load_tokenizer(tmp_path)
-    names = {"<|endoftext|>": 0, "</s>": 400}
-    assert tokenizer.eos_id == names.get(expected, expected) and tokenizer.n_vocab == 401
+    named = spec["model"]["vocab"].get(expected, 400)
+    assert (tokenizer.eos_id, tokenizer.n_vocab) == (named, 401)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec)[:-5])  # a damaged file
+    fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    fails(["has no tokenizer.json"], model_loaders.load_tokenizer, tmp_path)
 
 
-def test_a_tokenizer_without_end_of_text():
-    vocab = {("<end>" if t == "<|endoftext|>" else t): i for t, i in BYTE["model"]["vocab"].items()}
-    spec = BYTE | {"model": BYTE["model"] | {"vocab": vocab}, "added_tokens": []}
-    assert model_loaders.Tokenizer(spec, "<end>").eos_id == 0
-    with pytest.raises(ValueError, match="end of text"):
-        model_loaders.Tokenizer(spec)
-
-
-REAL = [
-    Path(os.environ.get("SAEFT_VOCABULARIES", "/none"), n, "tokenizer.json")
-    for n in ("gemma2", "gemma3")
-]
+REAL = Path(os.environ.get("SAEFT_VOCABULARIES", "/none"))
+REAL = [REAL / name / "tokenizer.json" for name in ("gemma2", "gemma3")]
 
 
 @pytest.mark.parametrize("path", [NEOX_FILE, *REAL], ids=["neox", "gemma2", "gemma3"])
@@ -2813,7 +2806,9 @@ def test_real_vocabularies(path):
         pytest.skip(f"{path} is not here")
     spec = json.loads(path.read_text("utf-8"))
     tokens = [token.replace("▁", " ") for token in spec["model"]["vocab"]]
-    texts = library(0, 300_000) + random_texts(300_000, 4)
+    random_ones = random_texts(300_000, 4)
+    random_ones = settled(random_ones) if path == NEOX_FILE else random_ones
+    texts = library(0, 300_000) + random_ones
     texts += [f"<p>{word}</p> </td> > </b>  <i> x> y" for word in WORDS]
     texts += [" YYYY-MM-DD", " ======", "   the", " diffformul"] + tokens[::40]
     texts += [" " + token for token in tokens[::40]] + ["> " * 20_000]
@@ -2917,59 +2912,53 @@ def test_bos_opens_each_sequence_and_none_stands_in_the_middle(tmp_path, lines_f
 def test_ids_that_the_tokenizer_lacks(lines_file, stream):
     wide = stream(lines_file, Bytes(n_vocab=70_000, fingerprint="wide"))
     assert ids(wide.train(0, 100)) == joined(texts(), False)[:1600]
-    with pytest.raises(UserError, match="holds id 120: give --data that is tokenised"):
-        stream(lines_file, Bytes(n_vocab=100)).train(0, 9)
+    np.array([50] * 5000 + [120] * 5000, np.uint16).tofile(lines_file.with_name("a.bin"))
+    words = "a.bin: as uint16 it holds 120: give uint16 ids of this tokenizer, under 100, or text"
+    with pytest.raises(UserError, match=words):
+        stream(lines_file.with_name("a.bin"), Bytes(n_vocab=100), train=9000).train(0, 500)
 
 
 PARAGRAPH = "word " * 400 + "\n\n"
 ONE_LINE = "".join(f"{i} of one line, " for i in range(200_000))
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.txt", ONE_LINE),
-        ("a.txt", ONE_LINE.replace(", ", "\r")),
-        ("a.txt", ONE_LINE.replace(", ", "\r\n")),
-        ("a.txt", ONE_LINE.replace(" ", "x")),
-        ("a.txt", PARAGRAPH * 1000),
-        ("a.txt", "<|endoftext|>\n".join([ONE_LINE] * 2)),
-        ("a.jsonl", json.dumps({"text": ONE_LINE})),
-    ],
-    ids=["one line", "CR", "CRLF", "one word", "paragraphs", "marks", "json"],
-)
-def test_a_text_of_any_form_is_cut_into_documents(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content.encode())
-    found = list(documents(str(tmp_path / name)))
-    plain = content.replace("\r\n", "\n").replace("\r", "\n").replace("<|endoftext|>\n", "")
-    assert "".join(found) == (ONE_LINE if "json" in name else plain)
-    assert len(found) > 30 and max(map(len, found)) <= 1 << 16
+ANY_FORM = [ONE_LINE, ONE_LINE.replace(", ", "\r\n"), ONE_LINE.replace(" ", "x"), PARAGRAPH * 1000]
+
+
+@pytest.mark.parametrize("content", ANY_FORM, ids=["one line", "CRLF", "one word", "paragraphs"])
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
+    text = json.dumps({"text": content}) if form == "jsonl" else content
+    (tmp_path / f"a.{form}").write_bytes(text.encode())
+    found = list(documents(str(tmp_path)))
+    assert "".join(found) == content and len(found) > 30
+    assert max(map(len, found)) <= (1 << 16 if form == "jsonl" else 1 << 13)
 
 
 def test_forms_of_text(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo\n" + PARAGRAPH * 9)
+    """A .txt is cut where a line ends; what is hidden, no file, or of other kinds is left out."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\0 = 1\r\n\n")
     (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress((PARAGRAPH * 12).encode()))
-    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfx = 1\r\n\n\n")
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "e.txt").write_text("no")
     os.mkfifo(tmp_path / "f.txt")
-    assert list(documents(str(tmp_path / "a.txt"))) == ["one\n", "two\n" + PARAGRAPH * 9]
     cut = list(documents(str(tmp_path / "b.TXT.GZ")))
     assert "".join(cut) == PARAGRAPH * 12 and all(piece.endswith("\n") for piece in cut)
-    assert list(documents(str(tmp_path / "c.py"))) == ["x = 1\n\n\n"]
-    assert len(list(documents(str(tmp_path)))) == 2 + len(cut) + 1
+    assert list(documents(str(tmp_path / "a.txt"))) == ["x\0 = 1\r\n\n"]
+    assert len(list(documents(str(tmp_path)))) == len(cut) + 1
 
 
-def test_links_are_followed_once(tmp_path, monkeypatch):
+def test_links(tmp_path, monkeypatch):
+    """One to the folder or to a file is followed, one to a folder in it is not."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("text")
-    for name in ("round", "around"):
-        (tmp_path / "real" / name).symlink_to(tmp_path / "real")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "real")
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
     assert list(documents(str(tmp_path / "data"))) == ["text"]
+    assert list(documents(str(tmp_path / "b.txt"))) == ["text"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list(documents("~/real")) == ["text"]
 
@@ -3034,11 +3023,9 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.txt", "é".encode("latin-1") * 99, "can't decode .* invalid"),
         ("a.txt", "text".encode("utf-16"), "utf-8"),
-        ("a.txt", "text".encode("utf-16-le"), "NUL characters, as in UTF-16"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
-        ("a.bin", b"123" * 9, "is not of ids under 256"),
-        ("a.bin", np.full(99, 300, np.uint16).tobytes(), "is not of ids under 256"),
+        ("a.bin", b"123" * 9, "give uint16 ids of this tokenizer, under 256"),
         ("none.txt", None, "no text in"),
         ("c5", None, "owner/name on the Hub, c4, pile"),
         ("", None, "no text in ''"),
@@ -3056,12 +3043,6 @@ def test_bad_sources_are_user_errors(tmp_path, stream, monkeypatch, name, conten
     assert "\n" not in str(error.value) and repr(data)[1:-1] in str(error.value)
 
 
-def test_a_fifo_is_no_data(tmp_path, stream):
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="no text in"):
-        stream(tmp_path / "a.txt")
-
-
 def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, stream, monkeypatch):
     lines = texts(3000, 500)
     lines_file.write_bytes(jsonl(lines))
@@ -3077,21 +3058,18 @@ def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, str
     assert stream(lines_file).folder != big.folder
 
 
-def test_a_new_version_of_the_data_is_noticed_and_the_old_one_told(lines_file, stream):
-    old, told = stream(lines_file), []
+def test_a_new_version_of_the_data_is_noticed(lines_file, stream):
+    old = stream(lines_file)
     old.train(0, 9), old.close()
     lines_file.write_bytes(lines_file.read_bytes()[::-1].replace(b"x", b"y", 1)[::-1])
     os.utime(lines_file, ns=(0, os.stat(lines_file).st_mtime_ns + 1))  # of the same size
-    new = stream(lines_file, report=told.append)
-    assert new.folder != old.folder and old.folder.exists()
-    assert told[0].startswith("older tokens of") and f"rm -r {old.folder.parent}" in told[0]
-    new.close(), told.clear()
-    stream(lines_file, report=told.append).close()
-    assert told == []
+    new = stream(lines_file)
+    assert new.folder != old.folder and old.folder.exists() and new.key != old.key
+    assert stream(lines_file).key == new.key
 
 
-META = [None, b"", b"[1, 2, [3", b"[]", b"{}", b"null", b"text", b"[9e9, 0, 0, 0]", b"[1, 2, 3]"]
-META += [b"[-1, 0, 0, 0]", b"[9000000, 0, 1, 1]", b'["1", 0, 0, 0]', b"[" * 100_000, b"\xff"]
+META = [None, b"", b"[1, 2, [3", b"{}", b"text", b"[1, 2]", b"[[0, 0], [0, 0], 0]", b"\xff"]
+META += [b"[[9e9, 0], [0, 0]]", b"[[-1, 0], [0, 0]]", b"[[9000000, 0], [1, 1]]", b'[["1", 0], [0]]']
 
 
 @pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
@@ -3114,7 +3092,7 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkeypatch, side):
     monkeypatch.setattr(model_loaders, "BATCH", 20)
-    append, seen = TokenStream._append, []
+    append, seen = model_loaders.TokenStream._append, []
 
     def dies(self, *args):
         append(self, *args)
@@ -3123,36 +3101,22 @@ def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TokenStream, "_append", dies)
+        patch.setattr(model_loaders.TokenStream, "_append", dies)
         stream(lines_file, train=9600).train(0, 600)
     s = stream(lines_file, train=9600, val=320)
     assert ids(s.train(0, 600)) == joined(texts(), False)[:9600]
     assert ids(s.validation()) == joined(texts(), True)[:320]
 
 
-@pytest.mark.parametrize("damage", ["folder", "file", "cut"])
-def test_a_cache_that_goes_away_is_one_line(lines_file, stream, damage):
-    s = stream(lines_file, train=4000)
-    s.train(0, 250)
-    s.validation()
-    if damage == "folder":
-        s.close()
-        shutil.rmtree(s.folder)
-    elif damage == "file":
-        s.files[0].unlink()
-    else:
-        os.truncate(s.files[0], 5)
-    fails(["cannot read", str(s.files[0])], s.train, 0, 250)
-
-
-@pytest.mark.parametrize("damage", ["folder", "cut"])
-def test_a_cache_that_goes_away_meanwhile_is_one_line(tmp_path, stream, monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_a_cache_that_goes_away_is_one_line(lines_file, stream, monkeypatch, damage, meanwhile):
     monkeypatch.setattr(model_loaders, "BATCH", 1)
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(20_000, 300)))
-    s = stream(tmp_path / "a.jsonl", train=5_000_000)
-    s.train(0, 5)
+    lines_file.write_bytes(jsonl(texts(20_000, 300)))
+    s = stream(lines_file, train=5_000_000 if meanwhile else 4000)
+    s.train(0, 5), meanwhile or s.validation()
     for path in s.files[:1] if damage == "cut" else s.folder.glob("[!.]*"):
-        os.truncate(path, 0) if damage == "cut" else path.unlink()
+        os.truncate(path, 5) if damage == "cut" else path.unlink()
     with pytest.raises(UserError, match="cannot (write|read) ") as error:
         s.train(s.n_train - 1, 1)
     assert str(s.folder) in str(error.value)
@@ -3180,31 +3144,25 @@ def test_short_data(tmp_path, lines_file, stream):
         stream(lines_file, val=9_000_000).validation()
     short = stream(lines_file, train=2_000_000, allow_short=True)
     assert short.n_train == have // 16 and len(short.train(0, short.n_train)) == have // 16
-    (tmp_path / "one.py").write_text("x = 1")
+    (tmp_path / "one.txt").write_text("x = 1")
     with pytest.raises(UserError, match="were asked for: give more text"):
-        stream(tmp_path / "one.py", allow_short=True)
+        stream(tmp_path / "one.txt", allow_short=True)
 
 
-def test_ids_in_a_bin(tmp_path, stream):
-    stored = np.random.default_rng(0).integers(1, 256, 10_000, np.uint16)
+@pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
+def test_ids_in_a_bin(tmp_path, stream, n_vocab, dtype):
+    """Their width is the tokenizer's: two bytes where its ids fit in, else four."""
+    stored = np.random.default_rng(0).integers(1, n_vocab, 10_000).astype(dtype)
     stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
-    stored.tofile(path := tmp_path / "ids.bin")
-    s = stream(path, train=8000)
+    stored.tofile(path := tmp_path / "IDS.BIN")
+    make = functools.partial(stream, path, Bytes(n_vocab=n_vocab))
+    s = make(train=8000)
     assert s.train(0, 500).flatten().tolist() == stored[:8000].tolist()
     assert s.validation().flatten().tolist() == stored[9701:9861].tolist()
     with pytest.raises(UserError, match="has 9,500 training tokens, 10,000 were"):
-        (long := stream(path, train=10_000)).train(long.n_train - 1, 1)
-    short = stream(path, train=10_000, allow_short=True)
-    assert ids(short.train(0, short.n_train)) == bytes(stored[: 9500 // 16 * 16].tolist())
-
-
-@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i8"])
-@pytest.mark.parametrize("n_vocab", [256, 70_000])
-def test_the_width_of_ids_is_found_by_looking(tmp_path, stream, dtype, n_vocab):
-    stored = np.random.default_rng(0).integers(1, n_vocab if dtype != "<u2" else 256, 10_000)
-    stored.astype(dtype).tofile(tmp_path / "IDS.BIN")
-    s = stream(tmp_path / "IDS.BIN", Bytes(n_vocab=n_vocab, fingerprint=str(n_vocab)))
-    assert s.train(0, 100).flatten().tolist() == stored[:1600].tolist()
+        (long := make(train=10_000)).train(long.n_train - 1, 1)
+    short = make(train=10_000, allow_short=True)
+    assert short.train(0, short.n_train).flatten().tolist() == stored[: 9500 // 16 * 16].tolist()
 
 
 def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream):
@@ -3229,39 +3187,353 @@ class Endless(Bytes):
 
 
 def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stream, monkeypatch):
-    monkeypatch.setattr(model_loaders, "documents", lambda data: iter(lambda: texts(1)[0], None))
+    endless = lambda data: iter(lambda: (texts(1)[0], False), None)  # noqa: E731
+    monkeypatch.setattr(model_loaders, "pieces", endless)
     told = []
     s = stream(lines_file, Endless(), train=2 * 10**6, report=told.append)
     signal.signal(signal.SIGALRM, lambda *args: 1 / 0)
     signal.setitimer(signal.ITIMER_REAL, 1.5)
     with pytest.raises(ZeroDivisionError):
         s.train(0, s.n_train)
-    assert re.fullmatch(r"tokenising: 0\.\dM of 2\.0M tokens", told[0])
+    assert re.fullmatch(r"tokenising into .*: 0\.\dM of 2\.0M tokens", told[0])
     start = time.monotonic()
     s.close()
-    assert time.monotonic() - start < 2 and s.thread.done()
+    assert time.monotonic() - start < 2 and not s.thread.is_alive()
 
 
-def test_a_lock_that_another_process_holds_is_reported(tmp_path, lines_file, stream):
-    s = stream(lines_file)
-    s.validation(), s.close()
-    (s.folder / "meta.json").unlink()
-    code = """
-with L.hf.utils.WeakFileLock(sys.argv[1]): print(0, flush=True); time.sleep(60)
+# ---- Nothing guessed ---------------------------------------------------------------------------
+def test_on_a_pipe_a_long_phase_speaks_every_half_minute(monkeypatch, capsys):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    model_loaders.say("begin")
+    for second in range(100):
+        now += 1
+        model_loaders.progress(f"{second + 1}")
+    model_loaders.progress("at once", now=True)
+    now += 29
+    model_loaders.progress("too early")
+    model_loaders.say("between")
+    now += 29
+    model_loaders.progress("too early again")
+    assert capsys.readouterr().out.split("\n") == "begin,30,60,90,at once,between,".split(",")
+
+
+def test_choices_may_be_a_registry_that_grows():
+    registry = {"one": 1}
+    kinds = model_loaders.flag("one", "a kind", choices=registry)
+    settings = dataclasses.make_dataclass("Settings", [("kind", "str", kinds)])
+    registry["two"] = 2
+    parser = model_loaders.flags_of(settings, "")
+    assert parser.parse_args(["--kind", "two"]).kind == "two"
+    assert "{one,two}" in parser.format_help()
+    fails(["invalid choice", "two"], parser.parse_args, ["--kind", "three"])
+    assert settings().kind == "one"
+
+
+HOOKS = {
+    "blocks.3.hook_resid_post": (3, "resid_post"),
+    "blocks.3.hook_resid_pre": (2, "resid_post"),
+    "blocks.3.hook_in": (2, "resid_post"),
+    "blocks.12.hook_out": (12, "resid_post"),
+    "blocks.3": (3, "resid_post"),
+    "gpt_neox.layers.3": (3, "resid_post"),
+    "model.layers.3.output": (3, "resid_post"),
+    "transformer.h.3": (3, "resid_post"),
+    "layers.3": (3, "resid_post"),
+    "resid_post_layer_3": (3, "resid_post"),
+    "resid_pre_layer_3": (2, "resid_post"),
+    "layer_3": (3, "resid_post"),
+    "mlp_out_layer_3": (3, "mlp_out"),
+    "attention_out_layer_3": (3, "attn_out"),
+    "blocks.3.hook_mlp_out": (3, "mlp_out"),
+    "blocks.3.hook_attn_out": (3, "attn_out"),
+    "blocks.3.attn.hook_z": (3, "attn.hook_z"),
+    "blocks.3.hook_resid_mid": (3, "resid_mid"),
+    "blocks.3.mlp.hook_pre": (3, "mlp.hook_pre"),
+}
+NO_HOOKS = ["blocks.0.hook_resid_pre", "resid_pre_layer_0", "hook_embed", "blocks.x.hook_out", ""]
+NO_HOOKS += ["model.layers.3.mlp", "layers.3.self_attn.output", "my_layer_3", "blocks.3.", 5, None]
+
+
+def test_one_function_reads_every_spelling_of_a_hook():
+    for name, expected in HOOKS.items():
+        assert model_loaders.read_hook(name) == expected, name
+        written = model_loaders.hook_name(*expected)
+        assert model_loaders.read_hook(written) == expected
+    for name in NO_HOOKS:
+        fails(["it reads", str(name)], model_loaders.read_hook, name)
+
+
+def tokenizer_folder(folder, spec, **config):
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
+    def usual(folder, spec):
+        tokenizer = model_loaders.load_tokenizer(str(tokenizer_folder(tmp_path / folder, spec)))
+        return model_loaders.usual_data(tokenizer)
+
+    assert usual("home/pythia/gemma-2-2b", GEMMA_LIKE) == "c4"
+    assert usual("pythia-deduped", BYTE) == "c4"
+    assert model_loaders.usual_data(model_loaders.load_tokenizer("tiny")) == "c4"
+    if NEOX_FILE.exists():
+        spec = json.loads(NEOX_FILE.read_text("utf-8"))
+        assert usual("gemma-3-nano", spec) == "pythia"
+        other = {"id": 50277, "content": "|||NAME|||"}  # as OLMo's, which is NeoX's with more
+        added = [*spec["added_tokens"], spec["added_tokens"][0] | other]
+        assert usual("pythia-160m", spec | {"added_tokens": added}) == "c4"
+
+
+SPLITS = [  # files that are read, and those that are left out
+    ("corpus.jsonl constraints.txt", ""),
+    ("trains-and-railways.jsonl latest.txt", ""),
+    ("train-0.jsonl train-1.jsonl", "test-0.jsonl"),
+    ("data/train/0.txt", "data/valid/0.txt"),
+    ("a.jsonl", "a_validation.jsonl dev.txt eval/b.txt x.val.txt.gz"),
+    ("en/c4-train.00000.json.gz", "en/c4-validation.00000.json.gz"),
+    ("TRAIN.TXT", "Test.txt"),
+    ("valid.txt test.txt", ""),
+    ("devices.txt evaluation.txt values.txt contest.txt", ""),
+]
+
+
+@pytest.mark.parametrize("taken, left", SPLITS)
+def test_the_training_split_is_whole_words(tmp_path, capsys, monkeypatch, taken, left):
+    """One rule: a local clone is read as the dataset on the Hub."""
+    taken, names = taken.split(), [*taken.split(), *left.split()]
+    for name in names:
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / name).write_text("text")
+    found = model_loaders.source_files(str(tmp_path / "test"))
+    assert sorted(os.path.relpath(path, tmp_path / "test") for path, _ in found) == sorted(taken)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"reading {len(taken)} of {len(names)} files: " in told
+    assert sum(name in told for name in taken) == min(3, len(taken))
+
+    class Files:
+        def find(self, path, detail):
+            return {f"{path}/{name}": {"size": 1} for name in [*names, "load.py", "README.md"]}
+
+    monkeypatch.setattr(model_loaders.hf, "HfFileSystem", Files)
+    for data, folder in (("o/n@c", ""), ("allenai/c4@c", "en/")):  # its others are other data
+        found = [path for path, _ in model_loaders.source_files(f"hf://datasets/{data}")]
+        assert found == sorted(f"hf://datasets/{data}/{folder}{name}" for name in taken)
+
+
+def test_a_short_name_and_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model_loaders.say_once.cache_clear()
+    for name, content in (("tiny", "{}"), ("pythia-70m", '{"mine": 1}')):
+        tokenizer_folder(tmp_path / name, BYTE)
+        (tmp_path / name / "config.json").write_text(content)
+    assert model_loaders.load_config("tiny")["hidden_size"] == 128
+    told = capsys.readouterr().out
+    assert told.startswith("tiny is ") and told.endswith("would be ./tiny\n")
+    assert model_loaders.load_config("./tiny") == {}
+    assert model_loaders.load_config("./pythia-70m") == {"mine": 1}
+    assert model_loaders.load_config(str(tmp_path / "pythia-70m")) == {"mine": 1}
+    assert capsys.readouterr().out == ""
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "a.txt").write_text("mine")
+    assert list(documents("./pile")) == ["mine"] and capsys.readouterr().out == ""
+    assert model_loaders._place("pile") == "hf://datasets/monology/pile-uncopyrighted"
+    assert "./pile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["jsonl", "bin"])
+def test_bos_that_is_the_end_of_text_keeps_the_separators(tmp_path, stream, form):
+    path = tmp_path / f"a.{form}"
+    path.write_bytes(jsonl(texts()))
+    if form == "bin":
+        np.frombuffer(joined(texts(), False), np.uint8).astype(np.uint16).tofile(path)
+    s = stream(path, Bytes(bos_id=0))
+    rows = s.train(0, 100)
+    assert (rows[:, 0] == 0).all() and ids(rows[:, 1:]) == joined(texts(), False)[:1500]
+    assert stream(path).key != s.key != stream(path, Bytes(bos_id=7)).key
+
+
+def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypatch):
+    def key(**changes):
+        return stream(lines_file, Bytes(**changes)).key
+
+    first = stream(lines_file)
+    changed = [dict(bos_id=0), dict(bos_id=7), dict(eos_id=1), dict(n_vocab=300)]
+    keys = {first.key, *(key(**change) for change in changed), key(fingerprint="x")}
+    assert len(keys) == 6 and first.folder.name == first.key
+    assert stream(lines_file, n_rows=200).key not in keys
+    assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
+    with monkeypatch.context() as patch:
+        patch.setattr(model_loaders, "RULES", 99)
+        assert key() not in keys
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=lambda *args: ["copy"])
+    assert stream(tmp_path / "copy" / "a.jsonl").key == first.key
+    (tmp_path / "folder").mkdir()
+    shutil.move(lines_file, tmp_path / "folder" / "a.jsonl")
+    folder = stream(tmp_path / "folder").key
+    (tmp_path / "folder" / "b.txt").write_text("more")
+    assert stream(tmp_path / "folder").key != folder
+    os.utime(tmp_path / "folder" / "a.jsonl", ns=(0, 1))
+    assert stream(tmp_path / "folder" / "a.jsonl").key != first.key
+
+
+def test_a_models_key_is_its_files(tmp_path):
+    folder = tokenizer_folder(tmp_path / "model", BYTE, hidden_size=8)
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        model_loaders.write_safetensors(folder / name, {"a": torch.ones(3)}, {})
+    keys = [model_loaders.model_key(str(folder))]
+    (folder / "README.md").write_text("not of the model")
+    assert model_loaders.model_key(str(folder)) == keys[0]
+    for name in ("model-2.safetensors", "config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b" ")  # of the same size
+        os.utime(folder / name, ns=(0, len(keys)))
+        keys.append(model_loaders.model_key(str(folder)))
+    assert len({*keys}) == 4
+    shutil.copytree(folder, tmp_path / "copy")  # keeps times
+    assert model_loaders.model_key(str(tmp_path / "copy")) == keys[-1]
+    fails(["has no config.json"], model_loaders.model_key, str(tmp_path))
+
+
+def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
+    settings, identity = {"model": "./m", "data": "./d", "k": 3}, {"model": "1", "data": "2"}
+    folder = model_loaders.RunFolder(tmp_path, [])
+    folder.begin(settings)
+    folder.save_state({"config": settings, "identity": identity, "world": 1})
+    saved = folder.load_state("cpu")
+    folder.go_on(saved, settings, identity, 1)
+    for part in identity:
+        other = identity | {part: "x"}
+        words = [f"the {part} of {settings[part]} changed since"]
+        fails(words, folder.go_on, saved, settings, other, 1)
+    fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
+
+
+def test_a_long_document_is_on_one_side_whole(tmp_path):
+    rng = random.Random(1)
+    made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(60)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(made))
+    for held in (False, True):
+        found = [text for text, side in model_loaders.pieces(str(tmp_path)) if side == held]
+        assert "".join(found) == "".join(text for text in made if held_out(text) == held)
+        assert found and max(map(len, found)) <= 1 << 16
+
+
+def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):
+    """And a copy goes on in the middle of it."""
+    monkeypatch.setattr(model_loaders, "BLOCK", 1000)
+    stored = np.random.default_rng(0).integers(1, 256, (4, 4000), np.uint16)
+    (folder := tmp_path / "my-pythia-preshuffled").mkdir()
+    for i, part in enumerate(stored):
+        part.tofile(folder / f"document-{i:05d}-of-00003.bin")
+    (folder / "README.md").write_text("ids")
+    for train in (1600, 4000, 6400, 12_000):
+        s = stream(folder, train=train, val=640)
+        assert s.train(0, s.n_train).flatten().tolist() == stored.flatten().tolist()[:train]
+        assert s.validation().flatten().tolist() == stored[3, :640].tolist()
+        s.close()
+    with pytest.raises(UserError, match="has 12,000 training tokens, 16,000 were"):
+        (more := stream(folder, train=16_000)).train(more.n_train - 1, 1)
+    (folder / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match="has text and ids, .*document-00000.*: name one"):
+        stream(folder)
+
+
+def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys):
+    model_loaders.say_once.cache_clear()
+    marked = [line + "~" if i % 10 == 0 else line for i, line in enumerate(texts(400))]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(marked))
+    kept = [line for line in marked if "~" not in line]
+    s = stream(tmp_path / "a.jsonl", n_rows=126, train=10**6, allow_short=True)
+    assert ids(s.train(0, s.n_train)) == joined(kept, False)[: s.n_train * 16]
+    assert capsys.readouterr().out.count("leaving out documents that hold ids from 126 on") == 1
+    s = stream(tmp_path / "a.jsonl", n_rows=127)
+    assert ids(s.train(0, 100)) == joined(marked, False)[:1600]
+    assert "leaving" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no row in the embedding: 7"):
+        stream(tmp_path / "a.jsonl", Bytes(bos_id=7), n_rows=7)
+    np.array([50] * 5000 + [126] * 5000, np.uint16).tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="a.bin: as uint16 it holds 126"):
+        stream(tmp_path / "a.bin", n_rows=126, train=9000).train(0, 500)
+
+
+def test_truncation_and_padding_change_no_id(tmp_path):
+    """As transformers writes a tokenizer.json after a call with truncation and padding."""
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    own = tokenizers.Tokenizer.from_str(json.dumps(BYTE))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names)
+    theirs(["a long text of many words", "x"], truncation=True, max_length=5, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert spec["truncation"] and spec["padding"]
+    plain, ours = model_loaders.Tokenizer(BYTE), model_loaders.load_tokenizer(str(tmp_path))
+    assert all(ours.encode(text) == plain.encode(text) for text in library(0, 20_000))
+
+
+def test_quantised_tensors_say_what_they_are(tmp_path):
+    def load():
+        return model_loaders.load_weights(str(tmp_path), "cpu", torch.float32)
+
+    path = tmp_path / "model.safetensors"
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        save_file({"a": torch.ones(2).to(dtype)}, path)
+        fails(["F8_E", "quantised"], load)
+    for dtype in (torch.int8, torch.uint8):
+        save_file({"a.qweight": torch.ones(2).to(dtype)}, path)
+        fails(["a.qweight", str(dtype), "quantised"], load)
+    save_file({"a": torch.ones(2), "x.attention.bias": torch.ones(2, dtype=torch.uint8)}, path)
+    assert load().keys() == {"a"}
+
+
+def test_runs_are_called_after_their_model(tmp_path):
+    settings = {"name": None, "start": None, "sae": "topk", "k": [3], "seed": 0, "layer": 2}
+    names = {"pythia-160m": "pythia-160m", "owner/name@refs/pr/3": "name-refs-pr-3"}
+    names |= {"pythia-160m@step8": "pythia-160m-step8", str(tmp_path): tmp_path.name}
+    for model, expected in names.items():
+        path = model_loaders.run_path(settings | {"model": model, "out": "runs"})
+        assert str(path) == f"runs/{expected}-layer2-topk-k3-seed0"
+
+
+KEY = """
+keys = [L.model_key("o/m"), L.load_config("o/m"), sorted(L.load_weights("o/m", "cpu", None))]
+print(json.dumps(keys))
 """
-    start = f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    command = [sys.executable, "-c", f"{start}import model_loaders as L{code}", s.folder / "lock"]
-    other, told = subprocess.Popen(command, stdout=subprocess.PIPE), []
-    try:
-        other.stdout.readline()
-        other.send_signal(signal.SIGSTOP)
-        threading.Timer(1.5, other.kill).start()
-        s = stream(lines_file, report=told.append)
-        assert ids(s.train(0, 100)) == joined(texts(), False)[:1600]
-    finally:
-        other.kill()
-        other.wait()
-    assert told == [f"waiting for another process that tokenises into {s.folder}"]
+
+
+def test_a_model_on_the_hub_is_of_one_commit(tmp_path):
+    """Its config.json is in the cache, then the model changes: all files are of the first commit."""
+    x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
+    old = {f"{COMMIT}/config.json": b'{"v": 1}', f"{COMMIT}/model.safetensors": x}
+    new = {"config.json": b'{"v": 2}', "model.safetensors": y}
+    with Hub({"o/m": new | old}) as hub:
+        env = hub.env(tmp_path / "home")
+        found = child(f'L.fetch("o/m@{COMMIT}", "config.json"); print(1)', **env)
+        refs = next((tmp_path / "home").rglob("snapshots")).parent / "refs"
+        refs.mkdir(exist_ok=True)
+        (refs / "main").write_text(COMMIT)
+        hub.commit = "f" * 40
+        assert child(KEY, **env) == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
+    assert child(KEY, **env, HF_HUB_OFFLINE="1") == [f"o/m@{COMMIT}", {"v": 1}, ["a"]] and found
+
+
+def test_a_dataset_on_the_hub_that_changes(tmp_path):
+    """More tokens of the new version come from the new version alone; offline it is the last."""
+    first, second = texts(700, 100, 1), texts(700, 100, 2)
+    files = {"train.jsonl": jsonl(first), "test.jsonl": jsonl(["no"]), "LICENSE.md": b"x"}
+    with Hub(datasets={"o/d": files}) as hub:
+        small = client(hub, tmp_path, ("o/d", 16_000, 640, 256))[0]
+        assert bytes(small[0]) == joined(first, False)[:16_000]
+        files["train.jsonl"], hub.commit = jsonl(second), "f" * 40
+        more = client(hub, tmp_path, ("o/d", 32_000, 640, 256))[0]
+        named = [(f"o/d@{name}", 32_000, 640, 256) for name in ("main", "f" * 40)]
+        assert client(hub, tmp_path, *named) == [more, more]
+        expected = joined(second, False)[:32_000], joined(second, True)[:640]
+        assert tuple(map(bytes, more)) == expected
+    offline = client(hub, tmp_path, ("o/d", 32_000, 640, 256), ("o/d", 48_000, 640, 256))
+    assert offline[0] == more and "cannot fetch datasets/o/d" in offline[1]
+    assert "cannot fetch datasets/o/new" in client(hub, tmp_path, ("o/new", 640, 64, 256))[0]
 
 
 # ---- A loopback Hub ---------------------------------------------------------------------------
@@ -3279,18 +3551,16 @@ class Hub(ThreadingHTTPServer):
 
     gated: repo ids that want the token GOOD: none -> 401 GatedRepo, OTHER -> 403 GatedRepo, else 401.
     cut {file: (n, k)}: its first k GETs end after n bytes. fail {file: status}: the answer, e.g. 503.
-    stall {file: seconds}: every request of the file waits first. slow {file}: ten bytes a second.
-    All can change while it runs.
+    commit: of main. All can change while it runs.
     """
 
     daemon_threads, block_on_close = True, False
 
-    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None, stall=None):
+    def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = {"models": models or {}, "datasets": datasets or {}}
-        self.gated, self.cut = set(gated), dict(cut or {})
-        self.fail, self.stall, self.slow = dict(fail or {}), dict(stall or {}), set()
-        self.listing = {}  # in place of the true one, by repo
+        self.gated, self.cut, self.fail = set(gated), dict(cut or {}), dict(fail or {})
+        self.commit = COMMIT
         self.requests, self.sent, self.lock = [], Counter(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -3348,18 +3618,14 @@ class Handler(BaseHTTPRequestHandler):
                 if times:
                     hub.cut[file], cut = (after, times - 1), after
                 hub.sent[file] += len(body[:cut])
-        if self.command != "HEAD" and file not in hub.slow:
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
-        for byte in body if file in hub.slow and self.command != "HEAD" else b"":
-            self.wfile.write(bytes([byte]))
-            time.sleep(0.1)
         self.close_connection |= cut is not None
 
     def api(self, files, repo, what, folder):
-        if repo in self.server.listing:
-            return self.server.listing[repo]
         if what in (None, "revision"):
-            return dict(id=repo, sha=COMMIT, private=False, downloads=0, likes=0, tags=[])
+            about = {"id": repo, "sha": self.server.commit, "private": False}
+            return about | {"downloads": 0, "likes": 0, "tags": []}
         listed = self.form.get("paths") if what == "paths-info" else sorted(files)
         found = [file for file in listed if file in files and file.startswith(folder)]
         keys = {"type": "file", "oid": COMMIT}
@@ -3370,7 +3636,6 @@ class Handler(BaseHTTPRequestHandler):
         revision = re.search("/resolve/([^/]+)/", unquote(self.path))[1]
         if f"{revision}/{file}" in (files or ()):
             file = f"{revision}/{file}"
-        time.sleep(hub.stall.get(file, 0))
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         for wrong, status, code in (
             (token not in ("", GOOD, OTHER), 401, "Invalid credentials in Authorization header"),
@@ -3381,7 +3646,8 @@ class Handler(BaseHTTPRequestHandler):
         ):
             if wrong:
                 return self.reply(status, {"X-Error-Code": code, "X-Error-Message": code})
-        commit = COMMIT if revision in ("main", COMMIT) else revision[::-1].zfill(40)
+        named = {"main": hub.commit, revision[:40]: revision}  # a commit's name is itself
+        commit = named[revision] if len(revision) in (4, 40) else revision[::-1].zfill(40)
         body, headers = files[file], {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
         start, stop = re.match(r"bytes=(\d+)-(\d*)", asked or "bytes=0-").groups()
@@ -3403,7 +3669,6 @@ def ask(call, name, what, token):
         return [file.seek(50_000), len(file.read(1000))]
 answers = []
 for case in json.load(open(sys.argv[1])):
-    L.PATIENCE = 2 if "drip" in f"{case}" else 60
     try: answers.append(ask(*case))
     except L.UserError as error: answers.append(str(error))
 print(json.dumps(answers))
@@ -3416,16 +3681,12 @@ def test_hub_through_the_real_client(tmp_path):
     models = {"o/two": {"1.safetensors": x, "2.safetensors": y}, "o/old": {"weights.bin": b"x"}}
     models["o/two"]["model.safetensors.index.json"] = index
     models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
-    models["o/sick"] = {
-        f"{fault}.json": fault[0].encode() * 999
-        for fault in ("fail", "slow", "cut", "mend", "drip")
-    }
+    models["o/sick"] = {"fail.json": b"f", "cut.json": b"c" * 999}
     models["o/sae"] = {"a/cfg.json": json.dumps(SAE_CFG).encode(), "x/a/cfg.json": b"3"}
     tensors = {name: torch.ones(shape) for name, shape in SAE_SHAPES.items()}
     models["o/sae"]["a/sae_weights.safetensors"] = safetensors.save(tensors)
     models["EleutherAI/pythia-14m"] = {"config.json": b'{"a": 1}', "step8/config.json": b'{"a": 2}'}
     data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
-    data |= {"o/drip": {"y.bin": bytes(60_000), "x.bin": bytes(51_234)}, "o/list": {"x.bin": b"x"}}
 
     def check(cases, nap, **env):
         """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
@@ -3440,36 +3701,28 @@ def test_hub_through_the_real_client(tmp_path):
     gemma, terms = ("fetch", "gemma-2-2b", "config.json"), "its licence at https://huggingface.co/"
     refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
     cases = [
-        ("weights", "o/old", "", "", "o/old has no model.safetensors"),
-        ("fetch", "o/none", "config.json", "", "no Hub repository 'o/none'"),
-        ("fetch", "o--o/x", "config.json", "", "no Hub repository 'o--o/x'"),
-        ("fetch", "o/old", "none.json", "", "o/old has no none.json"),
+        ("weights", "o/old", "", "", "'o/old' has no model.safetensors|only"),
+        ("fetch", "o/none", "config.json", "", "'o/none' has no config.json: give a folder"),
+        ("fetch", "o--o/x", "config.json", "", "'o--o/x' has no config.json"),
         *[(*gemma, token, f"{refused}{n}") for token, n in (("", 401), (OTHER, 403), ("hf_", 401))],
         (*gemma, GOOD, ["{}"]),
         ("fetch", "o/sick", "fail.json", "", "cannot fetch o/sick|503|--model tiny"),
-        ("fetch", "o/sick", "slow.json", "", "cannot fetch o/sick|imed out|--model tiny"),
-        ("fetch", "o/sick", "drip.json", "", "cannot fetch o/sick|Timeout|--model tiny"),
         ("fetch", "pythia-14m", "config.json", "", ['{"a": 1}']),
         ("fetch", "pythia-14m@step8", "config.json", "", ['{"a": 2}']),
         ("fetch", "EleutherAI/pythia-14m@step8", "config.json", "", ['{"a": 2}']),
         ("fetch", "EleutherAI/pythia-14m@step8", "no.json", "", "has no no.json|revision"),
         ("sae", "o/sae:a", "", "", sorted(SAE_SHAPES)),
         ("sae", "o/sae@x:a", "", "", "cfg.json|'int'"),
-        ("sae", "o/sae:b", "", "", "o/sae has no b/cfg.json"),
+        ("sae", "o/sae:b", "", "", "'o/sae' has no b/cfg.json"),
         ("fetch", "o/sick", "cut.json", "", "cannot fetch o/sick|100 |--model tiny"),
         ("dataset", "o/data", "d/x.bin", "", [50_000, 1000]),
-        ("dataset", "o/data", "d/y.bin", "", "datasets/o/data has no d/y.bin"),
-        ("dataset", "o/none", "x.bin", "", "no Hub repository 'datasets/o/none'"),
-        ("dataset", "o/drip", "x.bin", "", "cannot fetch datasets/o/drip|Timeout"),
-        ("dataset", "o/list", "x.bin", "", "cannot fetch datasets/o/list|KeyError"),
+        ("dataset", "o/data", "d/y.bin", "", "'datasets/o/data' has no d/y.bin"),
+        ("dataset", "o/none", "x.bin", "", "'datasets/o/none' has no x.bin"),
         ("dataset", "o/gated", "x.bin", "", f"{terms}datasets/o/gated|401"),
     ]
-    if int(huggingface_hub.__version__[0]) >= 2:  # which tries a cut download again
-        cases.append(("fetch", "o/sick", "mend.json", "", ["m" * 999]))
     with Hub(models, data, {"google/gemma-2-2b", "o/gated"}, fail={"fail.json": 503}) as hub:
-        hub.cut, hub.stall = {"cut.json": (100, 99), "mend.json": (100, 1)}, {"slow.json": 12}
-        hub.slow, hub.listing = {"drip.json", "x.bin"}, {"o/list": {"sha": COMMIT}}
-        env = hub.env(tmp_path / "home", HF_HUB_ETAG_TIMEOUT="1")
+        hub.cut = {"cut.json": (100, 99)}
+        env = hub.env(tmp_path / "home")
         check(loads + cases, nap=False, **env)
         assert 1000 <= hub.sent["d/x.bin"] <= 4000  # of 100,000: a byte range
     for word, more in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
@@ -3506,17 +3759,14 @@ def client(hub, tmp_path, *cases, **env):
     command = [sys.executable, "-c", code, json.dumps(cases), str(tmp_path / "cache")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines() if line[0] in '["']
 
 
 def test_text_from_the_hub(tmp_path):
     shards = [texts(700, 500, seed) for seed in range(3)]
     names = [f"en/c4-train.{i:05d}-of-00003.json.gz" for i in range(3)]
     c4 = {n: gzip.compress(jsonl(s)) for n, s in zip(names, shards, strict=True)}
-    c4 |= {
-        "en/c4-validation.00000-of-00001.json.gz": gzip.compress(jsonl(["no"])),
-        "README.md": b"#",
-    }
+    c4 |= {"en/c4-validation.00000.json.gz": gzip.compress(jsonl(["no"])), "README.md": b"#"}
     data = gzip.compress(jsonl(texts()))
     sets = {"allenai/c4": c4, "o/cut": {"train.jsonl.gz": data}, "o/other": {"a.parquet": b"PAR1"}}
     sets["o/gated"] = {"a.jsonl.gz": data, "_gated.py": b"x", "README.md": b"# x"}
@@ -3525,20 +3775,18 @@ def test_text_from_the_hub(tmp_path):
     cut = {names[0]: (50_000, 1), "train.jsonl.gz": (300, 99)}
     with Hub(datasets=sets, gated={"o/gated"}, cut=cut) as hub:
         *errors, rows = client(hub, tmp_path, *cases, big)
-        for error, (name, *_), said in zip(
-            errors, cases, ["HF_TOKEN", "no text", "", ""], strict=True
-        ):
-            assert name in error and said in error and "\n" not in error
-        if isinstance(
-            rows, str
-        ):  # older clients do not ask again after a cut: the next run goes on
+        said = ["HF_TOKEN", "no text", "", ""]
+        for error, (name, *_), words in zip(errors, cases, said, strict=True):
+            assert name in error and words in error and "\n" not in error
+        if isinstance(rows, str):  # older clients do not ask again after a cut: the next run does
             assert "allenai/c4" in rows
             rows = client(hub, tmp_path, big)[0]
         for side in (False, True):
             assert bytes(rows[side]) == joined(sum(shards, []), side)[: big[1 + side]]
         assert hub.sent[names[2]] == 0  # shard after shard, as needed
         asked = len(hub.requests)
-        assert client(hub, tmp_path, big) == [rows] and len(hub.requests) == asked
+        assert client(hub, tmp_path, big) == [rows]
+        assert len(hub.requests) == asked + 1  # whether it is still that commit
         open_to_it = client(hub, tmp_path, cases[0], HF_TOKEN="hf_good")[0]
         assert bytes(open_to_it[0]) == joined(texts(), False)[:6400]
 
@@ -3550,10 +3798,9 @@ def test_pythia_ids_by_byte_range(tmp_path):
     cases = [("pythia", tokens, 640, 50_277) for tokens in (6400, 32_000, 640_000)]
     with Hub(datasets={"EleutherAI/pile-standard-pythia-preshuffled": files}) as hub:
         small = client(hub, tmp_path, cases[0])[0]
-        first = 4096  # to find the width of the ids
-        assert [hub.sent[name] for name in names] == [first + 12_800, 0, 1280]  # not a byte more
+        assert [hub.sent[name] for name in names] == [12_800, 0, 1280]  # not a byte more
         more, short, other = client(hub, tmp_path, *cases[1:], ("pythia", 6400, 640, 256))
-        assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
-        assert more == [stored[0, :32_000].tolist(), small[1]]
-        assert "has 100,000 training tokens, 640,000 were asked for" in short
-        assert "is not of ids under 256" in other
+    assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
+    assert more == [stored[0, :32_000].tolist(), small[1]]
+    assert "has 200,000 training tokens, 640,000 were asked for" in short
+    assert "give uint16 ids of this tokenizer, under 256" in other

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
 from model_loaders import read_safetensors, write_safetensors
-from saeft import SAE, Activity, LanguageModel, Trainee, activate, single
+from saeft import PLACES, SAE, KLOnly, LanguageModel, Trainee, activate, single
 
 
 class LoRA(nn.Module):
@@ -68,15 +68,13 @@ class LoRASAE(nn.Module):
         self.decoder = LoRA(d_sae, d_model, rank, 32)
         self.to(sae.W_enc.device)
 
-    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Activity]:
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        centred = single(x) / sae.scale - sae.b_dec
+        centred = single(x) - sae.b_dec
         pre = F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred)  # [N, F]
         pre = pre.masked_fill(~keep[:, None], -torch.inf)
-        k, floor = sae.select(pre.detach(), keep.sum())
-        f = activate(pre, k, floor)
-        x_hat = f @ sae.W_dec + self.decoder(f) + sae.b_dec
-        return x_hat * sae.scale, Activity((f > 0).sum(0), f.sum(0), floor)
+        f = activate(pre, *sae.select(pre.detach(), keep.sum()))
+        return f @ sae.W_dec + self.decoder(f) + sae.b_dec, f
 
     @torch.no_grad()
     def merged(self) -> SAE:
@@ -101,9 +99,9 @@ class Adapter(nn.Module):
             nn.init.zeros_(p)
         self.to(sae.W_enc.device)
 
-    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Activity]:
-        x_hat, active = self.sae.eval()(x, keep)
-        return x_hat + self.U(self.act(self.V(x_hat))), active
+    def forward(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        x_hat, f = self.sae.eval()(x, keep)
+        return x_hat + self.U(self.act(self.V(x_hat))), f
 
 
 @dataclass
@@ -124,6 +122,16 @@ class Baseline(Trainee):
         write_safetensors(folder / "adapter.safetensors", state, told)
 
 
+@dataclass
+class AdaptedModel(Baseline, KLOnly):
+    """LoRA on the language model, on KL alone; its own blocks 0..L may differ, too."""
+
+    def splice(self, tokens, resid, x, keep, config):
+        if self.method == "lora-lm":
+            resid, x = PLACES[config.place](self.lm, tokens, config.layer)
+        return super().splice(tokens, resid, x, keep, config)
+
+
 def build(method: str, lm: LanguageModel, sae: SAE, layer: int, rank: int) -> Trainee:
     """What a method trains, from an SAE."""
     named = {"method": method, "rank": rank}
@@ -134,8 +142,7 @@ def build(method: str, lm: LanguageModel, sae: SAE, layer: int, rank: int) -> Tr
     first = 0 if method == "lora-lm" else layer + 1
     adapted = lora_lm(lm, rank, first)
     sae.requires_grad_(False)
-    own_prefix = method == "lora-lm"
-    return Baseline(sae, adapted, "kl-only", trained=adapted, own_prefix=own_prefix, **named)
+    return AdaptedModel(sae, adapted, trained=adapted, **named)
 
 
 def load(folder: str | Path, lm: LanguageModel, layer: int) -> Trainee:
@@ -156,7 +163,7 @@ def method(name: str):
 
 
 NAMES = ("lora-sae", "lora-lm", "lora-lm-after", "linear-adapter", "mlp-adapter")
-METHODS = {**saeft.METHODS, **{name: method(name) for name in NAMES}}
+saeft.METHODS.update({name: method(name) for name in NAMES})
 
 if __name__ == "__main__":
-    sys.exit(saeft.main(methods=METHODS))
+    sys.exit(saeft.main())

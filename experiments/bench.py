@@ -40,9 +40,6 @@ GEMMA["num_key_value_heads"] = 4
 SHAPES = {"pythia-160m": PYTHIA, "gemma-2-2b": GEMMA}  # others' config.json is fetched
 LIBRARIES = ["dictionary_learning", "sparsify", "SAELens"]
 PLAIN = {"all plain": patch.object(saeft, "FAST", False)}  # rows of --plain: fast paths off
-plain_autoencode = PLAIN["all plain"](saeft.autoencode)
-PLAIN["no sparse autograd"] = patch.object(saeft, "sparse_autoencode", plain_autoencode)
-PLAIN["no oneDNN"] = patch.object(saeft, "ONEDNN", False)
 
 
 def library_step(name: str, x, d_sae: int, k: int):
@@ -110,7 +107,6 @@ class Stages:
 
     def __init__(self, args, config: saeft.Config):
         self.args, self.config, self.device = args, config, args.device
-        self.bfloat16 = config.dtype == "bfloat16"
         lm = saeft.build_lm(args.shape).to_empty(device=args.device)
         for p in lm.parameters():
             p.data.normal_(mean=float(p.ndim == 1), std=0.02)  # norms' weights are near 1
@@ -119,8 +115,7 @@ class Stages:
 
     def training(self, k: int, loop, *args, buffer=None):
         """A new SAE's Trainee, and a step of `loop`, which is that of a phase."""
-        sae = saeft.SAE(self.W_enc.shape[1], self.config.d_sae, k).to(self.device)
-        sae.bfloat16 = self.bfloat16
+        sae = saeft.TopK(self.W_enc.shape[1], self.config.d_sae, k).to(self.device)
         t = saeft.Trainee(sae, self.lm)
 
         def step():  # the second one, since the first looks for dead latents
@@ -132,7 +127,7 @@ class Stages:
     def compared(self, step, make_peer, names: list[str], *case) -> dict:
         """Steps that --plain and --peers add; a peer that does not run is named with the reason."""
         steps = {name: without(step) for name, without in self.args.plain.items()}
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        cast = self.config.autocast(self.device)
         for name in names if self.args.peers else ():
             try:
                 peer = cast(make_peer(name, *case))
@@ -144,7 +139,7 @@ class Stages:
 
     def collect(self):
         tokens = torch.randint(1000, (8, self.config.context), device=self.device)
-        step = partial(saeft.collect, self.lm, tokens, self.config.layer)
+        step = partial(saeft.collect, self.lm, tokens, self.config)
         yield tokens.numel(), {"collect": step}
 
     def buffer(self):
@@ -153,11 +148,13 @@ class Stages:
         stream = SimpleNamespace(train=lambda start, n: torch.zeros(n, config.context).long())
         buffer = saeft.ActivationBuffer(self.lm, stream, 10**9, torch.inf, config)
 
+        half = (config.context * config.buffer + 2 * config.batch) // 2
+
         def step():
-            for _ in range(0, buffer.size // 2, config.batch):
+            for _ in range(0, half, config.batch):
                 buffer.next_batch(config.batch)
 
-        yield buffer.size // 2, {"buffer": step}
+        yield half, {"buffer": step}
 
     def sae(self):
         x = torch.randn(self.config.batch, self.W_enc.shape[1], device=self.device)
@@ -201,7 +198,7 @@ class Stages:
 
     def evaluate(self):
         tokens, t, _ = self.spliced()
-        step = partial(saeft.evaluate, self.lm, tokens, [t], self.config)
+        step = partial(saeft.evaluate, self.lm, tokens, [t], torch.inf, self.config)
         floor = partial(self.products, tokens, False, False, False)  # the model's own, 0, the SAE
         yield tokens.numel(), {"evaluate": step, "floor": floor}
 
@@ -269,8 +266,10 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     sizes = "" if torch.cuda.is_available() else "--context 512 --kl-batch 2"
     rates = "--lr 0 --kl-lr 0 --sink-norm 0"  # every step repeats the same values
-    config = saeft.parse(f"--model pythia-160m {rates} {sizes}".split() + flags)
-    args.shape = SHAPES.get(config.model) or model_loaders.load_config(config.model)
+    fetched = model_loaders.load_config
+    with patch.object(model_loaders, "load_config", lambda n: SHAPES.get(n) or fetched(n)):
+        config = saeft.parse(f"--model pythia-160m {rates} {sizes}".split() + flags)
+        args.shape = model_loaders.load_config(config.model)
     config.layer = args.shape["num_hidden_layers"] // 2 if config.layer is None else config.layer
     args.device = saeft.join_processes(config.device)
     torch.set_float32_matmul_precision("high")  # as in a run

@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_saeft import as_it_was, lm, seed  # noqa: F401
+from test_saeft import as_it_was, lm, no_home, seed  # noqa: F401

@@ -1,17 +1,19 @@
 """Turns a published SAE into the layout that saeft.py and SAELens read, exactly, in float32.
 
-    python experiments/convert.py SOURCE FOLDER [--model NAME] [--layer L] [--context T]
+    python experiments/convert.py SOURCE FOLDER [--model NAME] [--layer L] [--context T] [--kind K]
     python saeft.py --start FOLDER
 
 SOURCE is a folder, a file, or owner/name[@revision]:path on the Hub, in one of these formats:
 
     SAELens, any version     sae_weights.safetensors, cfg.json
-    dictionary_learning      ae.pt, config.json (the paper's own fine-tunes come without one)
+    dictionary_learning      ae.pt, config.json; checkpoints/ae_500.pt, ../config.json
     Gemma Scope              params.npz
     Gemma Scope 2            params.safetensors, config.json
     sparsify                 sae.safetensors, cfg.json
 
-The flags say what the source does not. All these SAEs are x_hat = f W_dec + b_dec, with f an
+The flags say what the source does not: the paper's own fine-tunes come without a config.json, and
+TopK and BatchTopK have the same tensors (--kind). A layer or model that only the path tells, by the
+publishers' layout, is noted. All these SAEs are x_hat = f W_dec + b_dec, with f an
 activation (TopK, BatchTopK, ReLU, JumpReLU) of z = (x - b_dec) W_enc + b_enc. What some compute
 besides is folded into the weights; what cannot be (gated, groupmax, transcoders, ...) is refused.
 """
@@ -51,13 +53,17 @@ class Source:
         names = [os.path.basename(inside)] if is_file else []
         self.folder = os.path.dirname(inside) if is_file else inside.strip("/")
         self.words = Path(self.root, self.folder).parts[-6:]  # tell model and layer
+        self.kind = None  # what --kind says
         self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
         refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
 
     def find(self, name: str) -> Path | None:
         """A file of the folder; None where there is no such file."""
+        path = os.path.normpath(os.path.join(self.folder, name))
+        if path.startswith(".."):  # above a repository
+            return None
         try:
-            return fetch(self.root, os.path.normpath(os.path.join(self.folder, name)))
+            return fetch(self.root, path)
         except UserError as error:
             if isinstance(error.__cause__, (FileNotFoundError, EntryNotFoundError)):
                 return None
@@ -101,6 +107,8 @@ def saelens(tensors: dict, source: Source) -> dict:
         architecture, k = function, (cfg.get("activation_fn_kwargs") or {}).get("k", k)
     for key in ("reshape_activations", "hook_head_index"):
         refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
+    centred = (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
+    refuse(centred, "center_writing_weights: it reads x less its mean, and returns that")
     if "log_threshold" in tensors:  # of older checkpoints
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if architecture in ARCHITECTURES:
@@ -122,10 +130,8 @@ def fold_factors(tensors: dict, cfg: dict, source: Source) -> None:
     tensors["W_dec"] *= factor[:, None]
     how = cfg.get("normalize_activations") or "none"
     refuse(how not in ("none", "expected_average_only_in", True), f"its x is by {how!r:.60}")
-    scaler = {} if how == "none" else source.json("activation_scaler.json")
-    if how != "none" and not scaler:
-        print(f"note: {how} without a factor of x: x is used as it is, as SAELens does")
-    factor = scaler.get("scaling_factor", 1.0)
+    factor = 1.0 if how == "none" else factor_of_x(source)
+    refuse(not factor, f"its x is by {how!r:.60}, but no file beside it has the factor")
     tensors["W_enc"] *= factor
     tensors["W_dec"] /= factor
     tensors["b_dec"] /= factor
@@ -134,24 +140,30 @@ def fold_factors(tensors: dict, cfg: dict, source: Source) -> None:
         tensors["threshold"] = tensors.pop("topk_threshold") / (factor if rescaled else 1)
 
 
+def factor_of_x(source: Source) -> float | None:
+    """By what SAELens multiplies x in training, as a checkpoint of any version says it."""
+    scaler = source.json("activation_scaler.json")
+    state = source.find("activations_store_state.safetensors")
+    stored = read_tensors(state).get("estimated_norm_scaling_factor") if state else None
+    factor = scaler.get("scaling_factor") or (stored if stored is None else stored.item())
+    usable = factor is None or (isinstance(factor, (int, float)) and 0 < factor < float("inf"))
+    refuse(not usable, f"its factor of x is {factor!r:.60}")
+    return factor
+
+
 CLASSES = {"AutoEncoder": "standard", "AutoEncoderNew": "standard", "AutoEncoderTopK": "topk"}
 CLASSES.update(BatchTopKSAE="batchtopk", MatryoshkaBatchTopKSAE="batchtopk")
 CLASSES.update(JumpReluAutoEncoder="jumprelu")
 
 
 def dictionary_learning(tensors: dict, source: Source) -> dict:
-    config = source.json("config.json")
+    config = source.json("config.json") or source.json("../config.json")  # of a checkpoint
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
-    name = trainer.get("dict_class")
-    if not name:
-        clues = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew"}
-        clues |= {"gate_bias": "GatedAutoEncoder", "group_sizes": "MatryoshkaBatchTopKSAE"}
-        clues |= {"W_enc": "JumpReluAutoEncoder"}
-        # TopK and BatchTopK differ in nothing but folders' names.
-        batch = "batchtopk" in re.sub("[^a-z]", "", "".join(source.words).lower())
-        clues["encoder.weight"] = "BatchTopKSAE" if batch else "AutoEncoderTopK"
-        name = next((clues[known] for known in clues if known in tensors), "unknown")
-        print(f"note: no class in a config.json: by its tensors it is {name}")
+    for key in ("activation_dim", "dict_size"):
+        sizes = {n for tensor in tensors.values() for n in tensor.shape}
+        other = trainer.get(key, None) not in {None, *sizes}
+        refuse(other, f"its config.json is of another SAE: {key} is {trainer.get(key)}")
+    name = trainer.get("dict_class") or by_tensors(tensors, source.kind)
     k = [int(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
     unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}
@@ -165,6 +177,19 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     return {**cfg, "model_name": trainer.get("lm_name"), **UNPROCESSED}
 
 
+def by_tensors(tensors: dict, kind: str | None) -> str:
+    """The class that tensors' names tell where no config.json does; TopK and BatchTopK differ in
+    nothing, and are asked for."""
+    clues = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew"}
+    clues |= {"gate_bias": "GatedAutoEncoder", "group_sizes": "MatryoshkaBatchTopKSAE"}
+    clues |= {"W_enc": "JumpReluAutoEncoder"}
+    name = next((clues[known] for known in clues if known in tensors), None)
+    name = name or {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}.get(kind)
+    refuse(not name, "no config.json, and its tensors may be of either: --kind topk or batchtopk")
+    print(f"note: no config.json: it is taken for {name}")
+    return name
+
+
 def gemma_scope(tensors: dict, source: Source) -> dict:
     """Both; the second has a config.json."""
     config = source.json("config.json")
@@ -172,7 +197,9 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
     name = re.search(r"gemma-scope-(2-)?(\d+[bm]-(?:pt|it))(-\w+)?", "/".join(source.words))
     if name:
         refuse(not name[1] and name[3] not in (None, "-res"), f"{name[0]}: not of the residual")
-        model = model or f"gemma-{3 if name[1] else 2}-{name[2]}"
+        if not model:
+            model = f"gemma-{3 if name[1] else 2}-{name[2]}"
+            print(f"note: of {model}, as its path says")
     if "gemma-2" in model or "270m" in model:
         model = model.removesuffix("-pt")  # its name on the Hub
     architecture = config.get("architecture", "jump_relu").replace("_", "")
@@ -188,6 +215,8 @@ def sparsify(tensors: dict, source: Source) -> dict:
     refused = [key for key in ("transcode", "skip_connection", "signed") if cfg.get(key)]
     architecture = refused[0] if refused else cfg.get("activation", "topk")
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
+    if hook:
+        print(f"note: it reads {hook}, as its folder is called")
     cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
     return {**cfg, "dataset_path": run.get("dataset")}
@@ -203,10 +232,7 @@ NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
 KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "first_sequence"]
 KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
-# The residual stream before or after a block, as TransformerLens, transformers and
-# dictionary_learning call it; and folders of SAEs that read something else.
-HOOK = r"blocks\.\d+\.hook_(resid_post|resid_pre|out|in)|(\w+\.)*layers\.\d+(\.output)?"
-HOOK += r"|(resid_(post|out|pre)_)?layer_?\d+"
+# Folders of SAEs that read something else than the residual stream.
 OTHER = r"(mlp|att|attn|attention|resid_mid)(_out)?(_all|_layer_?\d+)?|embed\w*"
 OTHER += r"|((trans|cross)coder|clt)(_all)?"
 
@@ -215,17 +241,17 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     """L, where the SAE reads the output of block L. UserError where it reads something else."""
     hook, known = cfg.get("hook_name"), cfg.get("layer")
     if hook:
-        refuse(not re.fullmatch(HOOK, hook), f"it reads {hook!r:.80}, not the output of a block")
-        known = int(re.search(r"\d+", hook)[0])
-        if re.search("resid_pre|hook_in", hook):
-            known -= 1
-            refuse(known < 0, f"it reads {hook}, the embedding")
+        known, place = model_loaders.read_hook(hook)
+        refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
+        if str(known) not in re.findall(r"\d+", hook):
             print(f"note: it reads {hook}, which is the output of block {known}")
     elif layer is None:
         other = [word for word in source.words if re.fullmatch(OTHER, word)]
         refuse(other, f"its folder is {other}: --layer L if it reads the output of a block")
         numbers = re.findall(r"(?<![a-z])(?:layers?|blocks)[._]?(\d+)", "/".join(source.words))
-        known = int(numbers[-1]) if numbers and known is None else known
+        if numbers and known is None:
+            known = int(numbers[-1])
+            print(f"note: it reads block {known}, as its path says")
     refuse(None not in (layer, known) and layer != known, f"--layer {layer}: it says {known}")
     return known if layer is None else layer
 
@@ -260,7 +286,9 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
     return t
 
 
-def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
+def convert(
+    source: str, folder: str, layer: int | None = None, kind: str | None = None, **told
+) -> str:
     """Writes the folder, whole or not at all; returns a line about it. Raises UserError.
     told: model_name, context_size, which the source does not say."""
     target = Path(folder).expanduser().absolute()
@@ -269,6 +297,7 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
     least = (layer or 0) >= 0 and (told.get("context_size") or 2) >= 2
     refuse(not least, "--layer is 0 or more, --context 2 or more")
     files = Source(source)
+    files.kind = kind
     name, suffix = files.weights.name, files.weights.suffix
     describe = FORMATS.get(name, SUFFIXES.get(suffix))
     refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
@@ -276,19 +305,31 @@ def convert(source: str, folder: str, layer: int | None = None, **told) -> str:
         tensors = read_tensors(files.weights)
         cfg = {"k": None, **describe(tensors, files), **{k: v for k, v in told.items() if v}}
         L, tensors = block(cfg, files, layer), build(tensors, cfg)
-    metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
-    metadata["hook_name"] = None if L is None else f"blocks.{L}.hook_resid_post"
-    kind = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
-    own = {"kind": kind, "k": cfg["k"]}
+    found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
+    refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
+    written = in_our_layout(cfg, L, found)
     tensors["W_enc"] = tensors["W_enc"].T
     with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
-            model_loaders.write_sae(Path(new, "sae"), tensors, own, metadata)
+            model_loaders.write_sae(Path(new, "sae"), tensors, written)
             os.replace(Path(new, "sae"), target)
-    hook = metadata["hook_name"] or "an unknown hook (--layer)"
-    model = metadata.get("model_name", "an unknown model (--model)")
+    hook = written["metadata"]["hook_name"] or "an unknown hook (--layer)"
+    model = written["metadata"].get("model_name", "an unknown model (--model)")
     return f"{folder}: {cfg['architecture']}, {len(tensors['b_enc']):,} latents, {hook} of {model}"
+
+
+def in_our_layout(cfg: dict, layer: int | None, kind: str) -> dict:
+    """The cfg.json of an SAE of that kind: SAELens knows BatchTopK as JumpReLU."""
+    metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
+    metadata["hook_name"] = None
+    if layer is not None:
+        metadata["hook_name"] = model_loaders.hook_name(layer, "resid_post")
+    metadata["saeft"] = {"kind": kind, "k": cfg["k"]}
+    written = {"architecture": {"batchtopk": "jumprelu"}.get(kind, cfg["architecture"])}
+    if kind == "topk":
+        written.update(k=cfg["k"], rescale_acts_by_decoder_norm=False)
+    return {**written, "metadata": metadata}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="what to write; new, or empty")
     parser.add_argument("--layer", type=int, help="block whose output the SAE reads")
     parser.add_argument("--model", dest="model_name", help="the language model")
+    kinds = ["topk", "batchtopk", "relu", "jumprelu"]
+    parser.add_argument("--kind", choices=kinds, help="what it is, where no file says it")
     parser.add_argument("--context", dest="context_size", type=int, help="tokens in a sequence")
     try:
         print(convert(**vars(parser.parse_args(argv))))

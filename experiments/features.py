@@ -9,6 +9,7 @@ the decoder's directions before and after. Model, layer, data, context are the S
 """
 
 import html
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError
+from model_loaders import UserError, refuse
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -32,23 +33,23 @@ LARGEST = 2_000_000  # bytes of a page
 @torch.no_grad()
 def encode(sae: SAE, x: Tensor, latents: Tensor | slice) -> Tensor:
     """Activations [N, n] of n latents on x [N, D], some tokens at a time."""
-    return torch.cat([sae.encode(rows)[:, latents] for rows in x.split(2048)])
+    return torch.cat([sae.encode(rows).to_dense()[:, latents] for rows in x.split(2048)])
 
 
 @torch.no_grad()
 def firing_rates(sae: SAE, x: Tensor) -> Tensor:
     """Share of the tokens x [N, D] on which each latent is active, [F]."""
-    return sum((sae.encode(rows) > 0).sum(0) for rows in x.split(2048)) / len(x)
+    return sum(saeft.counts(sae.encode(rows)) for rows in x.split(2048)) / len(x)
 
 
 @torch.no_grad()
 def logit_effects(lm, directions: Tensor, n_vocab: int) -> Tensor:
     """[n, V]: what directions [n, D] add to the logits, but for the division by the residual's
     norm: through the final norm's scale and W_U, less the mean over the vocabulary."""
-    norm = lm.part(lm.norm)
+    norm = lm.final_norm
     if isinstance(norm, nn.LayerNorm):
         directions = (directions - directions.mean(-1, keepdim=True)) * norm.weight
-    else:  # Gemma's RMSNorm
+    elif norm is not None:  # Gemma's RMSNorm; of other models it is not known
         directions = directions * (1 + norm.weight)
     effects = directions @ lm.W_U[:n_vocab].T
     return effects - effects.mean(-1, keepdim=True)
@@ -120,10 +121,10 @@ def contexts(f: Tensor, tokens: Tensor, n_skip: int, tokenizer) -> list[dict]:
 
 def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, args) -> dict:
     """All that the page shows, of tokens [B, T]. args: layer, sink_norm, latents, seed."""
-    resid = saeft.collect(lm, tokens.to(lm.W_U.device), args.layer)  # [B, T, D]
-    if sae.median_norm == 0:  # an SAE from elsewhere
-        sae.median_norm.copy_(resid[:, lm.n_skip :].norm(dim=-1).median())
-    keep = saeft.content(resid, lm.n_skip, saeft.sink_limit(sae, args))  # [B, T]
+    resid = saeft.collect(lm, tokens.to(lm.W_U.device), args)  # [B, T, D]
+    median = resid[:, lm.n_skip :].norm(dim=-1).median()
+    limit = args.sink_norm * median if args.sink_norm else torch.inf
+    keep = saeft.content(resid, lm.n_skip, limit)  # [B, T]
     rate = firing_rates(sae, resid[keep])
     rate_before = firing_rates(before, resid[keep]) if before else rate
     cosine = torch.cosine_similarity(sae.W_dec, before.W_dec) if before else torch.ones_like(rate)
@@ -185,8 +186,18 @@ def parse(argv: list[str] | None):
     parser.add_argument("--seed", type=int, default=0, help="of the random sample")
     parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--fork", help="a file that adds kinds, places or models, to import first")
     args = parser.parse_args(argv)
-    told = {"bos": "auto", **model_loaders.sae_settings(args.run)}
+    if args.fork:
+        with model_loaders.user_errors(f"--fork {args.fork}"):
+            spec = importlib.util.spec_from_file_location("fork", args.fork)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    told = {"bos": "auto", **model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])}
+    args.place = told.get("place", "resid_post")
+    places = ", ".join(saeft.PLACES)
+    refuse(args.place not in saeft.PLACES, f"{args.run} reads {args.place}: {places} is shown")
+    given = args.layer if args.layer is not None else told.get("layer")
+    refuse(given != told.get("layer", given), f"--layer {given}: that SAE has {told.get('layer')}")
     for name in ("model", "layer", "data", "context", "bos"):
         if getattr(args, name) is None:
             setattr(args, name, told.get(name))
@@ -201,11 +212,13 @@ def make_page(args) -> str:
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
         before = SAE.load(folder / "before").to(device)
-    tokenizer = model_loaders.load_tokenizer(args.model, args.bos)
     lm = saeft.load_lm(args.model, device)
+    tokenizer = lm.load_tokenizer(args.model, args.bos)
     lm.n_skip = int(tokenizer.bos_id is not None)
+    widths = sae.W_dec.shape[1], lm.W_U.shape[1]
+    refuse(widths[0] != widths[1], f"{args.run} has d_in {widths[0]}, {args.model} {widths[1]}")
     source = args.data, tokenizer, args.context, args.context, args.tokens
-    stream = model_loaders.TokenStream(*source, allow_short=True)
+    stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
     try:
         data = describe(lm, tokenizer, sae, before, stream.validation(), args)
     finally:

@@ -136,7 +136,7 @@ def results_of(name: str, saes: list, model: str, settings: dict, args, folder: 
 
 def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
     """(eval, label of an SAE) -> its figures, for one run."""
-    model = model_loaders.sae_settings(run).get("model", "")
+    model = model_loaders.sae_settings(model_loaders.read_sae(run)[1]).get("model", "")
     place = os.path.expanduser(model_loaders.MODELS.get(model, model))
     folders = {run.name: run}
     if (run / "before" / "cfg.json").exists():

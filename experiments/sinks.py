@@ -45,16 +45,16 @@ class WithSinks(nn.Module):
         sink[:, 0] = False
         return resid + sink[..., None] * self.vector
 
-    def suffix(self, resid, layer, stop=None):
+    def suffix(self, resid, layer):
         huge = resid @ self.vector > self.vector.norm() ** 2 / 2
-        return self.lm.suffix(resid - huge[..., None] * self.vector, layer, stop)
+        return self.lm.suffix(resid - huge[..., None] * self.vector, layer)
 
 
 class SinkRun(saeft.Run):
     """A run on a model with sinks made."""
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, closing) -> None:
+        super().prepare(closing)
         tokens = self.stream.train(0, 8).to(self.device)
         median = self.lm.prefix(tokens, self.config.layer).norm(dim=-1).median()
         self.lm = WithSinks(self.lm, self.config.layer, 30 * median.item())

@@ -1,20 +1,27 @@
 """The experiments: other fine-tunes, conversion of public SAEs, the page of features, SAEBench."""
 
 import copy
+import functools
 import html
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from safetensors.torch import save_file
+import transformers
+from hypothesis import HealthCheck, event, given, reject, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
@@ -22,6 +29,8 @@ import saeft
 from experiments import baselines, convert, features
 from saeft import SAE, Phase
 from test_saeft import (
+    BYTE,
+    GEMMA_LIKE,
     LOOP,
     PYTHIA_160M,
     SMALL,
@@ -30,8 +39,12 @@ from test_saeft import (
     Stream,
     assert_close,
     command,
+    differences,
+    fails,
+    in_a_process,
     nothing,
     report_of,
+    share_recovered,
     sinks,
     small_sae,
     start,
@@ -71,11 +84,13 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
     t.save(tmp_path / "saved", {})
     loaded = baselines.load(tmp_path / "saved", lm, 1)
     tokens = torch.randint(96, (8, 20))
-    _, ours = saeft.evaluate(lm, tokens, [t], LOOP)
-    _, again = saeft.evaluate(lm, tokens, [loaded], LOOP)
+    model, (ours,) = saeft.evaluate(lm, tokens, [t], LOOP)
+    same, (again,) = saeft.evaluate(lm, tokens, [loaded], LOOP)
     # The gap, 0.001 here, is the difference of two CE of 6, each right to 7 digits.
-    assert again[0].pop("gap") == pytest.approx(ours[0].pop("gap"), abs=1e-5)
-    assert again[0] == pytest.approx(ours[0], rel=1e-4, abs=1e-6)
+    assert again.pop("gap") == pytest.approx(ours.pop("gap"), abs=1e-5) and same == model
+    assert again["loss_recovered"] == pytest.approx(share_recovered(model, again), rel=1e-9)
+    ours["loss_recovered"] = again["loss_recovered"]
+    assert again == pytest.approx(ours, rel=1e-4, abs=1e-6)
 
 
 def test_every_method_takes_two_steps_at_pythia_160m_shape():
@@ -112,9 +127,13 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
         stream = model_loaders.TokenStream(
             "tiny", model_loaders.load_tokenizer("tiny"), 64, 100, 2000
         )
-        _, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], config)
+        model, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], config)
         stream.close()
         expected = {key: together[name][key] for key in row}
+        # Differences of CEs, and a ratio of them, are as exact as the CEs.
+        assert row.pop("gap") == pytest.approx(expected.pop("gap"), abs=1e-5)
+        assert row.pop("loss_recovered") == pytest.approx(share_recovered(model, row), rel=1e-9)
+        del expected["loss_recovered"]
         assert row == pytest.approx(expected, rel=1e-5)
 
 
@@ -158,6 +177,62 @@ def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     assert not trainee.sae.training and trainee.sae.k == 4
     run.published = True
     assert run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk")).sae.k == 5.0
+
+
+# ---- No work lost: runs killed at random moments -------------------------------------------------
+KILLS = int(os.environ.get("SAEFT_KILLS", 2))  # of each kind of run; 10 take about 5 minutes
+KILLED = {
+    "topk": "--k 4 8 --method kl mse",
+    "batchtopk": "--sae batchtopk --k 4 8 --method kl",
+    "relu": "--sae relu --k 4 --method kl-only kl",
+    "lora-sae": "--k 4 --rank 2 --method lora-sae linear-adapter",  # dropout draws random numbers
+}
+FEW = "--warmup 5 --dead-after 2k --log-every 3"
+
+
+def run_of_its_own(line, log):
+    """What a process runs; what it says stands in a file."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(saeft.main(line.split(), baselines.METHODS))
+
+
+@pytest.mark.timeout(150 * KILLS + 150)
+@pytest.mark.parametrize("kind", KILLED)
+def test_killed_runs_that_are_resumed_end_byte_equal(kind, tmp_path):
+    """SAE files byte for byte, reports and metrics but for seconds, and nothing else is left."""
+    log, draw = str(tmp_path / "log"), random.Random(kind)
+
+    def begin(name, flags=""):
+        line = f"{SMALL} {FEW} {KILLED[kind]} --out {tmp_path} --name {name} {flags}"
+        return in_a_process(run_of_its_own, line, log)
+
+    def finish(process):
+        process.join()
+        assert process.exitcode == 0, Path(log).read_text()
+
+    began = time.monotonic()
+    finish(begin("whole"))
+    seconds = time.monotonic() - began
+    kills = number = 0
+    while kills < KILLS:
+        number += 1
+        flags = f"--checkpoint-minutes {draw.choice([0, 0.001, 0.005])}"
+        for _ in range(draw.randint(1, 3)):
+            process = begin(f"x{number}", flags)
+            process.join(draw.uniform(0.02, 1) * seconds)
+            if not process.is_alive():
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            flags = f"{flags.removesuffix(' --resume')} --resume"
+        else:
+            process = begin(f"x{number}", flags)
+        finish(process)
+        assert differences(tmp_path / "whole", tmp_path / f"x{number}") == [], flags
 
 
 # ---- Conversion of public SAEs -----------------------------------------------------------------
@@ -478,6 +553,9 @@ def sparsify_run(folder, t):
     return formula(t, topk)
 
 
+# No file of these says what they are.
+ASKED = {dl_topk_without_config: ["--kind", "topk"]}
+ASKED[dl_batchtopk_without_config] = ["--kind", "batchtopk"]
 SAMPLES = [saelens_standard, saelens_uncentred, saelens_jumprelu, saelens_topk_float16]
 SAMPLES += [saelens_bfloat16_uncentred, saelens_topk_rescaled, saelens_batchtopk]
 SAMPLES += [saelens_rescale_that_jumprelu_ignores, saelens_batchtopk_checkpoint]
@@ -531,7 +609,7 @@ def check(source, tmp_path, x, f, x_hat, *flags):
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.__name__)
 def test_formula(sample, tmp_path):
     f, x_hat = sample(tmp_path / "source", random_sae())
-    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    sae, metadata = check(tmp_path / "source", tmp_path, inputs(), f, x_hat, *ASKED.get(sample, ()))
     batch = "batchtopk" in sample.__name__ or "matry" in sample.__name__
     assert (
         sae.kind == "batchtopk" if batch else sae.kind in ("relu", "topk", "jumprelu", "batchtopk")
@@ -805,6 +883,9 @@ def test_by_saelens(architecture, settings, normalised, centred, tmp_path):
     )
     sae = fill(kind(cfg), {})
     sae.save_model(tmp_path / "source")
+    if normalised != "none":  # SAELens itself would take x as it is
+        assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 2
+        return
     sae = lens_library.SAE.load_from_disk(tmp_path / "source")
     with torch.no_grad():
         f = sae.encode(inputs())
@@ -918,9 +999,11 @@ def test_by_the_hub_client(tmp_path):
 
     def run(source, out, env):
         command = [sys.executable, "experiments/convert.py", source, str(tmp_path / out)]
+        command += ["--kind", "topk"]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
-    with Hub(models={"owner/name": files}) as hub:  # noqa: F821
+    top = {"ae.pt": files["a/resid_post_layer_3/ae.pt"]}
+    with Hub(models={"owner/name": files, "owner/top": top}) as hub:  # noqa: F821
         env = {**os.environ, **hub.env(tmp_path / "home")}
         for source in ("a/resid_post_layer_3", "a/resid_post_layer_3/ae.pt", "b/layers.3"):
             run_ = run("owner/name:" + source, source.replace("/", "-"), env)
@@ -928,6 +1011,7 @@ def test_by_the_hub_client(tmp_path):
             sae = SAE.load(str(tmp_path / source.replace("/", "-")))
             f, x_hat = formula(random_sae(), topk)
             assert_near(sae.encode(inputs()), f)
+        assert run("owner/top", "top", env).returncode == 0  # with nothing above it
         for source, word in (("owner/name:c", "ae.pt"), ("owner/other:c", "owner/other")):
             run_ = run(source, "out", env)
             assert run_.returncode == 2 and run_.stderr.count("\n") == 1 and word in run_.stderr
@@ -985,7 +1069,7 @@ def page_of(folder, *flags):
 def direct(folder):
     """The page's tokens, their residual stream, and the SAE, by other means than the page's."""
     sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
-    told = model_loaders.sae_settings(str(folder))
+    told = model_loaders.sae_settings(model_loaders.read_sae(folder)[1])
     source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
     stream = model_loaders.TokenStream(*source, allow_short=True)
     tokens = stream.validation()
@@ -1189,3 +1273,408 @@ def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
     expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (zeroed == 0).all()
+
+
+# ---- Nothing guessed (experiments) -------------------------------------------------------------
+def run_convert(tmp_path, *flags, source="source"):
+    """convert's exit status, on a new folder."""
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    return convert.main([str(tmp_path / source), str(tmp_path / "out"), *flags])
+
+
+def scaled(folder, t):
+    """An unfinished run of SAELens on x times 0.25, and what it means for x."""
+    lens(folder, four(t), architecture="standard", normalize_activations="expected_average_only_in")
+    f, x_hat = formula(t, torch.relu, x=inputs().double() / 4)
+    return f, 4 * x_hat
+
+
+@pytest.mark.parametrize("base", ["version 6", "flat"])
+def test_the_factor_of_x_is_read_wherever_saelens_keeps_it(tmp_path, capsys, base):
+    f, x_hat = scaled(tmp_path / "source", random_sae())
+    if base == "flat":
+        how = {"normalize_activations": "expected_average_only_in"}
+        lens(tmp_path / "source", four(random_sae()), FLAT, architecture="standard", **how)
+    assert (
+        run_convert(tmp_path) == 2 and "no file beside it has the factor" in capsys.readouterr().err
+    )
+    state = tmp_path / "source" / "activations_store_state.safetensors"
+    save_file({"n_dataset_processed": torch.tensor(9)}, state)
+    assert (
+        run_convert(tmp_path) == 2 and "no file beside it has the factor" in capsys.readouterr().err
+    )
+    factor = {"estimated_norm_scaling_factor": torch.tensor(0.25)}
+    save_file({"n_dataset_processed": torch.tensor(9), **factor}, state)
+    check(tmp_path / "source", tmp_path, inputs(), f, x_hat)
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        save_file({"estimated_norm_scaling_factor": torch.tensor(bad)}, state)
+        assert run_convert(tmp_path) == 2
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "AutoEncoderTopK", "AutoEncoder"])
+def test_a_checkpoint_of_dictionary_learning_has_its_config_above_it(tmp_path, kind):
+    folder, tensors, t = tmp_path / "resid" / "trainer_0", linear(random_sae()), random_sae()
+    if kind == "AutoEncoder":
+        tensors["bias"] = tensors.pop("b_dec")
+        f, x_hat = formula(t, torch.relu)
+        f = f * t["W_dec"].double().norm(dim=1)
+    else:
+        tensors |= scalars(0.7)
+        f, x_hat = formula(t, topk if kind == "AutoEncoderTopK" else jump(0.7))
+    dictionary(folder, tensors, kind, **({} if kind == "AutoEncoder" else {"k": K}))
+    (folder / "checkpoints").mkdir()
+    (folder / "ae.pt").rename(folder / "checkpoints" / "ae_500.pt")
+    source = folder / "checkpoints" / "ae_500.pt"
+    sae, metadata = check(source, tmp_path, inputs(), f, x_hat)
+    assert sae.kind == {"BatchTopKSAE": "batchtopk", "AutoEncoderTopK": "topk"}.get(kind, "relu")
+    assert metadata["model_name"] == "EleutherAI/pythia-160m-deduped"
+    assert metadata["hook_name"] == "blocks.3.hook_resid_post" and metadata["context_size"] == 128
+
+
+def test_a_config_of_another_sae_is_refused(tmp_path, capsys):
+    dictionary(tmp_path / "source", linear(random_sae()) | scalars(0.7), "BatchTopKSAE", k=K)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    for key in ("dict_size", "activation_dim"):
+        other = {**config, "trainer": config["trainer"] | {key: 999}}
+        (tmp_path / "source" / "config.json").write_text(json.dumps(other))
+        assert run_convert(tmp_path) == 2 and f"{key} is 999" in capsys.readouterr().err
+
+
+def test_what_no_file_says_is_asked_for(tmp_path, capsys):
+    for sample, kind in (
+        (dl_topk_without_config, "topk"),
+        (dl_batchtopk_without_config, "batchtopk"),
+    ):
+        f, x_hat = sample(tmp_path / kind, random_sae())
+        assert run_convert(tmp_path, source=kind) == 2
+        assert "--kind topk or batchtopk" in capsys.readouterr().err
+        check(tmp_path / kind, tmp_path / f"checked {kind}", inputs(), f, x_hat, "--kind", kind)
+        assert "its path says" in capsys.readouterr().out  # the layer
+    for sample, other in (
+        (dl_batchtopk, "topk"),
+        (saelens_jumprelu, "relu"),
+        (gemma_scope, "topk"),
+    ):
+        sample(tmp_path / sample.__name__, random_sae())
+        assert run_convert(tmp_path, "--kind", other, source=sample.__name__) == 2
+        assert f"--kind {other}: it is" in capsys.readouterr().err
+    assert run_convert(tmp_path, "--kind", "batchtopk", source="dl_batchtopk") == 0
+
+
+@pytest.mark.parametrize("place", ["metadata", "flat"])
+def test_an_sae_of_centred_activations_is_refused(tmp_path, capsys, place):
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    if place == "flat":
+        lens(tmp_path / "source", four(random_sae()), FLAT, architecture="standard", **centred)
+    else:
+        metadata = LENS["metadata"] | centred
+        lens(tmp_path / "source", four(random_sae()), architecture="standard", metadata=metadata)
+    assert run_convert(tmp_path) == 2 and "center_writing_weights" in capsys.readouterr().err
+    fails(["center_writing_weights"], model_loaders.read_sae, tmp_path / "source")
+
+
+ELSEWHERE = ["blocks.3.hook_mlp_out", "blocks.3.attn.hook_z", "blocks.3.hook_attn_out"]
+ELSEWHERE += [
+    "blocks.3.hook_resid_mid",
+    "mlp_out_layer_3",
+    "model.layers.3.mlp",
+    "blocks.3.ln2.hook_x",
+]
+
+
+@pytest.mark.parametrize("hook", ELSEWHERE)
+def test_other_places_are_refused_by_name(tmp_path, capsys, hook):
+    """By convert.py, and by features.py, whatever --layer says."""
+    lens(
+        tmp_path / "source",
+        four(random_sae()),
+        architecture="standard",
+        metadata={"hook_name": hook},
+    )
+    for flags in ([], ["--layer", "3"]):
+        assert run_convert(tmp_path, *flags) == 2
+        assert hook in capsys.readouterr().err
+        options = ["--model", "tiny", "--data", "tiny", "--context", "64", *flags]
+        assert features.main([str(tmp_path / "source"), *options]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and re.search(r"reads|it reads", line), line
+
+
+def test_features_reads_resid_pre_as_the_block_before(page_run, capsys):
+    """Each figure as with the same SAE of the block before's output; another --layer is refused."""
+    _, plain = page_of(page_run)
+    for folder in (page_run, page_run / "before"):
+        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg["metadata"]["hook_name"] = "blocks.3.hook_resid_pre"
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert page_of(page_run)[1] == plain
+    capsys.readouterr()
+    assert features.main([str(page_run), "--layer", "3"]) == 2
+    assert "--layer 3: that SAE has 2" in capsys.readouterr().err
+
+
+def test_features_of_an_sae_of_another_width(tmp_path, capsys):
+    saeft.SAE(64, 128, 6, "topk", seed=0).save(tmp_path / "sae", {"model_name": "tiny"})
+    options = ["--layer", "2", "--data", "tiny", "--context", "64"]
+    assert features.main([str(tmp_path / "sae"), *options]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "d_in 64, tiny 128" in line
+
+
+NOTED = [
+    (gemma_scope, "block 12, as its path"),
+    (gemma_scope, "of gemma-2-2b"),
+    (sparsify_run, "layers.3"),
+]
+NOTED += [
+    (gemma_scope_2_without_config, "block 5, as its path"),
+    (dl_jumprelu_without_config, "block 3"),
+]
+
+
+@pytest.mark.parametrize("sample, words", NOTED)
+def test_what_is_read_from_a_path_is_noted(tmp_path, capsys, sample, words):
+    sample(tmp_path / "source", random_sae())
+    assert run_convert(tmp_path) == 0 and words in capsys.readouterr().out
+
+
+# ---- Damaged and hostile files, beside the reference libraries -----------------------------------
+FUZZ = int(os.environ.get("SAEFT_FUZZ", 0))  # so many times the files, other ones each time
+JUNK = [None, True, False, 0, 1, -1, 2, 0.5, float("nan"), float("inf"), 10**9, 2**31, 2**63]
+JUNK += [2**70, "", "16", " ", "\ud800", [], {}, [[]], [1], ["x"], {"x": 1}, [0, 0], [4, 2]]
+WORDS = ["é", "NFC", "F32", "BF16", "gelu", "relu", "linear", "yarn", "full_attention"]
+
+
+def fuzz(files):
+    """Settings of a test that reads so many files."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    checks += [HealthCheck.filter_too_much, HealthCheck.large_base_example]
+    options = {"deadline": None, "database": None, "suppress_health_check": checks}
+    return settings(max_examples=files * max(FUZZ, 1), derandomize=not FUZZ, **options)
+
+
+def places(value):
+    """Every (container, key) in a JSON value."""
+    keys = range(len(value)) if isinstance(value, list) else value
+    own = [(value, key) for key in keys] if isinstance(value, (dict, list)) else []
+    return own + [place for _, key in own for place in places(value[key])]
+
+
+def near(value):
+    """Values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value + 1, value - 1, value * 2, value / 2, -value, float(value), str(value)]
+    if isinstance(value, str):
+        return [value + "x", "▁" + value, value[::-1], value[1:], value * 2, *WORDS]
+    return [value[::-1], value[:1], value * 2] if isinstance(value, list) else [[value]]
+
+
+@st.composite
+def mutated(draw, value, most=2):
+    """Something dropped, doubled, moved, renamed, exchanged or changed anywhere in a JSON value."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, most))):
+        here = places(value)
+        if draw(st.booleans()):  # one of the outermost, else one in them
+            here = here[: len(value)]
+        if not here:
+            break
+        (a, i), (b, j) = (here[draw(st.integers(0, len(here) - 1))] for _ in range(2))
+        old = a[i]
+        change = draw(st.sampled_from("drop add rename exchange copy near near junk".split()))
+        if change == "exchange" and not places(old) and not places(b[j]):
+            a[i], b[j] = b[j], old
+        elif change == "copy":
+            a[i] = copy.deepcopy(b[j])
+        elif change == "junk":
+            a[i] = copy.deepcopy(draw(st.sampled_from(JUNK)))
+        elif change == "near":
+            a[i] = draw(st.sampled_from(near(old)))
+        else:  # of a list's item that is put elsewhere: it moves, or is there twice
+            if change != "add":
+                del a[i]
+            if change != "drop" and isinstance(a, list):
+                a.insert(draw(st.integers(0, len(a))), old)
+            elif change != "drop":
+                a[draw(st.sampled_from(near(i)))] = old
+    return value
+
+
+def damaged(data):
+    """Bytes changed, dropped or inserted, mostly at the beginning; or the end cut off."""
+    at = st.one_of(st.integers(0, min(300, len(data))), st.integers(0, len(data)))
+    dropped = st.sampled_from([0, 1, 2, 9, len(data)])
+    return st.builds(
+        lambda at, n, added: data[:at] + added + data[at + n :], at, dropped, st.binary(max_size=9)
+    )
+
+
+def read_or_refused(read, *args):
+    """What ours reads, or None: nothing else than UserError may come of a file."""
+    try:
+        return read(*args)
+    except model_loaders.UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+        event("refused")
+        return None
+
+
+def of_the_library(read, *args, **options):
+    """What a reference reads; where it refuses what ours reads there is nothing to compare."""
+    try:
+        return read(*args, **options)
+    except Exception:
+        event("refused by the library alone")
+        reject()
+
+
+@st.composite
+def safetensors_files(draw):
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name in "abcd"[: draw(st.integers(1, 4))]:
+        dtype = draw(st.sampled_from([*model_loaders.DTYPES]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        size = torch.Size(shape).numel() * model_loaders.DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data)]}
+        data += draw(st.binary(min_size=size, max_size=size))
+        header[name]["data_offsets"].append(len(data))
+    kind = draw(st.sampled_from(["whole", "header", "header", "twice", "space", "bytes", "bytes"]))
+    text = json.dumps(draw(mutated(header)) if kind == "header" else header).encode()
+    if kind == "twice":
+        text = text[:-1] + b"," + text[1:]  # each key
+    if kind == "space":
+        text = draw(st.sampled_from([b" ", b"\n", b""])) + text
+        text += draw(st.sampled_from([b"   ", b"\0", b"x", b"\n"]))
+    whole = len(text).to_bytes(8, "little") + text + data
+    return draw(damaged(whole)) if kind == "bytes" else whole
+
+
+def bits(tensors):
+    """What tensors hold, bit by bit."""
+    found = {}
+    for name, tensor in tensors.items():
+        data = tensor.reshape(-1).view(torch.uint8)
+        data = data > 0 if tensor.dtype == torch.bool else data
+        found[name] = tensor.dtype, tensor.shape, data.tolist()
+    return found
+
+
+@fuzz(500)
+@given(safetensors_files())
+def test_safetensors_are_read_as_the_library_reads_them_or_refused(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    ours = read_or_refused(model_loaders.read_safetensors, path)
+    assert ours is None or bits(ours) == bits(load_file(path))
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+GEMMA = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+GEMMA |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA |= {"query_pre_attn_scalar": 24, "rms_norm_eps": 1e-6}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+ROPES = {"sliding_attention": PLAIN, "full_attention": PLAIN | {"rope_type": "linear", "factor": 8}}
+CONFIGS = [
+    SIZES | {"model_type": "gpt_neox", "num_hidden_layers": 2, "max_position_embeddings": 64,
+             "hidden_act": "gelu", "use_parallel_residual": True, "layer_norm_eps": 1e-5,
+             "rotary_pct": 0.25, "rotary_emb_base": 10000, "tie_word_embeddings": False},
+    GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "rope_parameters": PLAIN,
+             "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh"},
+    GEMMA | {"model_type": "gemma3_text", "rope_parameters": ROPES, "tie_word_embeddings": True,
+             "use_bidirectional_attention": False},
+]  # fmt: skip
+
+
+@fuzz(120)
+@given(st.one_of(st.sampled_from(CONFIGS), *map(mutated, CONFIGS)))
+def test_logits_of_a_changed_config_are_those_of_transformers_or_it_is_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lm = read_or_refused(lambda: saeft.build_lm(model_loaders.load_config(str(tmp_path))))
+    if lm is None or sum(p.numel() for p in lm.parameters()) > 300_000:  # too large to run
+        return
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5
+        for name, p in lm.named_parameters()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    ours = read_or_refused(saeft.load_lm, str(tmp_path))
+    if ours is None:
+        return
+    options = {"attn_implementation": "eager", "output_loading_info": True}
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, found = of_the_library(read, tmp_path, **options)
+    assert not any(found.values())  # the weights are just what it wants
+    tokens = torch.arange(20)[None] % len(lm.W_U)
+    with torch.no_grad():
+        assert_close(ours(tokens), theirs(tokens).logits, 1e-4)
+
+
+TOKENIZERS = {"byte level": BYTE, "gemma": GEMMA_LIKE}
+
+
+@functools.cache
+def texts_for(name):
+    """Texts that hold each token of a tokenizer, alone and beside others."""
+    spec, draw, byte_level = TOKENIZERS[name], random.Random(0), model_loaders.GPT2_BYTES
+    tokens = [*spec["model"]["vocab"], *(token["content"] for token in spec["added_tokens"])]
+    for token in tokens[:]:
+        tokens.append(token.replace("▁", " "))
+        if byte_level.keys() >= {*token}:
+            tokens.append(b"".join(map(byte_level.get, token)).decode(errors="ignore"))
+    tokens += [char * n for char in "\n\t e=" for n in (1, 2, 3, 5, 33)]
+    return tokens + ["".join(draw.choices(tokens, k=2 + i % 8)) for i in range(300)]
+
+
+SPACE = {"pattern": {"String": " "}}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SETTINGS = [
+    {
+        "truncation": {
+            "max_length": 3,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        }
+    },
+    {"pre_tokenizer": BYTES | {"use_regex": False}},
+    {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+    {"pre_tokenizer": SPACE | {"type": "Split", "behavior": "Isolated", "invert": True}},
+    {"pre_tokenizer": SPACE | {"type": "Split", "behavior": "MergedWithNext", "invert": False}},
+    {"normalizer": SPACE | {"type": "Replace", "content": "▁"}},
+    *({"normalizer": {"type": name}} for name in ("NFC", "NFD", "Lowercase")),
+    *({part: None} for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor")),
+]
+
+
+@st.composite
+def tokenizer_files(draw, name):
+    spec = copy.deepcopy(TOKENIZERS[name])
+    model = spec["model"]
+    part = draw(st.sampled_from(["merges", "vocab", "added_tokens", "settings", "rest"]))
+    if part == "settings":
+        spec.update(draw(st.sampled_from(SETTINGS)))
+    elif part == "rest":  # of the two long lists nothing
+        long = {key: model.pop(key) for key in ("vocab", "merges")}
+        spec = draw(mutated(spec))
+        if isinstance(spec.get("model"), dict):
+            spec["model"].update(long)
+    else:
+        place = spec if part in spec else model
+        place[part] = draw(mutated(place[part]))
+    return json.dumps(spec)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@fuzz(300)
+@given(data=st.data())
+def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tmp_path, name, data):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(data.draw(tokenizer_files(name)))
+    ours = read_or_refused(model_loaders.load_tokenizer, str(tmp_path))
+    if ours is not None:
+        theirs = of_the_library(tokenizers.Tokenizer.from_file, str(path))
+        encoded = theirs.encode_batch(texts_for(name), add_special_tokens=False)
+        assert [*map(ours.encode, texts_for(name))] == [encoding.ids for encoding in encoded]

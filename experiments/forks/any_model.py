@@ -1,0 +1,138 @@
+"""Any decoder of the transformers library (Llama, Qwen, Mistral, GPT-2, OLMo, ...), as it is.
+
+    pip install transformers accelerate
+    python experiments/forks/any_model.py --model Qwen/Qwen3-0.6B --data c4 --d-sae 16384
+
+The library's own forward pass runs, with its own masks and positions. Up to block L nothing is
+changed, and it is left there. From block L + 1 on it starts with what block L is to have put out.
+Its own tokenizer serves, too. Families that saeft has itself stay saeft's, which are faster.
+"""
+
+import hashlib
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import model_loaders
+import saeft
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError:
+    sys.exit("any_model.py: pip install transformers accelerate")
+
+
+class Reached(Exception):
+    """The end of what is to run; args[0] is what the block put out."""
+
+
+def leave(block, args, output):
+    raise Reached(output)
+
+
+class Tokenizer:
+    """A tokenizer of transformers, as saeft's streams use it."""
+
+    def __init__(self, name: str, bos: str = "auto"):
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+        wanted = bos == "yes" or (bos == "auto" and adds_bos)
+        self.bos_id = self.tokenizer.bos_token_id if wanted else None
+        self.eos_id = self.tokenizer.eos_token_id
+        self.n_vocab = len(self.tokenizer)
+        text = repr((sorted(self.vocabulary().items()), self.tokenizer.backend_tokenizer.to_str()))
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def vocabulary(self):
+        return self.tokenizer.get_vocab()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids)
+
+
+class AnyModel(saeft.LanguageModel):
+    load_tokenizer = Tokenizer
+    final_norm = None  # wherever it is
+
+    def __init__(self, config: dict):
+        nn.Module.__init__(self)
+        self.use(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)))
+
+    def use(self, model):
+        self.model = model
+        self.max_context = model.config.max_position_embeddings
+        n_layers = model.config.num_hidden_layers
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+        model_loaders.refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
+        self.own_blocks = lists
+        self.in_tuple = False  # before version 5 a block's output is the first of a tuple
+
+    def load(self, name: str, device, dtype):
+        name = model_loaders.MODELS.get(name, os.path.expanduser(name))
+        with model_loaders.user_errors(f"cannot load {name}"):
+            self.use(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device))
+            self.in_tuple = isinstance(self.prefix(torch.zeros(1, 1).long().to(device), 0), tuple)
+        return self
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.own_blocks[0]
+
+    @property
+    def W_U(self):
+        return self.model.get_output_embeddings().weight
+
+    def forward(self, tokens):
+        if self.W_U.is_meta:  # where masks cannot be made
+            return tokens
+        return self.model(tokens, use_cache=False).logits
+
+    def prefix(self, tokens, layer: int):
+        return self.run(tokens, layer)
+
+    def suffix(self, resid, layer: int):
+        last = len(self.blocks) - 1
+        return resid if layer == last else self.run(resid, last, layer + 1)
+
+    def unembed(self, resid):
+        x = resid if resid.dim() == 3 else resid[None]
+        return self.run(x, None, len(self.blocks)).view(*resid.shape[:-1], -1)
+
+    def run(self, given, last: int | None, first: int = 0):
+        """From block `first` on, of which `given` is the input (tokens, if it is 0), to the output
+        of block `last`, or to the logits."""
+        tokens = given if first == 0 else given.new_zeros(given.shape[:2], dtype=torch.long)
+
+        def passed_on(*args, **kwargs):
+            return (given,) if self.in_tuple else given
+
+        with ExitStack() as stack:
+            for block in self.blocks[:first]:
+                stack.enter_context(patch.object(block, "forward", passed_on))
+            if last is not None:
+                stack.callback(self.blocks[last].register_forward_hook(leave).remove)
+            try:
+                return self.model(tokens, use_cache=False).logits
+            except Reached as reached:
+                return reached.args[0][0] if self.in_tuple else reached.args[0]
+
+
+for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    saeft.FAMILIES.setdefault(model_type, AnyModel)
+
+if __name__ == "__main__":
+    sys.exit(saeft.main())

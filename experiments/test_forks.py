@@ -1,0 +1,261 @@
+"""The five forks: each trains from the command line, is saved, and read again with equal figures.
+
+python -m pytest -q experiments/test_forks.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model_loaders
+import saeft
+from saeft import KINDS, METHODS, PLACES, Config
+
+transformers = pytest.importorskip("transformers")
+SMALL = "--tokens 20k --kl-tokens 6k --eval-tokens 4k --context 64 --d-sae 128 --batch 256"
+SMALL += " --kl-batch 4 --buffer 60 --warmup 5 --dead-after 2k --k 8"
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a fork adds or replaces is gone after the test."""
+    saved = [(registry, dict(registry)) for registry in (KINDS, METHODS, PLACES, saeft.FAMILIES)]
+    yield
+    for registry, content in saved:
+        registry.clear()
+        registry.update(content)
+
+
+def imported(name):
+    """A fork, imported anew."""
+    sys.modules.pop(f"experiments.forks.{name}", None)
+    return __import__(f"experiments.forks.{name}", fromlist=[name])
+
+
+def run(folder, flags, name="run"):
+    """A run's report."""
+    line = f"{SMALL} {flags} --out {folder} --name {name}"
+    assert saeft.main(line.split()) == 0
+    return json.loads((folder / name / "report.json").read_text())
+
+
+def same_figures(folder, report, flags="", name="again"):
+    """--start from the SAE that a run left gives that run's figures."""
+    start = f"--start {folder / 'run'} --kl-tokens 4k --eval-tokens 4k --kl-batch 4"
+    assert saeft.main(f"{start} --out {folder} --name {name} {flags}".split()) == 0
+    loaded = json.loads((folder / name / "report.json").read_text())["results"]["MSE"]
+    for key in ("ce", "kl", "fvu", "l0"):
+        assert loaded[key] == pytest.approx(report[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("kind", ["matryoshka", "matryoshka-batchtopk"])
+def test_matryoshka(tmp_path, kind):
+    fork = imported("matryoshka")
+    report = run(tmp_path, f"--sae {kind} --method kl")
+    assert report["gap_final"] < report["gap_mse"]
+    same_figures(tmp_path, report)
+    sae = saeft.SAE.load(tmp_path / "run")
+    assert isinstance(sae, fork.Nested) and sae.kind == kind
+    # By hand: what the prefixes add.
+    x, weight = torch.randn(30, 128), torch.full((30,), 1 / 30)
+    x_hat, f = sae(x)
+    expected = 0.0
+    for m in (8, 16, 32, 64):
+        x_hat_m = f.to_dense()[:, :m] @ sae.W_dec[:m] + sae.b_dec
+        expected += (x - x_hat_m).pow(2).sum(-1).mean()
+    torch.testing.assert_close(sae.penalty(x, x_hat, f, weight, 0.5), expected)
+    # Stock saeft takes it for what SAELens would.
+    del KINDS[kind]
+    stock = saeft.SAE.load(tmp_path / "run")
+    assert stock.kind == {"matryoshka": "topk"}.get(kind, "jumprelu")
+    torch.testing.assert_close(stock(x)[0], x_hat)
+
+
+def test_the_first_latents_of_a_matryoshka_sae_reconstruct_more(tmp_path):
+    imported("matryoshka")
+    shares = {}
+    for kind in ("topk", "matryoshka"):
+        run(tmp_path, f"--sae {kind} --tokens 60k --lr 3e-3", name=kind)
+        sae = saeft.SAE.load(tmp_path / kind)
+        lm, tokens = saeft.load_lm("tiny"), torch.randint(2048, (20, 64))
+        x = lm.prefix(tokens, 3).flatten(0, 1)
+        first = sae.encode(x).to_dense()[:, :32] @ sae.W_dec[:32] + sae.b_dec
+        shares[kind] = ((x - first).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
+    assert shares["matryoshka"] < 0.9 * shares["topk"]
+
+
+def test_jumprelu_and_its_gradients(tmp_path):
+    fork = imported("jumprelu")
+    report = run(tmp_path, "--sae jumprelu --tokens 60k --lr 3e-3 --method kl")
+    assert report["gap_final"] < report["gap_mse"]
+    same_figures(tmp_path, report)
+    sae = saeft.SAE.load(tmp_path / "run")
+    assert isinstance(sae, fork.JumpReLU) and sae.threshold.std() > 0
+    imported_x = torch.randn(30, 128)
+    x_hat = sae(imported_x)[0]
+    # The paper's pseudo-derivatives, element by element.
+    z, theta = torch.rand(40, 6).double() * 0.3, torch.rand(6).double() * 0.3
+    z.requires_grad_()
+    theta.requires_grad_()
+    g = torch.randn(40, 6).double()
+    eps = torch.tensor(0.1).double()
+    near = ((z - theta).abs() < 0.05).double() / 0.1
+    for count, by_z, by_theta in [
+        (False, g * (z > theta), -(g * theta * near).sum(0)),
+        (True, torch.zeros_like(z), -(g * near).sum(0)),
+    ]:
+        out = fork.Jump.apply(z, theta, eps, count)
+        ours = torch.autograd.grad(out, (z, theta), g, allow_unused=True)
+        torch.testing.assert_close(torch.zeros_like(z) if count else ours[0], by_z)
+        torch.testing.assert_close(ours[1], by_theta)
+    # Stock saeft, where thresholds are frozen, and SAELens.
+    cfg = json.loads((tmp_path / "run" / "cfg.json").read_text())
+    assert cfg["architecture"] == "jumprelu"
+    if lens := pytest.importorskip("sae_lens", reason="SAELens is not installed"):
+        theirs = lens.SAE.load_from_disk(tmp_path / "run")(imported_x)
+        torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-4)
+
+
+def test_losses(tmp_path):
+    fork = imported("losses")
+    report = run(tmp_path, "--method kl kl-t2 reverse-kl ce")
+    gaps = {name: row["gap"] for name, row in report["results"].items()}
+    assert all(gaps[name] < gaps["MSE"] for name in ("kl", "kl-t2", "reverse-kl", "ce"))
+    assert len({round(gap, 7) for gap in gaps.values()}) == 5
+    # Each against its definition on whole distributions.
+    log_p, log_q = torch.randn(2, 7, 11).double().log_softmax(-1)
+    target = torch.tensor([3, 0, 10, 1, 1, -100, 5])
+    cold = [(z / 2).softmax(-1) for z in (log_p, log_q)]
+    expected = {
+        fork.kl_at_2: 4 * (cold[0] * (cold[0] / cold[1]).log()).sum(-1),
+        fork.reverse_kl: (log_q.exp() * (log_q - log_p)).sum(-1),
+        fork.next_token_ce: torch.stack(
+            [-q[t] if t >= 0 else q[0] * 0 for q, t in zip(log_q, target)]
+        ),
+    }
+    for divergence, value in expected.items():
+        torch.testing.assert_close(divergence(log_p, log_q, target), value)
+
+
+@pytest.mark.parametrize("name", ["mlp_out", "attn_out"])
+def test_places(tmp_path, name, capsys):
+    imported("place")
+    lm, tokens = saeft.load_lm("tiny"), torch.randint(2048, (2, 20))
+    resid, x = PLACES[name](lm, tokens, 2)
+    assert torch.equal(resid, lm.prefix(tokens, 2))
+    block = lm.blocks[2]
+    module = {"mlp_out": block.mlp, "attn_out": block.attention}[name]
+    changed = torch.randn_like(x)
+    with module.register_forward_hook(lambda module, args, out: changed):
+        expected = lm(tokens)
+    torch.testing.assert_close(lm.unembed(lm.suffix(resid + changed - x, 2)), expected)
+
+    report = run(tmp_path, f"--place {name} --method kl")
+    cfg = json.loads((tmp_path / "run" / "cfg.json").read_text())
+    assert cfg["metadata"]["hook_name"] == f"blocks.3.hook_{name}"
+    same_figures(tmp_path, report)
+    del PLACES[name]
+    capsys.readouterr()
+    assert saeft.main(f"--start {tmp_path / 'run'} --out {tmp_path}".split()) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_the_page_of_features_imports_a_fork(tmp_path):
+    from experiments import features
+
+    imported("place")
+    run(tmp_path, "--place mlp_out")
+    del PLACES["mlp_out"], PLACES["attn_out"]
+    flags = [str(tmp_path / "run"), "--tokens", "4k", "--latents", "8"]
+    assert features.main(flags) == 2
+    assert features.main([*flags, "--fork", str(Path(__file__).parent / "forks/place.py")]) == 0
+
+
+SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+SIZES.update(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+DECODERS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+    "olmo2": {},
+    "gpt_neox": {},
+    "gemma3_text": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_any_model_is_the_library_s_to_the_last_bit(family):
+    fork = imported("any_model")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96} if family == "gpt2" else SIZES
+    lm = fork.AnyModel({"model_type": family, **sizes, **DECODERS[family]}).eval()
+    lm.requires_grad_(False)
+    tokens, ran = torch.randint(96, (2, 12)), []
+    for i, block in enumerate(lm.blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: ran.append(i))
+    x = lm.prefix(tokens, 1)
+    assert ran == [0, 1]
+    own = lm.model(tokens).logits
+    assert torch.equal(lm.unembed(lm.suffix(x, 1)), own)
+    rows = lm.suffix(x, 1).flatten(0, 1)
+    torch.testing.assert_close(lm.unembed(rows), own.flatten(0, 1))
+    changed = torch.randn_like(x).requires_grad_()
+    with lm.blocks[1].register_forward_hook(lambda module, args, out: changed):
+        expected = lm.model(tokens).logits
+    spliced = lm.unembed(lm.suffix(changed, 1))
+    assert torch.equal(spliced, expected)
+    g = torch.randn_like(spliced)
+    ours, theirs = (torch.autograd.grad(z, changed, g)[0] for z in (spliced, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_any_model_runs_with_its_own_tokenizer(tmp_path):
+    imported("any_model")
+    folder = tmp_path / "llama"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(model_loaders.TINY / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(**{**SIZES, "vocab_size": 2048}, eos_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    model.save_pretrained(folder)
+    report = run(tmp_path, f"--model {folder} --data tiny --method kl mse")
+    assert report["gap_final"] < report["gap_mse"] and report["ce_original"] > 1
+    same_figures(tmp_path, report, flags=f"--model {folder}")
+
+
+def test_any_model_gives_saeft_s_own_figures(tmp_path):
+    """On a family that saeft has itself."""
+    fork = imported("any_model")
+    ours = run(tmp_path, "--method kl")
+    saeft.FAMILIES["gpt_neox"] = fork.AnyModel
+    theirs = run(tmp_path, "--layer 2 --data tiny --method kl", name="theirs")
+    ours = (
+        run(tmp_path, "--method kl --layer 2 --data tiny", name="ours")
+        if ours["layer"] != 2
+        else ours
+    )
+    assert theirs["ce_original"] == pytest.approx(ours["ce_original"], abs=1e-5)
+    assert theirs["ce_mse"] == pytest.approx(ours["ce_mse"], abs=2e-3)
+
+
+def test_a_settings_class_of_one_s_own():
+    """A fork's own flags: a subclass of Config."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class Settings(Config):
+        temperature: float = model_loaders.flag(1.0, "of a fork", 0)
+
+    config = saeft.parse("--temperature 2 --k 3".split(), Settings)
+    assert config.temperature == 2 and config.k == [3] and config.context == 128
