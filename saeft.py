@@ -186,6 +186,7 @@ class SAE(nn.Module):
     unit_norm = True  # whether decoder directions keep norm 1
     dead = ()  # in phase one, latents that have not fired for --dead-after tokens
     l0_target = None  # in phase two, the L0 of phase one
+    loaded = False  # whether it came from a file
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
         cls.kind, cls.architecture = kind, architecture or cls.architecture
@@ -271,6 +272,7 @@ class SAE(nn.Module):
             sae.load_state_dict({**numbers, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
+        sae.loaded = True
         return sae.eval()
 
 
@@ -317,7 +319,8 @@ class BatchTopK(JumpReLU, kind="batchtopk"):
     def select(self, pre, n):
         if not self.training:
             return super().select(pre, n)
-        k = self.l0_target or self.k  # a published threshold may leave another L0 on this text
+        # A published threshold may leave another L0 than K on this text.
+        k = self.l0_target if self.loaded and self.l0_target else self.k
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
         return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
@@ -482,22 +485,22 @@ class ActivationBuffer:
     n_sequences: int
     limit: Tensor  # the norm above which a token is a sink
     config: Config
-    rows: Tensor | None = None
     used: int = 0
     next_sequence: int = 0
     refills: int = 0
     seconds: float = 0.0  # of all refills
 
+    def __post_init__(self):
+        self.rows = self.lm.W_U.new_empty(0, self.lm.W_U.shape[1])
+
     def refill(self):
         began = time.monotonic()
         config, per_sequence = self.config, self.config.context - self.lm.n_skip
-        free = per_sequence * config.buffer + 2 * config.batch - (len(self) - self.used)
+        free = per_sequence * config.buffer + 2 * config.batch - (len(self.rows) - self.used)
         n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
         tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
         x = collect(self.lm, tokens, config)
-        rows = x[content(x, self.lm.n_skip, self.limit)]
-        if len(self):
-            rows = torch.cat([self.rows[self.used :], rows])
+        rows = torch.cat([self.rows[self.used :], x[content(x, self.lm.n_skip, self.limit)]])
         self.next_sequence += n * world_size()
         self.refills += 1
         seed = (config.seed * 1009 + rank()) * 1_000_003 + self.refills
@@ -505,19 +508,16 @@ class ActivationBuffer:
         self.rows, self.used = rows[order.to(rows.device)], 0
         self.seconds += time.monotonic() - began
 
-    def __len__(self):
-        return 0 if self.rows is None else len(self.rows)
-
     def next_batch(self, n: int):
         """[n, D] activations in float32."""
         has_more = self.n_sequences - self.next_sequence >= world_size()
-        if 2 * self.used >= len(self) and has_more:
+        if 2 * self.used >= len(self.rows) and has_more:
             self.refill()
-        while self.used + n > len(self):  # sinks left too few: again from the first sequence
-            left = len(self) - self.used
+        while self.used + n > len(self.rows):  # sinks left too few: again from the first sequence
+            left = len(self.rows) - self.used
             self.next_sequence = 0
             self.refill()
-            refuse(len(self) == left, ALL_SINKS)
+            refuse(len(self.rows) == left, ALL_SINKS)
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
@@ -971,7 +971,7 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type and isinstance(rope, dict):
-        rope = rope.get(layer_type, rope)
+        rope = rope.get(layer_type)
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     known = isinstance(rope, dict) and rope.keys() <= names
     refuse(

@@ -488,7 +488,7 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
 
     edit_weights(small, cut)
     short = model_folder(tmp_path / "short", max_position_embeddings=32)
-    cases = [(small, ["ids", "1000"]), (short, ["--context 64", "32"])]
+    cases = [(small, ["0 training tokens", "give more text"]), (short, ["--context 64", "32"])]
     name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     for value in ("nan", "inf"):
         folder = model_folder(tmp_path / value)
@@ -532,8 +532,8 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, c
     assert command("--k 4 8 --name x", tmp_path) == 2
     assert "--overwrite" in capsys.readouterr().err and snapshot(folder) == before
 
-    # A run that fails before it has something leaves the old one as it was.
-    for line in ("--tokens 90M", "--data /nowhere", "--lr 1e18"):
+    # A run that fails before model and data are there leaves the old one as it was.
+    for line in ("--context 100k", "--data /nowhere", "--model /nowhere"):
         assert command(f"--k 4 8 --name x --overwrite {line}", tmp_path) == 2
         assert snapshot(folder) == before, line
     capsys.readouterr()
@@ -615,7 +615,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:5000])
     assert command("--name x --resume", tmp_path) == 2
-    assert "checkpoint.pt" in capsys.readouterr().err
+    assert "cannot read a checkpoint" in capsys.readouterr().err
     checkpoint.write_bytes(whole)
     assert command("--name x --resume", tmp_path) == 0
     assert command("--name y", tmp_path) == 0
@@ -714,7 +714,7 @@ def test_on_a_terminal_of_80_columns_no_line_is_wider(tmp_path):
     lines = re.split(r"[\r\n]+", text)
     assert [line for line in lines if len(line) > 80] == []
     progress = [line for line in lines if line.startswith(("MSE", "kl"))]
-    assert len(progress) > 10 and all("left" in line for line in progress)
+    assert len(progress) >= 4 and all("left" in line for line in progress)
     assert next(filter(None, lines)).startswith("saeft: topk SAE of 64 latents, K 4, 8")
 
 

@@ -82,7 +82,7 @@ def test_the_first_latents_of_a_matryoshka_sae_reconstruct_more(tmp_path):
         run(tmp_path, f"--sae {kind} --tokens 60k --lr 3e-3", name=kind)
         sae = saeft.SAE.load(tmp_path / kind)
         lm, tokens = saeft.load_lm("tiny"), torch.randint(2048, (20, 64))
-        x = lm.prefix(tokens, 3).flatten(0, 1)
+        x = lm.prefix(tokens, 2).flatten(0, 1)
         first = sae.encode(x).to_dense()[:, :32] @ sae.W_dec[:32] + sae.b_dec
         shares[kind] = ((x - first).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
     assert shares["matryoshka"] < 0.9 * shares["topk"]
@@ -156,7 +156,7 @@ def test_places(tmp_path, name, capsys):
 
     report = run(tmp_path, f"--place {name} --method kl")
     cfg = json.loads((tmp_path / "run" / "cfg.json").read_text())
-    assert cfg["metadata"]["hook_name"] == f"blocks.3.hook_{name}"
+    assert cfg["metadata"]["hook_name"] == f"blocks.2.hook_{name}"
     same_figures(tmp_path, report)
     del PLACES[name]
     capsys.readouterr()
