@@ -742,7 +742,8 @@ NEOX_VOCABULARY = "e56ffe519fcf54d3"  # Tokenizer.vocabulary() of GPT-NeoX's and
 IDS = re.compile(r"\.bin$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
-LONGEST, PIECE = 1 << 16, 1 << 13  # characters in a piece of a document; in a document of a .txt
+LONGEST = 1 << 16  # characters in a piece of a document
+PIECE, MARKED = 1 << 13, 1 << 24  # in a document of a .txt, and of one with marks between them
 BATCH = 64  # pieces tokenised at a time
 RULES = 3  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
@@ -880,12 +881,16 @@ def _json_texts(blocks, path: str):
 
 
 def _plain_texts(blocks):
-    """Yields a text in documents of at most PIECE characters, which end with a line if they can."""
-    rest = ""
+    """Yields what stands between marks <|endoftext|>; a text without them in documents of at most
+    PIECE characters, which end with a line if they can."""
+    rest, longest = "", PIECE
     for block in blocks:
-        rest, start = rest + block, 0
-        while start + PIECE < len(rest):
-            end = rest.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        *whole, rest = re.split(r"<\|endoftext\|>\n?", rest + block)
+        yield from whole
+        longest = MARKED if whole else longest
+        start = 0
+        while start + longest < len(rest):
+            end = rest.rfind("\n", start, start + longest) + 1 or start + longest
             yield rest[start:end]
             start = end
         rest = rest[start:]
@@ -1088,6 +1093,8 @@ class TokenStream:
             ids = np.frombuffer(file.read(count * self.dtype.itemsize), self.dtype)
         largest, kind = ids.max(initial=0), self.dtype.name
         advice = f"give {kind} ids of this tokenizer, under {self.n_ids:,}, or text"
+        wider = len(ids) > 15 and ids.any() and not ids[1::2].any()
+        refuse(wider, f"{path}: as {kind} every second id is 0, so they are wider: {advice}")
         refuse(largest >= self.n_ids, f"{path}: as {kind} it holds {largest:,}: {advice}")
         return ids
 

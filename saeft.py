@@ -604,7 +604,7 @@ class Phase:
         left = self.buffer.seconds_left() if self.buffer else 0.0
         (first, began), (last, ended) = self.marks[0], self.marks[-1]
         if first == last:
-            return f"{self.steps} steps"
+            return f"{self.steps - self.step} steps left"
         left += (ended - began) / (last - first) * (self.steps - self.step)
         return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
 

@@ -32,7 +32,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,6 +362,38 @@ def test_a_parameter_of_ones_own_is_saved_and_asked_for(tmp_path, capsys, fork):
     assert saeft.main(["--start", str(tmp_path), "--out", str(tmp_path), "--name", "x"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "gate" in err and not (tmp_path / "x").exists()
+
+
+# ---- The README ---------------------------------------------------------------------------------
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_block_of_python_in_the_readme_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        env = {**os.environ, "PYTHONPATH": str(HERE)}
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=env, timeout=120)
+        assert done.returncode == 0, block
+
+
+def test_every_command_in_the_readme_is_one():
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"^(?:python|torchrun[^\n]*?) ([\w/]+\.py)([^\n#]*)", text, re.M)
+    commands += re.findall(r"`(?:python |torchrun [^`]*?)?([\w/]+\.py)([^`]*)`", text)
+    assert len(commands) > 8
+    flags = {f"--{f.name.replace('_', '-')}" for f in fields(Config)}
+    for script, rest in commands:
+        path = next((p for p in (HERE / script, HERE / "experiments" / script) if p.exists()), None)
+        assert path or (HERE / "experiments/forks" / script).exists(), script
+        source = path.read_text(encoding="utf-8") if path else ""
+        for name in re.findall(r"--[a-z][a-z0-9-]*", rest):
+            assert name in flags or f'"{name}"' in source, (script, name)
+    listed = re.findall(r"^(--[a-z0-9-]+) ", README, re.M)
+    assert sorted(listed) == sorted(flags)  # the table has every flag, and no other
+    targets = {name for name in re.findall(r"`?make (\w+)", README)}
+    makefile = (HERE / "Makefile").read_text()
+    assert targets and all(f"\n{name}:" in makefile for name in targets), targets
 
 
 # ---- Mistakes: one line, status 2, and nothing is left behind ------------------------------------
@@ -2917,6 +2949,10 @@ def test_ids_that_the_tokenizer_lacks(lines_file, stream):
     with pytest.raises(UserError, match=words):
         stream(lines_file.with_name("a.bin"), Bytes(n_vocab=100), train=9000).train(0, 500)
 
+    np.arange(1, 90, dtype=np.uint32).repeat(200).tofile(lines_file.with_name("b.bin"))
+    with pytest.raises(UserError, match="every second id is 0, so they are wider"):
+        stream(lines_file.with_name("b.bin"), Bytes(n_vocab=100), train=900).train(0, 50)
+
 
 PARAGRAPH = "word " * 400 + "\n\n"
 ONE_LINE = "".join(f"{i} of one line, " for i in range(200_000))
@@ -2933,6 +2969,18 @@ def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
     found = list(documents(str(tmp_path)))
     assert "".join(found) == content and len(found) > 30
     assert max(map(len, found)) <= (1 << 16 if form == "jsonl" else 1 << 13)
+
+
+def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
+    whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(whole))
+    found = list(model_loaders.pieces(str(tmp_path / "a.txt")))
+    assert "".join(text for text, _ in found) == "".join(whole)
+    starts = [text for text, _ in found if text[0].isdigit()]
+    assert len(starts) == len(whole)
+    for document in whole:  # each piece is on the document's side
+        own = [held for text, held in found if text in document and text[:2] == document[:2]]
+        assert set(own) == {held_out(document)}
 
 
 def test_forms_of_text(tmp_path):
