@@ -93,13 +93,13 @@ def flags_of(settings: type, description: str) -> Parser:
     parser = Parser(description=description, argument_default=absent, allow_abbrev=False)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
-        default = f.default_factory()
+        default, kind = f.default_factory(), getattr(f.type, "__name__", f.type)
         shown = "" if default is None else f" (default: {default})"
         options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        if f.type == "bool":
+        if kind == "bool":
             options["action"] = "store_true"
         else:
-            options["type"] = next(kinds[name] for name in kinds if name in f.type)
+            options["type"] = next(kinds[name] for name in kinds if name in kind)
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 

@@ -230,7 +230,7 @@ def test_any_model_runs_with_its_own_tokenizer(tmp_path):
         p.data.normal_(std=0.2)
     model.save_pretrained(folder)
     report = run(tmp_path, f"--model {folder} --data tiny --method kl mse")
-    assert report["gap_final"] < report["gap_mse"] and report["ce_original"] > 1
+    assert report["kl_final"] < report["kl_mse"] and report["ce_original"] > 1
     same_figures(tmp_path, report, flags=f"--model {folder}")
 
 
