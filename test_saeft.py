@@ -488,7 +488,8 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
 
     edit_weights(small, cut)
     short = model_folder(tmp_path / "short", max_position_embeddings=32)
-    cases = [(small, ["ids", "1000"]), (short, ["--context 64", "32"])]
+    # Documents with other ids are left out, and of this text that is all.
+    cases = [(small, ["0 training tokens", "give more text"]), (short, ["--context 64", "32"])]
     name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     for value in ("nan", "inf"):
         folder = model_folder(tmp_path / value)
@@ -615,7 +616,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:5000])
     assert command("--name x --resume", tmp_path) == 2
-    assert "checkpoint.pt" in capsys.readouterr().err
+    assert "cannot read a checkpoint" in capsys.readouterr().err
     checkpoint.write_bytes(whole)
     assert command("--name x --resume", tmp_path) == 0
     assert command("--name y", tmp_path) == 0
