@@ -971,7 +971,7 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type and isinstance(rope, dict):
-        rope = rope.get(layer_type)
+        rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     known = isinstance(rope, dict) and rope.keys() <= names
     refuse(

@@ -521,6 +521,7 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
 
     edit_weights(small, cut)
     short = model_folder(tmp_path / "short", max_position_embeddings=32)
+    # Documents with other ids are left out, and of this text that is all.
     cases = [(small, ["0 training tokens", "give more text"]), (short, ["--context 64", "32"])]
     name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     for value in ("nan", "inf"):
