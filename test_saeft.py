@@ -1892,7 +1892,7 @@ def test_the_time_left_is_told_in_time_on_a_clock_with_refills(monkeypatch):
     phase = Phase("MSE", [None], 106, torch.tensor(1e3), 1.0, buffer=buffer, began=clock.now)
     saeft.train_mse(phase, config, functools.partial(saeft.Run.after_step, run))
     texts = [text for _, text in told]
-    assert "106 steps" in texts[0] and len(texts) >= 5
+    assert "105 steps left" in texts[0] and len(texts) >= 5
     assert any(" s left" in text for text in texts) and any("minutes left" in t for t in texts)
     for now, text in told[1:-1]:
         number, unit = re.search(r", ([\d.]+) (s|minutes) left", text).groups()
