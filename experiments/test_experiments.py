@@ -47,12 +47,11 @@ from test_saeft import (
     share_recovered,
     sinks,
     small_sae,
-    start,
     weights_of,
 )
 
 # ---- Baselines: the other methods of the paper ---------------------------------------------------
-METHODS = [name for name in baselines.METHODS if name not in ("kl-only", "mse")]
+METHODS = [name for name in saeft.METHODS if name not in ("kl-only", "mse")]
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
@@ -62,9 +61,9 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
 ):
     limit, keep = sinks(lm, TOKENS, n_skip=1)
     sae, logits, state = small_sae(kind), lm(TOKENS), copy.deepcopy(lm.state_dict())
-    t = baselines.METHODS[method](lm, copy.deepcopy(sae), LOOP)
-    t.l1, t.l0_target = 0.1, 6.0
-    x, x_hat, active, _ = t.splice(TOKENS, lm.prefix(TOKENS, 1), keep, 1)
+    t = saeft.METHODS[method](lm, copy.deepcopy(sae), LOOP)
+    t.sae.l0_target, resid = 6.0, lm.prefix(TOKENS, 1)
+    x, x_hat, _, _ = t.splice(TOKENS, resid, resid, keep, LOOP)
     kept = keep.flatten()
     assert_close(x_hat[kept], sae(x, kept)[0][kept])
 
@@ -84,8 +83,8 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
     t.save(tmp_path / "saved", {})
     loaded = baselines.load(tmp_path / "saved", lm, 1)
     tokens = torch.randint(96, (8, 20))
-    model, (ours,) = saeft.evaluate(lm, tokens, [t], LOOP)
-    same, (again,) = saeft.evaluate(lm, tokens, [loaded], LOOP)
+    model, (ours,) = saeft.evaluate(lm, tokens, [t], limit, LOOP)
+    same, (again,) = saeft.evaluate(lm, tokens, [loaded], limit, LOOP)
     # The gap, 0.001 here, is the difference of two CE of 6, each right to 7 digits.
     assert again.pop("gap") == pytest.approx(ours.pop("gap"), abs=1e-5) and same == model
     assert again["loss_recovered"] == pytest.approx(share_recovered(model, again), rel=1e-9)
@@ -98,12 +97,12 @@ def test_every_method_takes_two_steps_at_pythia_160m_shape():
     lm.to_empty(device="cpu").requires_grad_(False)
     for p in lm.parameters():
         p.uniform_(-0.03, 0.03)
-    sae, tokens = SAE(768, 256, 80), torch.randint(50304, (2, 8))
+    sae, tokens = saeft.TopK(768, 256, 80), torch.randint(50304, (2, 8))
     config = replace(LOOP, layer=8, context=8, kl_batch=1, kl_tokens=16, d_sae=256)
-    start(sae, lm.prefix(tokens, 8).flatten(0, 1))
+    sae.start(lm.prefix(tokens, 8).flatten(0, 1).detach(), config)
     logits = lm(tokens[:1])
-    assert len(baselines.METHODS) == 8
-    for name, method in baselines.METHODS.items():
+    assert len(saeft.METHODS) == 8
+    for name, method in saeft.METHODS.items():
         t, seen = method(lm, copy.deepcopy(sae), config), []
         phase = Phase(name, [t], 2, torch.tensor(torch.inf))
         saeft.finetune(phase, lm, Stream(tokens), config, lambda phase, rows: seen.extend(rows))
@@ -113,11 +112,11 @@ def test_every_method_takes_two_steps_at_pythia_160m_shape():
 
 def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
     names = "kl lora-sae linear-adapter lora-lm"
-    assert command(f"--name all --rank 2 --method {names}", tmp_path, baselines.METHODS) == 0
+    assert command(f"--name all --rank 2 --method {names}", tmp_path) == 0
     together = report_of(tmp_path / "all")["results"]
     for name in ("lora-sae", "lora-lm"):
         line = f"--name {name} --rank 2 --method {name}"
-        assert command(line, tmp_path, baselines.METHODS) == 0
+        assert command(line, tmp_path) == 0
         assert report_of(tmp_path / name)["results"][name] == together[name]
         assert weights_of(tmp_path / name) == weights_of(tmp_path / "all" / name)
     for name in names.split():  # and what it saves gives the figures that it reported
@@ -127,7 +126,8 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
         stream = model_loaders.TokenStream(
             "tiny", model_loaders.load_tokenizer("tiny"), 64, 100, 2000
         )
-        model, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], config)
+        _, limit = saeft.first_activations(lm, stream, 1, config)
+        model, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], 10 * limit, config)
         stream.close()
         expected = {key: together[name][key] for key in row}
         # Differences of CEs, and a ratio of them, are as exact as the CEs.
@@ -139,23 +139,23 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
 
 def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
     argv = f"--k 4 --method lora-sae --rank 2 --name x --out {tmp_path}".split()
-    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]))
     evaluated = []
     evaluate = saeft.evaluate
 
-    def watched(lm, tokens, trainees, config):
+    def watched(lm, tokens, trainees, *args):
         evaluated.extend(t.trained.training for t in trainees)
-        return evaluate(lm, tokens, trainees, config)
+        return evaluate(lm, tokens, trainees, *args)
 
     monkeypatch.setattr(saeft, "evaluate", watched)
-    save = run.save
+    finish = run.finish
 
-    def save_as_second(phase, part):  # what a process that writes nothing does there
+    def finish_as_second(phase):  # what a process that writes nothing does there
         with monkeypatch.context() as patch:
             patch.setattr(saeft, "rank", lambda: 1)
-            save(phase, part)
+            finish(phase)
 
-    run.save = save_as_second
+    run.finish = finish_as_second
     run.run()
     assert evaluated == [False, False]
     assert not (tmp_path / "x" / "sae_weights.safetensors").exists()
@@ -163,20 +163,18 @@ def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
 
 def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
     line = "--layer 5 --method lora-lm-after --name x"
-    assert command(line, tmp_path, baselines.METHODS) == 2
+    assert command(line, tmp_path) == 2
     assert "nothing to train" in capsys.readouterr().err
 
 
 def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     """Also after --resume, where the SAEs of phase one are new."""
     argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
-    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]), baselines.METHODS)
-    run.lm, run.results = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]))
+    run.lm, run.done.results = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
     run.n_mse = 5
-    trainee = run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk").train())
-    assert not trainee.sae.training and trainee.sae.k == 4
-    run.published = True
-    assert run.trainee("lora-lm", 0, SAE(128, 64, 4, "batchtopk")).sae.k == 5.0
+    trainee = run.trainee("lora-lm", 0, saeft.BatchTopK(128, 64, 4).train())
+    assert not trainee.sae.training and trainee.sae.l0_target == 5.0
 
 
 # ---- No work lost: runs killed at random moments -------------------------------------------------
@@ -196,7 +194,7 @@ def run_of_its_own(line, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    sys.exit(saeft.main(line.split(), baselines.METHODS))
+    sys.exit(saeft.main(line.split()))
 
 
 @pytest.mark.timeout(150 * KILLS + 150)
@@ -1048,13 +1046,13 @@ def page_run(tmp_path, request):
     metadata["dataset_path"] = str(data)
     folder = tmp_path / "a <b> & run"
     for seed, path in ((0, folder / "before"), (1, folder)):
-        sae = SAE(128, 512, 6, kind, seed=0)
+        sae = saeft.KINDS[kind](128, 512, k=6, seed=0)
         sae.W_dec.data = saeft.F.normalize(
             sae.W_dec.data + 0.05 * seed * torch.randn(512, 128), dim=-1
         )
         sae.b_enc.data = torch.randn(512) - (2 if kind in ("relu", "jumprelu") else 0)
-        sae.threshold += 1.0
-        sae.median_norm += 12.0
+        if "threshold" in sae.scaled:
+            sae.threshold += 1.0
         sae.save(path, metadata)
     return folder
 
@@ -1081,8 +1079,8 @@ def test_the_page_tells_what_direct_computation_gives(page_run):
     page, data = page_of(page_run)
     sae, lm, tokens, resid = direct(page_run)
     x = resid.flatten(0, 1)
-    keep = x.norm(dim=-1) <= 4 * sae.median_norm
-    f = sae.encode(x) * keep[:, None]
+    keep = x.norm(dim=-1) <= 4 * x.norm(dim=-1).median()
+    f = sae.encode(x).to_dense() * keep[:, None]
     rate = (f > 0).sum(0) / keep.sum()
     before = SAE.load(str(page_run / "before"))
     gamma = lm.gpt_neox.final_layer_norm.weight
@@ -1414,7 +1412,7 @@ def test_features_reads_resid_pre_as_the_block_before(page_run, capsys):
 
 
 def test_features_of_an_sae_of_another_width(tmp_path, capsys):
-    saeft.SAE(64, 128, 6, "topk", seed=0).save(tmp_path / "sae", {"model_name": "tiny"})
+    saeft.TopK(64, 128, 6).save(tmp_path / "sae", {"model_name": "tiny"})
     options = ["--layer", "2", "--data", "tiny", "--context", "64"]
     assert features.main([str(tmp_path / "sae"), *options]) == 2
     line = capsys.readouterr().err
