@@ -216,6 +216,7 @@ class SAE(nn.Module):
         """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
         return None, 0.0
 
+    @torch.no_grad()
     def start(self, x, config: Config):
         """Before the first step, at activations x [N, D]: b_dec of a new SAE is their mean."""
         if not config.start:
@@ -347,6 +348,7 @@ class ReLU(SAE, kind="relu", architecture="standard"):
         super().__init__(*args, **kwargs)
         self.register_buffer("l1", torch.tensor(float(l1)))  # lambda
 
+    @torch.no_grad()
     def start(self, x, config):
         """A published SAE does not say its lambda. It is the one at which the SAE is at rest, where
         scaling all f leaves its loss the same: 2 sum <x - x_hat, x_hat - b_dec> / sum_n sum_i f_i
