@@ -13,7 +13,7 @@ demo: .venv/main
 	$(RUN) saeft.py --overwrite
 
 test: .venv/test
-	$(RUN) -m pytest -q test_saeft.py experiments/test_experiments.py
+	$(RUN) -m pytest -q test_saeft.py experiments/test_experiments.py experiments/test_forks.py
 
 compare: .venv/plot
 	$(RUN) experiments/compare.py --tokens 300k --kl-tokens 80k --eval-tokens 25k --buffer 500
