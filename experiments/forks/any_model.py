@@ -116,7 +116,8 @@ class AnyModel(saeft.LanguageModel):
         return resid if layer == last else self.run(resid, last, layer + 1)
 
     def unembed(self, resid):
-        x = resid if resid.dim() == 3 else resid[None]
+        # Rows as sequences of one token: a slice of them may be longer than the model's context.
+        x = resid if resid.dim() == 3 else resid[:, None]
         return self.run(x, None, len(self.blocks)).view(*resid.shape[:-1], -1)
 
     def run(self, given, last: int | None, first: int = 0):
