@@ -78,7 +78,8 @@ def pieces(tokenizer, ids: list[int], values: list[float]) -> list[tuple[str, fl
     """(text, value) of tokens; those that share a character are one piece, with the largest."""
     out, held, largest = [], b"", 0.0
     for i, (token, value) in enumerate(zip(ids, values)):
-        held += tokenizer._bytes.get(token, b"")
+        known = getattr(tokenizer, "_bytes", None)  # of saeft's own tokenizers
+        held += known.get(token, b"") if known else tokenizer.decode([token]).encode()
         largest = max(largest, value)
         try:
             text = held.decode()

@@ -113,6 +113,8 @@ def test_jumprelu_and_its_gradients(tmp_path):
         torch.testing.assert_close(torch.zeros_like(z) if count else ours[0], by_z)
         torch.testing.assert_close(ours[1], by_theta)
     # Stock saeft, where thresholds are frozen, and SAELens.
+    KINDS["jumprelu"] = saeft.JumpReLU
+    torch.testing.assert_close(saeft.SAE.load(tmp_path / "run")(imported_x)[0], x_hat)
     cfg = json.loads((tmp_path / "run" / "cfg.json").read_text())
     assert cfg["architecture"] == "jumprelu"
     if lens := pytest.importorskip("sae_lens", reason="SAELens is not installed"):

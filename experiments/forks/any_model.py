@@ -81,7 +81,7 @@ class AnyModel(saeft.LanguageModel):
 
     def use(self, model):
         self.model = model
-        self.max_context = model.config.max_position_embeddings
+        self.max_context = getattr(model.config, "max_position_embeddings", 2**20)
         n_layers = model.config.num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         model_loaders.refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
