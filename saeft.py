@@ -186,7 +186,7 @@ class SAE(nn.Module):
     unit_norm = True  # whether decoder directions keep norm 1
     dead = ()  # in phase one, latents that have not fired for --dead-after tokens
     l0_target = None  # in phase two, the L0 of phase one
-    loaded = False  # whether it came from a file
+    published = False  # whether others trained it
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
         cls.kind, cls.architecture = kind, architecture or cls.architecture
@@ -273,7 +273,7 @@ class SAE(nn.Module):
             sae.load_state_dict({**numbers, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
-        sae.loaded = True
+        sae.published = "first_sequence" not in cfg["metadata"]  # which our runs write
         return sae.eval()
 
 
@@ -321,7 +321,7 @@ class BatchTopK(JumpReLU, kind="batchtopk"):
         if not self.training:
             return super().select(pre, n)
         # A published threshold may leave another L0 than K on this text.
-        k = self.l0_target if self.loaded and self.l0_target else self.k
+        k = self.l0_target if self.published and self.l0_target else self.k
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
         return None, largest.gather(0, last[None])[0]  # indexing would wait for the device

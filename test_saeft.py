@@ -1510,11 +1510,11 @@ def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
     per_token = (f.to_dense() > 0).sum(1)
     assert per_token.max() > 6 > per_token.min()
     for target in (6, 4.5):  # K, or the L0 to go back to
-        sae.l0_target, sae.loaded = target, True
+        sae.l0_target, sae.published = target, True
         assert saeft.counts(sae(x)[1]).sum() == 200 * target
         _, f = sae(x, torch.arange(200) < 50)
         assert saeft.counts(f).sum() == 50 * target  # of the tokens that count
-    sae.loaded, least = False, []  # one that was trained here keeps its own K
+    sae.published, least = False, []  # one that was trained here keeps its own K
     assert saeft.counts(sae(x)[1]).sum() == 1200
     sae.after_step(sae(x)[1], None, step=0)
     assert saeft.counts(sae.eval()(x)[1]).sum() == 1199  # those strictly above the least one kept
@@ -1677,7 +1677,7 @@ def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, method, slices_
     saes = [small_sae(kind).train(), small_sae(kind, k=3).train()]
     saes[1].W_enc.data *= 1.1
     for sae in saes if kind in ("relu", "batchtopk") else ():
-        sae.l0_target, sae.loaded = 2.5, True
+        sae.l0_target, sae.published = 2.5, True
     weights = [leaves(sae) for sae in saes]
     trainees = [saeft.METHODS[method](lm, sae, LOOP) for sae in saes]
     assert isinstance(trainees[0], KLOnly) == (method == "kl-only")
