@@ -1019,10 +1019,12 @@ def test_by_the_hub_client(tmp_path):
 
 
 @pytest.mark.parametrize("sample, kind", [(dl_batchtopk, "batchtopk"), (dl_jumprelu, "jumprelu")])
-def test_start_reads_it(sample, kind, tmp_path):
+def test_start_reads_it(sample, kind, tmp_path, monkeypatch):
     """saeft.py --start takes kind, K, layer, model and context from what was converted."""
     sample(tmp_path / "source", random_sae())
     assert convert.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    neox = {**PYTHIA_160M, "model_type": "gpt_neox", "layer_norm_eps": 1e-5}
+    monkeypatch.setattr(model_loaders, "load_config", lambda name: neox)
     config = saeft.parse(["--start", str(tmp_path / "out"), "--kl-tokens", "1k"])
     told = (config.sae, config.d_sae, config.layer, config.model, config.context)
     assert told == (kind, F_SAE, 3, "EleutherAI/pythia-160m-deduped", 128)
@@ -1538,10 +1540,8 @@ def safetensors_files(draw):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data)]}
         data += draw(st.binary(min_size=size, max_size=size))
         header[name]["data_offsets"].append(len(data))
-    kind = draw(st.sampled_from(["whole", "header", "header", "twice", "space", "bytes", "bytes"]))
+    kind = draw(st.sampled_from(["whole", "header", "header", "space", "bytes", "bytes"]))
     text = json.dumps(draw(mutated(header)) if kind == "header" else header).encode()
-    if kind == "twice":
-        text = text[:-1] + b"," + text[1:]  # each key
     if kind == "space":
         text = draw(st.sampled_from([b" ", b"\n", b""])) + text
         text += draw(st.sampled_from([b"   ", b"\0", b"x", b"\n"]))
@@ -1674,5 +1674,7 @@ def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tm
     ours = read_or_refused(model_loaders.load_tokenizer, str(tmp_path))
     if ours is not None:
         theirs = of_the_library(tokenizers.Tokenizer.from_file, str(path))
+        theirs.no_truncation()  # as transformers does before it encodes
+        theirs.no_padding()
         encoded = theirs.encode_batch(texts_for(name), add_special_tokens=False)
         assert [*map(ours.encode, texts_for(name))] == [encoding.ids for encoding in encoded]
