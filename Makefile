@@ -13,7 +13,7 @@ demo: .venv/main
 	$(RUN) saeft.py --overwrite
 
 test: .venv/test
-	$(RUN) -m pytest -q test_saeft.py experiments/test_experiments.py experiments/test_forks.py
+	$(RUN) -m pytest -q -n 2 test_saeft.py experiments/test_experiments.py experiments/test_forks.py
 
 compare: .venv/plot
 	$(RUN) experiments/compare.py --tokens 300k --kl-tokens 80k --eval-tokens 25k --buffer 500
@@ -42,7 +42,7 @@ bench: .venv/main
 	touch $@
 
 .venv/test: .venv/main
-	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout hypothesis
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 .PHONY: demo test compare lesson bench
