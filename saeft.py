@@ -269,8 +269,8 @@ class SAE(nn.Module):
             refuse(not fits, f"{source}: cfg.json has {name} = {value!r:.60}")
         with user_errors(f"{source}: not what an SAE of kind {kind.kind} has"):
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
-            numbers = {k: v for k, v in sae.state_dict().items() if k in numbers}
-            sae.load_state_dict({**numbers, **tensors})
+            given = {k: v for k, v in sae.state_dict().items() if k in numbers}
+            sae.load_state_dict({**given, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
         sae.published = "first_sequence" not in cfg["metadata"]  # which our runs write
@@ -463,15 +463,24 @@ def content(x, n_skip: int, limit):
 @torch.no_grad()
 def collect(lm: LanguageModel, tokens, config: Config):
     """x [n, T, D] for tokens [n, T], about 8192 tokens at a time; later blocks never run."""
-    chunks = tokens.split(max(1, 8192 // tokens.shape[1]))
-    return torch.cat([PLACES[config.place](lm, chunk, config.layer)[1] for chunk in chunks])
+    parts, done = [], 0
+    for chunk in tokens.split(max(1, 8192 // tokens.shape[1])):
+        parts.append(PLACES[config.place](lm, chunk, config.layer)[1])
+        done += chunk.numel()
+        progress(f"activations: {done:,} of {tokens.numel():,} tokens")
+    return torch.cat(parts)
+
+
+def sink_limit(x, n_skip: int, sink_norm: float):
+    """The norm above which a token of x [B, T, D] is a sink: sink_norm medians, or none for 0."""
+    median = single(x[:, n_skip:]).norm(dim=-1).median()
+    return sink_norm * median if sink_norm else torch.full_like(median, torch.inf)
 
 
 def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
     """x [N, D] of the first n sequences, and the norm above which a token is a sink."""
     x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
-    median = single(x[:, lm.n_skip :]).norm(dim=-1).median()
-    limit = config.sink_norm * median if config.sink_norm else torch.full_like(median, torch.inf)
+    limit = sink_limit(x, lm.n_skip, config.sink_norm)
     x = single(x[content(x, lm.n_skip, limit)])
     refuse(len(x) == 0, ALL_SINKS)
     return x, limit
@@ -547,6 +556,7 @@ class Trainee:
     insert: nn.Module | None = None  # default: the SAE
     trained: nn.Module | None = None  # default: what is inserted
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
+    lr: float | None = None  # first rate of the fine-tune; default: --kl-lr
 
     def __post_init__(self):
         self.insert = self.insert or self.sae
@@ -731,9 +741,9 @@ def finetune(
             figures.append({name: value.detach() for name, value in row.items()})
         sum(losses).backward()  # each loss reaches its own SAE alone
 
-        lr = peak * lr_factor(step, phase.steps, warmup, decay)
+        factor = lr_factor(step, phase.steps, warmup, decay)
         for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
-            update(t, lr)
+            update(t, (t.lr or peak) * factor)
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1
@@ -1047,13 +1057,13 @@ class LanguageModel(nn.Module):
             self.add_module(head, nn.Linear(c.hidden_size, c.vocab_size, bias=False))
 
     def load(self, name: str, device, dtype: torch.dtype) -> LanguageModel:
-        """Takes the weights of the model of that name. UserError where they do not fit."""
+        """Takes the weights of the model of that name, frozen. UserError where they do not fit."""
         weights, head = model_loaders.load_weights(name, device, dtype), self.names[-1]
         if f"{head}.weight" in weights:  # whatever config.json says
             self.add_module(head, nn.Linear(*self.W_U.T.shape, bias=False, device="meta"))
         with user_errors(f"{name}: weights do not fit config.json"):
             self.load_state_dict(weights, assign=True)
-        return self
+        return self.eval().requires_grad_(False)
 
     def part(self, i: int) -> nn.Module:
         return getattr(self, self.names[0])[self.names[i]]
@@ -1305,8 +1315,7 @@ def build_lm(config: dict) -> LanguageModel:
 def load_lm(name: str, device="cpu", dtype=torch.float32) -> LanguageModel:
     """A frozen language model, `lm(tokens [B, T]) -> logits [B, T, V]`, from a short name, a Hub
     owner/name[@revision] or a folder. UserError where its tensors do not fit or are not finite."""
-    lm = build_lm(model_loaders.load_config(name)).load(name, device, dtype)
-    return lm.eval().requires_grad_(False)
+    return build_lm(model_loaders.load_config(name)).load(name, device, dtype)
 
 
 # ---- Processes: one, or several GPUs under torchrun --------------------------------------------
@@ -1430,7 +1439,9 @@ class Run:
         """Loads the model, and starts the stream of tokens."""
         config = self.config
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-        what = f"{config.sae} SAE of {config.d_sae:,} latents, K {', '.join(map(str, config.k))}"
+        what = f"{config.sae} SAE of {config.d_sae:,} latents"
+        if "k" in KINDS[config.sae].numbers:
+            what += f", K {', '.join(map(str, config.k))}"
         tokens = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them"
         if config.start:
             what, tokens = f"the SAE of {config.start}", f"{config.kl_tokens / 1e6:.2f}M tokens"
@@ -1440,7 +1451,7 @@ class Run:
         if config.data is None:
             config.data = model_loaders.usual_data(tokenizer)
         progress("loading the model")
-        self.lm = load_lm(config.model, self.device, getattr(torch, config.dtype))
+        self.lm.load(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
         for block in self.lm.blocks if config.compile else []:
             block.compile(fullgraph=True)
@@ -1580,7 +1591,10 @@ class Run:
             self.log(phase, figures)
         if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
             row, left = figures[-1], phase.time_left()
-            text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then the evaluation"
+            names = self.config.method if self.config.kl_tokens else []
+            rest = [name for name in names if name not in {phase.name, *self.done.results}]
+            then = ", ".join(["evaluation", *rest])
+            text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then {then}"
             progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes

@@ -1872,10 +1872,16 @@ def test_an_own_loop_on_own_activations_trains_saves_and_loads(kind, tmp_path):
 
 
 def test_the_time_left_is_told_in_time_on_a_clock_with_refills(monkeypatch):
-    """0.1 s for a step, 2 s for a sequence; a line at once, then every 30 s."""
-    clock, told = SimpleNamespace(now=1000.0), []
+    """0.1 s for a step, 2 s for a sequence; a line at once, then every 30 s, refills included."""
+    clock, told, heard = SimpleNamespace(now=1000.0), [], []
+
+    def progress(text, now=False):
+        heard.append(clock.now)
+        if now:
+            told.append((clock.now, text))
+
     monkeypatch.setattr(saeft.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(saeft, "progress", lambda text, now: told.append((clock.now, text)))
+    monkeypatch.setattr(saeft, "progress", progress)
     buffer = buffer_of(100, 0)
     prefix = buffer.lm.prefix
 
@@ -1890,13 +1896,16 @@ def test_the_time_left_is_told_in_time_on_a_clock_with_refills(monkeypatch):
     buffer.lm.prefix = slow_prefix
     monkeypatch.setattr(saeft, "mse_step", slow_step)
     done = SimpleNamespace(seconds={}, results={})
-    config = replace(buffer.config, log_every=10**6, checkpoint_minutes=1e6)
+    config = replace(
+        buffer.config, log_every=10**6, checkpoint_minutes=1e6, method=["kl", "mse"], kl_tokens=1
+    )
     run = SimpleNamespace(config=config, done=done, told=clock.now, saved=clock.now, signal=None)
     run.log = lambda phase, figures: None
     phase = Phase("MSE", [None], 106, torch.tensor(1e3), 1.0, buffer=buffer, began=clock.now)
     saeft.train_mse(phase, config, functools.partial(saeft.Run.after_step, run))
     texts = [text for _, text in told]
-    assert "105 steps left" in texts[0] and len(texts) >= 5
+    assert "105 steps left, then evaluation, kl, mse; FVU" in texts[0] and len(texts) >= 5
+    assert max(b - a for a, b in zip(heard, heard[1:])) < 30
     assert any(" s left" in text for text in texts) and any("minutes left" in t for t in texts)
     for now, text in told[1:-1]:
         number, unit = re.search(r", ([\d.]+) (s|minutes) left", text).groups()

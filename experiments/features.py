@@ -123,8 +123,7 @@ def contexts(f: Tensor, tokens: Tensor, n_skip: int, tokenizer) -> list[dict]:
 def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, args) -> dict:
     """All that the page shows, of tokens [B, T]. args: layer, sink_norm, latents, seed."""
     resid = saeft.collect(lm, tokens.to(lm.W_U.device), args)  # [B, T, D]
-    median = resid[:, lm.n_skip :].norm(dim=-1).median()
-    limit = args.sink_norm * median if args.sink_norm else torch.inf
+    limit = saeft.sink_limit(resid, lm.n_skip, args.sink_norm)
     keep = saeft.content(resid, lm.n_skip, limit)  # [B, T]
     rate = firing_rates(sae, resid[keep])
     rate_before = firing_rates(before, resid[keep]) if before else rate

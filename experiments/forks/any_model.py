@@ -39,7 +39,7 @@ def leave(block, args, output):
 
 
 def long_name(name: str) -> str:
-    return model_loaders.MODELS.get(name, os.path.expanduser(name))
+    return os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
 
 
 class Tokenizer:
@@ -93,7 +93,7 @@ class AnyModel(saeft.LanguageModel):
         with model_loaders.user_errors(f"cannot load {name}"):
             self.use(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device))
             self.in_tuple = isinstance(self.prefix(torch.zeros(1, 1).long().to(device), 0), tuple)
-        return self
+        return self.eval().requires_grad_(False)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -1,0 +1,214 @@
+"""How short can the fine-tune be, and at which rate? The share of the gap closed by each.
+
+    python experiments/length.py                  # embedded model, three seeds
+    python experiments/length.py --start runs/a runs/b --lengths 6.4k 25.6k --rates 1e-4 3e-4 ...
+
+Other flags are saeft.py's. Phase one runs once for each seed, or --start names SAEs. From each of
+them every length is a fine-tune of its own, whose rate falls to 0 over it. The rates of a length
+train side by side on the same batches; at the one that closes most the control trains, too.
+Figures are means over five parts of the held-out text, which give the standard error. Rows go to
+OUT/length.json as they come: the same command goes on where it was cut. OUT/length.png needs
+matplotlib.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from compare import run as finished
+
+import saeft
+from model_loaders import UserError, count, progress, say, write_text
+
+PARTS = 5  # of the held-out text
+LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k", "800k"]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+
+
+def evaluate(run: saeft.Run, trainees: list) -> list[list[dict]]:
+    """Figures of each trainee on each part of the held-out text."""
+    parts = run.stream.validation().chunk(PARTS)
+    figures = []
+    for i, part in enumerate(parts):
+        label = f"evaluating, part {i + 1} of {len(parts)}"
+        figures.append(saeft.evaluate(run.lm, part, trainees, run.done.limit, run.config, label)[1])
+    return [list(rows) for rows in zip(*figures)]
+
+
+def mean(rows: list[dict]) -> dict:
+    return {name: statistics.mean(row[name] for row in rows) for name in ("ce", "gap", "fvu", "l0")}
+
+
+def closed(before: list[dict], after: list[dict]) -> tuple[float, float]:
+    """The share of the gap that is closed, and its standard error, by the jackknife over parts."""
+
+    def share(parts):
+        return 1 - sum(after[i]["gap"] for i in parts) / sum(before[i]["gap"] for i in parts)
+
+    n = len(before)
+    without = [share([j for j in range(n) if j != i]) for i in range(n)]
+    return share(range(n)), ((n - 1) * statistics.pvariance(without)) ** 0.5 if n > 1 else 0.0
+
+
+def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: list) -> list:
+    """The trainees of one method and length, one for each rate, trained side by side."""
+    config, trainees = run.config, []
+    for rate in rates:
+        trainees.append(run.trainee(method, 0, sae))
+        trainees[-1].lr = rate
+        trainees[-1].trained.train()
+    steps = n_tokens // (config.kl_batch * config.context)
+    phase = saeft.Phase(method, trainees, steps, run.done.limit, first=run.n_mse)
+
+    def after_step(phase, figures):
+        phase.marks.append((phase.step, time.monotonic()))
+        shown = f"{method}, {n_tokens:,} tokens: {phase.step / steps:.0%}, {phase.time_left()}"
+        progress(shown, now=phase.step == 1)
+
+    saeft.finetune(phase, run.lm, run.stream, config, after_step)
+    for t in trainees:
+        t.trained.eval()
+    return trainees
+
+
+def fine_tunes(run: saeft.Run, lengths: list[int], rates: list[float]):
+    """Yields the rows of each length, all from the SAE of the run's --start."""
+    config = run.config
+    with contextlib.ExitStack() as closing:
+        run.prepare(closing)
+        (sae,) = run.first_saes()
+        (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)])
+        run.done.results["MSE"] = [mean(before)]
+        base = {"sae": config.sae, "k": sae.k, "seed": config.seed}
+        base.update({f"{name}_before": value for name, value in mean(before).items()})
+        for n in lengths:
+            rows, began = [], time.monotonic()
+            for method in ("kl", "mse"):
+                best = max(rows, key=lambda row: row["closed"], default={})
+                lrs = [best["lr"]] if best else rates
+                for lr, after in zip(lrs, evaluate(run, train(run, sae, method, n, lrs))):
+                    share, error = closed(before, after)
+                    row = {**base, "tokens": n, "method": method, "lr": lr, **mean(after)}
+                    rows.append({**row, "closed": share, "error": error})
+                    say(f"{method}, {n:,} tokens at {lr:g}: {share:.1%} closed, ± {error:.1%}")
+            yield [{**row, "seconds": time.monotonic() - began} for row in rows]
+
+
+def print_table(rows: list[dict]) -> None:
+    """A line for each kind, K and length: the share closed at each rate, mean and deviation over
+    SAEs (of one: the standard error); the control and the FVU at the rate that closes most."""
+    lrs = sorted({row["lr"] for row in rows})
+    print("\n| SAE, K, FVU | tokens |", " | ".join(f"{lr:g}" for lr in lrs), "| control | FVU |")
+    print("| --- " * (len(lrs) + 4) + "|")
+    for key, group in grouped(rows, "sae", "k", "tokens").items():
+        cells = []
+        by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
+        for lr in lrs:
+            cells.append(spread(by_lr[lr,]) if (lr,) in by_lr else "")
+        control = spread([row for row in group if row["method"] == "mse"])
+        best = max(by_lr.values(), key=lambda rows: statistics.mean(row["closed"] for row in rows))
+        fvu = statistics.mean(row["fvu"] for row in best)
+        before = statistics.mean(row["fvu_before"] for row in group)
+        sae = f"{key[0]} {key[1]:g}, {before:.3f}"
+        print(f"| {sae} | {key[2]:,} |", " | ".join(cells), f"| {control} | {fvu:.3f} |")
+
+
+def spread(rows: list[dict]) -> str:
+    shares = [row["closed"] for row in rows]
+    error = statistics.stdev(shares) if len(shares) > 1 else rows[0]["error"]
+    return f"{statistics.mean(shares):.1%} ± {100 * error:.1f}"
+
+
+def grouped(rows: list[dict], *names: str) -> dict:
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Share closed and FVU against tokens, a line for each rate, the control dotted."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("length: for a picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    lrs = sorted({row["lr"] for row in rows})
+    for lr in lrs:
+        colour = plt.cm.viridis(lrs.index(lr) / max(1, len(lrs)))
+        group = grouped([r for r in rows if (r["lr"], r["method"]) == (lr, "kl")], "tokens")
+        tokens = [n for (n,) in group]
+        for axis, name in zip(axes, ("closed", "fvu")):
+            means = [statistics.mean(row[name] for row in rows) for rows in group.values()]
+            axis.plot(tokens, means, ".-", color=colour, label=f"{lr:g}")
+    control = grouped([row for row in rows if row["method"] == "mse"], "tokens")
+    for axis, name in zip(axes, ("closed", "fvu")):
+        means = [statistics.mean(row[name] for row in rows) for rows in control.values()]
+        axis.plot([n for (n,) in control], means, ":", color="black", label="control")
+        axis.set_xscale("log")
+        axis.set_xlabel("tokens of fine-tune")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("share of the CE gap closed")
+    axes[0].set_ylim(-0.1, None)
+    axes[1].set_ylabel("FVU after")
+    before = statistics.mean(row["fvu_before"] for row in rows)
+    axes[1].axhline(before, color="grey", linewidth=0.8)
+    axes[1].set_ylim(0.9 * before, 1.5 * before)
+    axes[0].legend(frameon=False, title="first rate")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--start", nargs="+")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", help="of phase one")
+    parser.add_argument("--out", type=Path, default=Path("runs/length"))
+    args, flags = parser.parse_known_args()
+    starts = args.start or []
+    for seed in range(0 if args.start else args.seeds):
+        starts.append(str(args.out / f"seed{seed}"))
+        tokens = ["--tokens", args.tokens] if args.tokens else []
+        finished(
+            args.out, f"seed{seed}", [*flags, *tokens, "--kl-tokens", "0", "--seed", str(seed)]
+        )
+    path = args.out / "length.json"
+    cells = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for start in starts:
+        start_flags = [*flags, "--start", start, "--kl-tokens", str(max(args.lengths))]
+        config = saeft.parse(start_flags)
+        step = config.kl_batch * config.context
+        todo = {}
+        for n in args.lengths:
+            key = json.dumps([start, n // step * step, sorted(args.rates), flags])
+            todo.update({} if key in cells else {n // step * step: key})
+        if todo:
+            for (n, key), rows in zip(
+                todo.items(), fine_tunes(saeft.Run(config), [*todo], args.rates)
+            ):
+                cells[key] = rows
+                write_text(path, json.dumps(cells, indent=1))
+    rows = [row for cell in cells.values() for row in cell]
+    print_table(rows)
+    draw(rows, args.out / "length.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"length: {error}")
