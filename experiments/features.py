@@ -8,6 +8,7 @@ that the fine-tune changed most: firing rate, contexts, direct effect on the log
 the decoder's directions before and after. Model, layer, data, context are the SAE's own, or flags.
 """
 
+import contextlib
 import html
 import importlib.util
 import json
@@ -206,8 +207,9 @@ def parse(argv: list[str] | None):
     return args
 
 
-def make_page(args) -> str:
-    """Writes the page; returns a line about it."""
+def load(args, n_train: int = 0) -> tuple:
+    """Model, tokenizer, the SAE, the one in its `before/` or None, and a stream of its data, with
+    about n_train tokens for training."""
     folder, device = Path(args.run), saeft.join_processes(args.device)
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
@@ -217,12 +219,17 @@ def make_page(args) -> str:
     lm.n_skip = int(tokenizer.bos_id is not None)
     widths = sae.W_dec.shape[1], lm.W_U.shape[1]
     refuse(widths[0] != widths[1], f"{args.run} has d_in {widths[0]}, {args.model} {widths[1]}")
-    source = args.data, tokenizer, args.context, args.context, args.tokens
+    source = args.data, tokenizer, args.context, max(args.context, n_train), args.tokens
     stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
-    try:
+    return lm, tokenizer, sae, before, stream
+
+
+def make_page(args) -> str:
+    """Writes the page; returns a line about it."""
+    folder = Path(args.run)
+    lm, tokenizer, sae, before, stream = load(args)
+    with contextlib.closing(stream):
         data = describe(lm, tokenizer, sae, before, stream.validation(), args)
-    finally:
-        stream.close()
     if not data["latents"]:
         raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
     if (folder / "report.json").exists():

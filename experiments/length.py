@@ -1,4 +1,4 @@
-"""How short can the fine-tune be, and at which rate? The share of the gap closed by each.
+"""How short can the fine-tune be, and at which rate? The share of the gap that each closes.
 
     python experiments/length.py                  # embedded model, three seeds
     python experiments/length.py --start runs/a runs/b --lengths 6.4k 25.6k --rates 1e-4 3e-4 ...
@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from compare import run as finished
 
 import saeft
-from model_loaders import UserError, count, progress, say, write_text
+from model_loaders import UserError, count, progress, refuse, say, write_text
 
 PARTS = 5  # of the held-out text
 LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k", "800k"]
-RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
 def evaluate(run: saeft.Run, trainees: list) -> list[list[dict]]:
@@ -42,7 +42,7 @@ def evaluate(run: saeft.Run, trainees: list) -> list[list[dict]]:
 
 
 def mean(rows: list[dict]) -> dict:
-    return {name: statistics.mean(row[name] for row in rows) for name in ("ce", "gap", "fvu", "l0")}
+    return {name: average(rows, name) for name in ("ce", "gap", "fvu", "l0")}
 
 
 def closed(before: list[dict], after: list[dict]) -> tuple[float, float]:
@@ -77,27 +77,35 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
     return trainees
 
 
-def fine_tunes(run: saeft.Run, lengths: list[int], rates: list[float]):
-    """Yields the rows of each length, all from the SAE of the run's --start."""
+def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
+    """Adds to `rows`, and yields after each time, the fine-tunes `todo` {tokens: rates} of the SAE
+    of the run's --start, and the control at the best rate of each length."""
     config = run.config
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         (sae,) = run.first_saes()
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)])
         run.done.results["MSE"] = [mean(before)]
-        base = {"sae": config.sae, "k": sae.k, "seed": config.seed}
+        base = {"start": config.start, "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
-        for n in lengths:
-            rows, began = [], time.monotonic()
+        for n, rates in todo.items():
             for method in ("kl", "mse"):
-                best = max(rows, key=lambda row: row["closed"], default={})
-                lrs = [best["lr"]] if best else rates
-                for lr, after in zip(lrs, evaluate(run, train(run, sae, method, n, lrs))):
+                if method == "mse":
+                    done = [r for r in rows if (r["start"], r["tokens"]) == (config.start, n)]
+                    best = max(done, key=lambda row: row["closed"])["lr"]
+                    known = any((row["method"], row["lr"]) == ("mse", best) for row in done)
+                    rates = [] if known else [best]
+                if not rates:
+                    continue
+                began = time.monotonic()
+                trainees = train(run, sae, method, n, rates)
+                seconds = time.monotonic() - began
+                for lr, after in zip(rates, evaluate(run, trainees)):
                     share, error = closed(before, after)
-                    row = {**base, "tokens": n, "method": method, "lr": lr, **mean(after)}
-                    rows.append({**row, "closed": share, "error": error})
+                    row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
+                    rows.append({**row, "closed": share, "error": error, "seconds": seconds})
                     say(f"{method}, {n:,} tokens at {lr:g}: {share:.1%} closed, ± {error:.1%}")
-            yield [{**row, "seconds": time.monotonic() - began} for row in rows]
+                yield
 
 
 def print_table(rows: list[dict]) -> None:
@@ -106,20 +114,23 @@ def print_table(rows: list[dict]) -> None:
     lrs = sorted({row["lr"] for row in rows})
     print("\n| SAE, K, FVU | tokens |", " | ".join(f"{lr:g}" for lr in lrs), "| control | FVU |")
     print("| --- " * (len(lrs) + 4) + "|")
-    for key, group in grouped(rows, "sae", "k", "tokens").items():
-        cells = []
+    for (sae, k, tokens), group in grouped(rows, "sae", "k", "tokens").items():
         by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
-        for lr in lrs:
-            cells.append(spread(by_lr[lr,]) if (lr,) in by_lr else "")
-        control = spread([row for row in group if row["method"] == "mse"])
-        best = max(by_lr.values(), key=lambda rows: statistics.mean(row["closed"] for row in rows))
-        fvu = statistics.mean(row["fvu"] for row in best)
-        before = statistics.mean(row["fvu_before"] for row in group)
-        sae = f"{key[0]} {key[1]:g}, {before:.3f}"
-        print(f"| {sae} | {key[2]:,} |", " | ".join(cells), f"| {control} | {fvu:.3f} |")
+        cells = [spread(by_lr.get((lr,), [])) for lr in lrs]
+        best = max(by_lr.values(), key=lambda rows: average(rows, "closed"))
+        control = [row for row in group if row["method"] == "mse" and row["lr"] == best[0]["lr"]]
+        sae = f"{sae} {k:g}, {average(group, 'fvu_before'):.3f}"
+        cells += [spread(control), f"{average(best, 'fvu'):.3f}"]
+        print(f"| {sae} | {tokens:,} |", " | ".join(cells), "|")
+
+
+def average(rows: list[dict], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
 
 
 def spread(rows: list[dict]) -> str:
+    if not rows:
+        return ""
     shares = [row["closed"] for row in rows]
     error = statistics.stdev(shares) if len(shares) > 1 else rows[0]["error"]
     return f"{statistics.mean(shares):.1%} ± {100 * error:.1f}"
@@ -149,11 +160,11 @@ def draw(rows: list[dict], path: Path) -> None:
         group = grouped([r for r in rows if (r["lr"], r["method"]) == (lr, "kl")], "tokens")
         tokens = [n for (n,) in group]
         for axis, name in zip(axes, ("closed", "fvu")):
-            means = [statistics.mean(row[name] for row in rows) for rows in group.values()]
+            means = [average(rows, name) for rows in group.values()]
             axis.plot(tokens, means, ".-", color=colour, label=f"{lr:g}")
     control = grouped([row for row in rows if row["method"] == "mse"], "tokens")
     for axis, name in zip(axes, ("closed", "fvu")):
-        means = [statistics.mean(row[name] for row in rows) for rows in control.values()]
+        means = [average(rows, name) for rows in control.values()]
         axis.plot([n for (n,) in control], means, ":", color="black", label="control")
         axis.set_xscale("log")
         axis.set_xlabel("tokens of fine-tune")
@@ -161,7 +172,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes[0].set_ylabel("share of the CE gap closed")
     axes[0].set_ylim(-0.1, None)
     axes[1].set_ylabel("FVU after")
-    before = statistics.mean(row["fvu_before"] for row in rows)
+    before = average(rows, "fvu_before")
     axes[1].axhline(before, color="grey", linewidth=0.8)
     axes[1].set_ylim(0.9 * before, 1.5 * before)
     axes[0].legend(frameon=False, title="first rate")
@@ -187,22 +198,19 @@ def main() -> None:
             args.out, f"seed{seed}", [*flags, *tokens, "--kl-tokens", "0", "--seed", str(seed)]
         )
     path = args.out / "length.json"
-    cells = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"flags": flags}
+    refuse(kept["flags"] != flags, f"{path} is of flags {' '.join(kept['flags'])}: other --out")
+    rows = kept.setdefault("rows", [])
     for start in starts:
-        start_flags = [*flags, "--start", start, "--kl-tokens", str(max(args.lengths))]
-        config = saeft.parse(start_flags)
-        step = config.kl_batch * config.context
-        todo = {}
-        for n in args.lengths:
-            key = json.dumps([start, n // step * step, sorted(args.rates), flags])
-            todo.update({} if key in cells else {n // step * step: key})
-        if todo:
-            for (n, key), rows in zip(
-                todo.items(), fine_tunes(saeft.Run(config), [*todo], args.rates)
-            ):
-                cells[key] = rows
-                write_text(path, json.dumps(cells, indent=1))
-    rows = [row for cell in cells.values() for row in cell]
+        longest = str(max(args.lengths))
+        config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
+        step, todo = config.kl_batch * config.context, {}
+        for n in sorted({n // step * step for n in args.lengths}):
+            cells = {(row["start"], row["tokens"], row["lr"]) for row in rows}
+            todo[n] = [lr for lr in args.rates if (start, n, lr) not in cells]
+        todo = {n: rates for n, rates in todo.items() if rates}
+        for _ in fine_tunes(saeft.Run(config), todo, rows) if todo else ():
+            write_text(path, json.dumps(kept, indent=1))
     print_table(rows)
     draw(rows, args.out / "length.png")
 
