@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 from compare import run as finished
 
 import saeft
@@ -31,13 +32,22 @@ LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k", "800k"]
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
-def evaluate(run: saeft.Run, trainees: list) -> list[list[dict]]:
-    """Figures of each trainee on each part of the held-out text."""
-    parts = run.stream.validation().chunk(PARTS)
+def held_out(run: saeft.Run) -> list[tuple[torch.Tensor, float]]:
+    """Parts of the held-out text, and the variance of x in each relative to that in the whole."""
+    lm, parts, limit = run.lm, run.stream.validation().tensor_split(PARTS), run.done.limit
+    xs = [saeft.collect(lm, part.to(limit.device), run.config) for part in parts]
+    xs = [x[saeft.content(x, lm.n_skip, limit)].double() for x in xs]
+    variance, *variances = (x.var(0, correction=0).sum().item() for x in (torch.cat(xs), *xs))
+    return [(part, v / variance) for part, v in zip(parts, variances)]
+
+
+def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
+    """Figures of each trainee on each of the `held_out` parts; their means are the whole's."""
     figures = []
-    for i, part in enumerate(parts):
+    for i, (tokens, variance) in enumerate(parts):
         label = f"evaluating, part {i + 1} of {len(parts)}"
-        figures.append(saeft.evaluate(run.lm, part, trainees, run.done.limit, run.config, label)[1])
+        _, rows = saeft.evaluate(run.lm, tokens, trainees, run.done.limit, run.config, label)
+        figures.append([{**row, "fvu": row["fvu"] * variance} for row in rows])
     return [list(rows) for rows in zip(*figures)]
 
 
@@ -84,7 +94,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         (sae,) = run.first_saes()
-        (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)])
+        parts = held_out(run)
+        (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         run.done.results["MSE"] = [mean(before)]
         base = {"start": config.start, "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
@@ -100,7 +111,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
                 began = time.monotonic()
                 trainees = train(run, sae, method, n, rates)
                 seconds = time.monotonic() - began
-                for lr, after in zip(rates, evaluate(run, trainees)):
+                for lr, after in zip(rates, evaluate(run, trainees, parts)):
                     share, error = closed(before, after)
                     row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
                     rows.append({**row, "closed": share, "error": error, "seconds": seconds})

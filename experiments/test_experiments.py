@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from experiments import baselines, convert, features
+from experiments import baselines, convert, features, length, repaired
 from saeft import SAE, Phase
 from test_saeft import (
     BYTE,
@@ -1678,3 +1679,76 @@ def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tm
         theirs.no_padding()
         encoded = theirs.encode_batch(texts_for(name), add_special_tokens=False)
         assert [*map(ours.encode, texts_for(name))] == [encoding.ids for encoding in encoded]
+
+
+# ---- How short, and what is repaired -----------------------------------------------------------
+def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
+    tmp_path, monkeypatch, capsys
+):
+    sizes = [*"--context 64 --kl-batch 2 --eval-tokens 3200".split(), "--out", str(tmp_path)]
+    line = [*SMALL.split(), "--kl-tokens", "0", "--name", "first", "--out", str(tmp_path)]
+    assert saeft.main(line) == 0
+    start = ["--start", str(tmp_path / "first")]
+    for method in ("kl", "mse"):
+        own = [*sizes, *start, "--kl-tokens", "1k", "--kl-lr", "3e-3", "--name", method]
+        assert saeft.main([*own, "--method", method]) == 0
+
+    def rows_of(*rates):
+        argv = ["length.py", *sizes, *start, "--lengths", "512", "1k", "--rates", *rates]
+        monkeypatch.setattr(sys, "argv", argv)
+        length.main()
+        return json.loads((tmp_path / "length.json").read_text())["rows"]
+
+    rows = rows_of("3e-3")
+    assert {(row["tokens"], row["method"]) for row in rows} == {
+        (n, method) for n in (512, 896) for method in ("kl", "mse")
+    }
+    for row in rows[2:]:  # of 896 tokens, whole batches of 1k
+        report = report_of(tmp_path / row["method"])
+        for name in ("ce", "fvu", "l0"):
+            assert row[name] == pytest.approx(report["results"][row["method"]][name], rel=0.005)
+        share = 1 - row["gap"] / row["gap_before"]
+        assert row["closed"] == pytest.approx(share) and row["error"] > 0
+        drift = row["ce"] - report["results"][row["method"]]["ce"]
+        assert row["gap_before"] - report["results"]["MSE"]["gap"] == pytest.approx(drift, abs=0.02)
+
+    both = rows_of("3e-3", "1e-3")  # one is known, and the other is trained alone
+    assert both[: len(rows)] == rows and [row["lr"] for row in both[len(rows) :]].count(1e-3) >= 2
+    monkeypatch.setattr(saeft, "finetune", None)
+    assert rows_of("1e-3", "3e-3") == both
+    assert "| topk 4, " in capsys.readouterr().out
+    sizes[1] = "32"
+    with pytest.raises(model_loaders.UserError, match="length.json is of flags --context 64"):
+        rows_of("1e-3")
+
+
+def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, capsys):
+    args = features.parse([str(page_run), "--tokens", "3k"])
+    lm, tokenizer, sae, before, stream = features.load(args)
+    tokens = stream.validation()
+    stream.close()
+    trainees = [saeft.Trainee(s, lm) for s in (before, sae)]
+    ce, scored = repaired.losses(lm, tokens, trainees, args)
+    model, rows = saeft.evaluate(lm, tokens, trainees, torch.tensor(1e9), saeft.Config(layer=2))
+    wanted = [model["ce_original"], *(row["ce"] for row in rows)]
+    assert ce[:, scored].double().mean(1).tolist() == pytest.approx(wanted, abs=1e-4)
+    repaired.main([str(page_run), "--tokens", "3k"])
+    shown = dict(re.findall(r"^(\S+) +(\S.*)", capsys.readouterr().out, re.M))
+    share, *figures, _, of_all = shown["all"].split()
+    assert share == of_all == "100.0%" and float(figures[0]) == pytest.approx(wanted[0], abs=1e-3)
+
+
+def test_tokens_are_of_the_kinds_that_their_text_says():
+    words = ["The", " cat", "fish", " 12", "7", ".", "\n", " cat", "fish", " 12", " cat", "fish"]
+    vocabulary = [*dict.fromkeys(words)]
+    ids = torch.tensor([[vocabulary.index(word) for word in words]])
+    decode = SimpleNamespace(decode=lambda ids: vocabulary[ids[0]])
+    kinds = repaired.kinds(ids, torch.arange(1000) // 4, decode)
+
+    def found(name):
+        return [i + 1 for i, value in enumerate(kinds[name][0].tolist()) if value]
+
+    assert found("first in a word") == [1, 7, 10] and found("later in a word") == [2, 8, 11]
+    assert found("digits") == [3, 4, 9] and found("punctuation") == [5]
+    assert found("space alone") == [6] and found("third of a triple seen before") == [9]
+    assert len(found("of one not seen before")) == 10
