@@ -5,7 +5,7 @@
 
 Other flags are saeft.py's. Phase one runs once for each seed, or --start names SAEs. From each of
 them every length is a fine-tune of its own, whose rate falls to 0 over it. The rates of a length
-train side by side on the same batches; at the one that closes most the control trains, too.
+train side by side on the same batches, and so does the control, MSE alone, at each of them.
 Figures are means over five parts of the held-out text, which give the standard error. Rows go to
 OUT/length.json as they come: the same command goes on where it was cut. OUT/length.png needs
 matplotlib.
@@ -88,8 +88,8 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
 
 
 def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
-    """Adds to `rows`, and yields after each time, the fine-tunes `todo` {tokens: rates} of the SAE
-    of the run's --start, and the control at the best rate of each length."""
+    """Adds to `rows`, and yields after each length, the fine-tunes `todo` {tokens: rates} of the
+    SAE of the run's --start, and the control at the same rates."""
     config = run.config
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
@@ -100,23 +100,14 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
         base = {"start": config.start, "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
-            for method in ("kl", "mse"):
-                if method == "mse":
-                    done = [r for r in rows if (r["start"], r["tokens"]) == (config.start, n)]
-                    best = max(done, key=lambda row: row["closed"])["lr"]
-                    known = any((row["method"], row["lr"]) == ("mse", best) for row in done)
-                    rates = [] if known else [best]
-                if not rates:
-                    continue
-                began = time.monotonic()
-                trainees = train(run, sae, method, n, rates)
-                seconds = time.monotonic() - began
-                for lr, after in zip(rates, evaluate(run, trainees, parts)):
-                    share, error = closed(before, after)
-                    row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
-                    rows.append({**row, "closed": share, "error": error, "seconds": seconds})
-                    say(f"{method}, {n:,} tokens at {lr:g}: {share:.1%} closed, ± {error:.1%}")
-                yield
+            cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
+            trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
+            for (method, lr), after in zip(cells, evaluate(run, trainees, parts)):
+                share, error = closed(before, after)
+                row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
+                rows.append({**row, "closed": share, "error": error})
+                say(f"{method}, {n:,} tokens at {lr:g}: {share:.1%} closed, ± {error:.1%}")
+            yield
 
 
 def print_table(rows: list[dict]) -> None:
@@ -128,11 +119,18 @@ def print_table(rows: list[dict]) -> None:
     for (sae, k, tokens), group in grouped(rows, "sae", "k", "tokens").items():
         by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
         cells = [spread(by_lr.get((lr,), [])) for lr in lrs]
-        best = max(by_lr.values(), key=lambda rows: average(rows, "closed"))
-        control = [row for row in group if row["method"] == "mse" and row["lr"] == best[0]["lr"]]
+        best, control = at_best_rate(group)
         sae = f"{sae} {k:g}, {average(group, 'fvu_before'):.3f}"
         cells += [spread(control), f"{average(best, 'fvu'):.3f}"]
         print(f"| {sae} | {tokens:,} |", " | ".join(cells), "|")
+
+
+def at_best_rate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Of one length's rows those of the rate that closes most, and of the control at that rate."""
+    groups = grouped(rows, "method", "lr")
+    means = {lr: average(group, "closed") for (name, lr), group in groups.items() if name == "kl"}
+    best = max(means, key=means.get)
+    return groups["kl", best], groups["mse", best]
 
 
 def average(rows: list[dict], name: str) -> float:
@@ -173,10 +171,10 @@ def draw(rows: list[dict], path: Path) -> None:
         for axis, name in zip(axes, ("closed", "fvu")):
             means = [average(rows, name) for rows in group.values()]
             axis.plot(tokens, means, ".-", color=colour, label=f"{lr:g}")
-    control = grouped([row for row in rows if row["method"] == "mse"], "tokens")
+    control = {n: at_best_rate(group)[1] for (n,), group in grouped(rows, "tokens").items()}
     for axis, name in zip(axes, ("closed", "fvu")):
         means = [average(rows, name) for rows in control.values()]
-        axis.plot([n for (n,) in control], means, ":", color="black", label="control")
+        axis.plot([*control], means, ":", color="black", label="control")
         axis.set_xscale("log")
         axis.set_xlabel("tokens of fine-tune")
         axis.spines[["top", "right"]].set_visible(False)

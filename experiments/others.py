@@ -1,0 +1,205 @@
+"""What the fine-tune does to SAEs of other libraries, which each train one and save it.
+
+    pip install sae-lens transformers datasets nnsight simple-parsing natsort schedulefree wandb
+    pip install --no-deps dictionary-learning eai-sparsify
+    python experiments/others.py --model gemma-3-270m --data docs.jsonl.gz --layer 9 --k 40 ...
+
+Flags are saeft.py's; --tokens is what each library trains on, --kl-tokens the fine-tune's. Those
+that are installed take part. Each library's file goes through convert.py, the fine-tune, its
+control, and back: what saeft writes is SAELens's layout. `CE` and `FVU` are saeft's; beside them
+those of the library's own module in the same place, before the fine-tune that which trained the
+SAE, after it SAELens's. OUT keeps what is done: the same command goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import convert
+
+import model_loaders
+import saeft
+from model_loaders import UserError, refuse, say, write_text
+
+
+def activations(run: saeft.Run):
+    """Yields [batch, D] without end: content of the training text, shuffled."""
+    buffer = saeft.ActivationBuffer(run.lm, run.stream, run.n_mse, run.done.limit, run.config)
+    while True:
+        yield buffer.next_batch(run.config.batch)
+
+
+# ---- SAELens ------------------------------------------------------------------------------------
+def train_saelens(run: saeft.Run, folder: Path) -> None:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    c = run.config
+    sizes = {"d_in": run.lm.W_U.shape[1], "d_sae": c.d_sae, "k": c.k[0]}
+    cfg = TopKTrainingSAEConfig(**sizes, normalize_activations="expected_average_only_in")
+    cfg.metadata.model_name = c.model
+    cfg.metadata.hook_name = f"blocks.{c.layer}.hook_resid_post"
+    n = run.n_mse * c.context
+    trainer = SAETrainerConfig(total_training_samples=n, train_batch_size_samples=c.batch)
+    trainer.n_batches_for_norm_estimate = 20
+    sae = SAETrainer(trainer, TopKTrainingSAE(cfg), activations(run)).fit()
+    sae.save_inference_model(folder)
+
+
+def own_saelens(folder: Path):
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder)
+
+    def forward(x):
+        f = sae.encode(x)
+        return sae.decode(f), f.to_dense() if f.is_sparse else f
+
+    return forward
+
+
+# ---- dictionary_learning ------------------------------------------------------------------------
+def train_dictionary_learning(run: saeft.Run, folder: Path) -> None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.training import trainSAE
+
+    c = run.config
+    steps = run.n_mse * c.context // c.batch
+    trainer = {"trainer": BatchTopKTrainer, "steps": steps, "activation_dim": run.lm.W_U.shape[1]}
+    trainer.update(dict_size=c.d_sae, k=c.k[0], layer=c.layer, lm_name=c.model, device="cpu")
+    # Its own warm-up of 1000 steps and threshold from step 1000 on are for longer runs.
+    trainer.update(warmup_steps=steps // 20, threshold_start_step=steps // 10, seed=c.seed)
+    trainer.update(threshold_beta=0.99, submodule_name=f"resid_post_layer_{c.layer}")
+    data = activations(run)
+    trainSAE(data, [trainer], steps, save_dir=str(folder), normalize_activations=True, device="cpu")
+
+
+def own_dictionary_learning(folder: Path):
+    from dictionary_learning.utils import load_dictionary
+
+    sae, _ = load_dictionary(str(folder / "trainer_0"), "cpu")
+    return lambda x: sae(x, output_features=True)
+
+
+# ---- sparsify -----------------------------------------------------------------------------------
+def train_sparsify(run: saeft.Run, folder: Path) -> None:
+    from datasets import Dataset
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+    from transformers import AutoModelForCausalLM
+
+    c = run.config
+    place = model_loaders.long_name(c.model, model_loaders.MODELS)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    tokens = run.stream.train(0, run.n_mse)
+    data = Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("torch")
+    sae = SparseCoderConfig(num_latents=c.d_sae, k=c.k[0])
+    settings = {"batch_size": max(1, c.batch // c.context), "save_dir": str(folder.parent)}
+    settings.update(log_to_wandb=False, run_name=folder.name, layers=[c.layer])
+    settings["exclude_tokens"] = [int(tokens[0, 0])] if run.lm.n_skip else []
+    Trainer(TrainConfig(sae, **settings), data, model).fit()
+
+
+def own_sparsify(folder: Path):
+    from sparsify import SparseCoder
+
+    sae = SparseCoder.load_from_disk(next(folder.glob("layers.*")))
+
+    def forward(x):
+        top = sae.encode(x)
+        f = torch.zeros(len(x), sae.num_latents).scatter(-1, top.top_indices, top.top_acts)
+        return sae.decode(top.top_acts, top.top_indices), f
+
+    return forward
+
+
+# ---- From theirs to ours, and back --------------------------------------------------------------
+# Trains an SAE on a run's activations and saves it in a folder; reads it from there, as a function
+# from x [N, D] to x_hat [N, D] and f [N, F]; the folder that convert.py is given.
+LIBRARIES = {
+    "SAELens": (train_saelens, own_saelens, "."),
+    "dictionary_learning": (train_dictionary_learning, own_dictionary_learning, "trainer_0"),
+    "sparsify": (train_sparsify, own_sparsify, "layers.*"),
+}
+
+
+class Own(nn.Module):
+    """A library's own function in the place of an SAE."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, keep):
+        x_hat, f = self.function(saeft.single(x))
+        return x_hat, f * keep[:, None]
+
+
+def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
+    """A library's SAE before and after the fine-tune, by saeft and by the library's own module."""
+    train, own, path = LIBRARIES[name]
+    theirs, ours, tuned = out / name / "theirs", out / name / "sae", out / name / "tuned"
+    if not (ours / "cfg.json").exists():
+        say(f"{name} trains")
+        train(run, theirs)
+        model = ["--model", run.config.model, "--layer", str(run.config.layer)]
+        refuse(convert.main([str(next(theirs.glob(path))), str(ours), *model]) != 0, name)
+    if not (tuned / "report.json").exists():
+        where = ["--start", str(ours), "--out", str(tuned.parent), "--name", tuned.name]
+        refuse(saeft.main([*flags, *where, "--method", "kl", "mse", "--resume"]) != 0, name)
+    report = json.loads((tuned / "report.json").read_text())
+    trainees = []
+    for sae, function in ((ours, own(theirs)), (tuned, own_saelens(tuned))):
+        sae = saeft.SAE.load(sae)
+        trainees += [saeft.Trainee(sae, run.lm), saeft.Trainee(sae, run.lm, trained=sae)]
+        trainees[-1].insert = Own(function)
+    tokens, limit = run.stream.validation(), run.done.limit
+    _, rows = saeft.evaluate(run.lm, tokens, trainees, limit, run.config, f"{name} evaluates")
+    row = dict(zip(("before", "before_own", "after", "after_own"), rows))
+    closed = {method: report["results"][method]["gap_closed"] for method in ("kl", "mse")}
+    return {"library": name, "kind": report["sae"], **row, **closed}
+
+
+def print_table(rows: list[dict]) -> None:
+    print("\n| library, kind | | gap | its own | FVU | its own | L0 | closed | control |")
+    print("| --- " * 9 + "|")
+    for row in rows:
+        for when, closed in (("before", ""), ("after", f"{row['kl']:.1%} | {row['mse']:.1%}")):
+            ours, own = row[when], row[f"{when}_own"]
+            figures = [f"{r[name]:.4f}" for name in ("gap", "fvu") for r in (ours, own)]
+            head = f"| {row['library']}, {row['kind']} | {when} | {' | '.join(figures)}"
+            print(f"{head} | {ours['l0']:.1f} | {closed or '|'} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--tokens", default="300k", help="that each library trains on")
+    parser.add_argument("--out", type=Path, default=Path("runs/others"))
+    args, flags = parser.parse_known_args(argv)
+    run = saeft.Run(saeft.parse([*flags, "--tokens", args.tokens, "--out", str(args.out)]))
+    rows = []
+    with contextlib.ExitStack() as closing:
+        run.prepare(closing)
+        n = 32_768 // run.config.context + 1
+        _, run.done.limit = saeft.first_activations(run.lm, run.stream, n, run.config)
+        for name in LIBRARIES:
+            try:
+                rows.append(row_of(name, run, args.out, flags))
+            except ImportError as error:
+                say(f"{name}: {error}")
+            write_text(args.out / "others.json", json.dumps(rows, indent=1))
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"others: {error}")
