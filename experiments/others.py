@@ -14,6 +14,7 @@ SAE, after it SAELens's. OUT keeps what is done: the same command goes on.
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def activations(run: saeft.Run):
         yield buffer.next_batch(run.config.batch)
 
 
+if not torch.cuda.is_available():
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+
 # ---- SAELens ------------------------------------------------------------------------------------
 def train_saelens(run: saeft.Run, folder: Path) -> None:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -47,8 +52,7 @@ def train_saelens(run: saeft.Run, folder: Path) -> None:
     cfg = TopKTrainingSAEConfig(**sizes, normalize_activations="expected_average_only_in")
     cfg.metadata.model_name = c.model
     cfg.metadata.hook_name = f"blocks.{c.layer}.hook_resid_post"
-    n = run.n_mse * c.context
-    trainer = SAETrainerConfig(total_training_samples=n, train_batch_size_samples=c.batch)
+    trainer = SAETrainerConfig(run.n_mse * c.context, c.batch, lr_end=3e-5)  # unused: constant
     trainer.n_batches_for_norm_estimate = 20
     sae = SAETrainer(trainer, TopKTrainingSAE(cfg), activations(run)).fit()
     sae.save_inference_model(folder)
@@ -124,7 +128,7 @@ def own_sparsify(folder: Path):
 # Trains an SAE on a run's activations and saves it in a folder; reads it from there, as a function
 # from x [N, D] to x_hat [N, D] and f [N, F]; the folder that convert.py is given.
 LIBRARIES = {
-    "SAELens": (train_saelens, own_saelens, "."),
+    "SAELens": (train_saelens, own_saelens, ""),
     "dictionary_learning": (train_dictionary_learning, own_dictionary_learning, "trainer_0"),
     "sparsify": (train_sparsify, own_sparsify, "layers.*"),
 }
@@ -150,7 +154,8 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
         say(f"{name} trains")
         train(run, theirs)
         model = ["--model", run.config.model, "--layer", str(run.config.layer)]
-        refuse(convert.main([str(next(theirs.glob(path))), str(ours), *model]) != 0, name)
+        file = next(theirs.glob(path)) if path else theirs
+        refuse(convert.main([str(file), str(ours), *model]) != 0, name)
     if not (tuned / "report.json").exists():
         where = ["--start", str(ours), "--out", str(tuned.parent), "--name", tuned.name]
         refuse(saeft.main([*flags, *where, "--method", "kl", "mse", "--resume"]) != 0, name)
