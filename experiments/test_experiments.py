@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from experiments import baselines, convert, features, length, repaired
+from experiments import baselines, convert, features, length, others, repaired
 from saeft import SAE, Phase
 from test_saeft import (
     BYTE,
@@ -1752,3 +1752,42 @@ def test_tokens_are_of_the_kinds_that_their_text_says():
     assert found("digits") == [3, 4, 9] and found("punctuation") == [5]
     assert found("space alone") == [6] and found("third of a triple seen before") == [9]
     assert len(found("of one not seen before")) == 10
+
+
+def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch, capsys):
+    """In the place of a library: one that keeps a published file, and reads it with plain torch."""
+    trained = []
+
+    def train(run, folder):
+        x = next(others.activations(run))
+        assert x.shape == (256, 128) and run.n_mse == 93 - 4
+        trained.append(folder)
+        sae = small_sae(k=4, d_model=128)
+        sae.b_dec.data = x.mean(0)
+        sae.save(folder, {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post"})
+
+    def own(folder):
+        t = load_file(folder / "sae_weights.safetensors")
+
+        def function(x):
+            pre = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]).relu()
+            top = pre.topk(4)
+            f = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+            return f @ t["W_dec"] + t["b_dec"], f
+
+        return function
+
+    monkeypatch.setattr(others, "LIBRARIES", {"plain": (train, own, "")})
+    monkeypatch.setattr(others, "own_saelens", own)
+    flags = [*SMALL.split(), "--tokens", "6k", "--kl-tokens", "256", "--out", str(tmp_path)]
+    others.main(flags)
+    others.main(flags)
+    assert len(trained) == 1  # what is done is kept
+    (row,) = json.loads((tmp_path / "others.json").read_text())
+    for when in ("before", "after"):
+        for name in ("ce", "gap", "fvu", "l0"):
+            assert row[when][name] == pytest.approx(row[f"{when}_own"][name], rel=1e-5), name
+    report = report_of(tmp_path / "plain" / "tuned")
+    assert row["kl"] == report["results"]["kl"]["gap_closed"] > 0
+    assert row["before"]["ce"] == pytest.approx(report["ce_mse"], rel=1e-3)
+    assert capsys.readouterr().out.count("| plain, topk | after | ") == 2
