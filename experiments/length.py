@@ -28,7 +28,7 @@ import saeft
 from model_loaders import UserError, count, progress, refuse, say, write_text
 
 PARTS = 5  # of the held-out text
-LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k", "800k"]
+LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k"]
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
@@ -196,16 +196,16 @@ def main() -> None:
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", help="of phase one")
+    parser.add_argument("--tokens", help="of phase one (default: as in a run of saeft.py)")
     parser.add_argument("--out", type=Path, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
     starts = args.start or []
     for seed in range(0 if args.start else args.seeds):
+        usual = saeft.parse(flags)
+        tokens = args.tokens or str(usual.tokens - usual.kl_tokens)
+        once = ["--tokens", tokens, "--kl-tokens", "0", "--seed", str(seed)]
+        finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
-        tokens = ["--tokens", args.tokens] if args.tokens else []
-        finished(
-            args.out, f"seed{seed}", [*flags, *tokens, "--kl-tokens", "0", "--seed", str(seed)]
-        )
     path = args.out / "length.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"flags": flags}
     refuse(kept["flags"] != flags, f"{path} is of flags {' '.join(kept['flags'])}: other --out")
