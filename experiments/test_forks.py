@@ -4,6 +4,7 @@ python -m pytest -q experiments/test_forks.py
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -240,16 +241,61 @@ def test_any_model_runs_with_its_own_tokenizer(tmp_path):
 def test_any_model_gives_saeft_s_own_figures(tmp_path):
     """On a family that saeft has itself."""
     fork = imported("any_model")
-    ours = run(tmp_path, "--method kl")
+    flags = "--layer 2 --data tiny --method kl"
+    ours = run(tmp_path, flags)
     saeft.FAMILIES["gpt_neox"] = fork.AnyModel
-    theirs = run(tmp_path, "--layer 2 --data tiny --method kl", name="theirs")
-    ours = (
-        run(tmp_path, "--method kl --layer 2 --data tiny", name="ours")
-        if ours["layer"] != 2
-        else ours
-    )
+    theirs = run(tmp_path, flags, name="theirs")
     assert theirs["ce_original"] == pytest.approx(ours["ce_original"], abs=1e-5)
     assert theirs["ce_mse"] == pytest.approx(ours["ce_mse"], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "fork, flags, in_phase",
+    [
+        ("matryoshka", "--sae matryoshka-batchtopk --method kl", "MSE"),
+        ("jumprelu", "--sae jumprelu --method kl", "MSE"),
+        ("losses", "--method reverse-kl", "reverse-kl"),
+        ("place", "--place mlp_out --method kl", "kl"),
+    ],
+)
+def test_a_fork_s_run_that_is_interrupted_ends_the_same(
+    tmp_path, monkeypatch, fork, flags, in_phase
+):
+    imported(fork)
+    run(tmp_path, flags, name="straight")
+    after_step = saeft.Run.after_step
+
+    def interrupted(self, phase, figures):
+        if (phase.name, phase.step) == (in_phase, 10):
+            self.signal = signal.SIGINT
+        after_step(self, phase, figures)
+
+    line = f"{SMALL} {flags} --out {tmp_path} --name run".split()
+    with monkeypatch.context() as patched:
+        patched.setattr(saeft.Run, "after_step", interrupted)
+        assert saeft.main(line) == 130
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert saeft.main([*line, "--resume"]) == 0
+    for file in ("sae_weights.safetensors", "before/sae_weights.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+
+
+def test_a_place_that_a_model_does_not_tell_is_refused(tmp_path, capsys):
+    imported("place")
+    saeft.FAMILIES["gpt_neox"] = imported("any_model").AnyModel
+    line = f"{SMALL} --place mlp_out --layer 2 --data tiny --out {tmp_path}"
+    assert saeft.main(line.split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # before it transformers tells its progress
+    assert error == "saeft: --place mlp_out: the blocks of that model do not tell theirs"
+
+
+def test_any_model_of_a_revision(monkeypatch, tmp_path):
+    fork = imported("any_model")
+    place = {"pretrained_model_name_or_path": "owner/name", "revision": "step1000"}
+    assert fork.named("owner/name@step1000") == place
+    assert fork.named("pythia-160m")["pretrained_model_name_or_path"] == "EleutherAI/pythia-160m"
+    (tmp_path / "a@b").mkdir()
+    assert fork.named(f"{tmp_path}/a@b")["pretrained_model_name_or_path"] == f"{tmp_path}/a@b"
 
 
 def test_a_settings_class_of_one_s_own():

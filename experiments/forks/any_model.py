@@ -38,22 +38,24 @@ def leave(block, args, output):
     raise Reached(output)
 
 
-def long_name(name: str) -> str:
-    return os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
+def named(name: str) -> dict:
+    """What from_pretrained takes: a folder, or a name on the Hub and its revision."""
+    name = os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
+    name, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or "main"}
 
 
 class Tokenizer:
     """A tokenizer of transformers, as saeft's streams use it."""
 
     def __init__(self, name: str, bos: str = "auto"):
-        name = long_name(name)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
         adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         wanted = bos == "yes" or (bos == "auto" and adds_bos)
         self.bos_id = self.tokenizer.bos_token_id if wanted else None
         self.eos_id = self.tokenizer.eos_token_id
         if self.eos_id is None:
-            self.eos_id = AutoConfig.from_pretrained(name).eos_token_id
+            self.eos_id = AutoConfig.from_pretrained(**named(name)).eos_token_id
         self.n_vocab = len(self.tokenizer)
         text = repr((sorted(self.vocabulary().items()), self.tokenizer.backend_tokenizer.to_str()))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -89,9 +91,9 @@ class AnyModel(saeft.LanguageModel):
         self.in_tuple = False  # before version 5 a block's output is the first of a tuple
 
     def load(self, name: str, device, dtype):
-        name = long_name(name)
         with model_loaders.user_errors(f"cannot load {name}"):
-            self.use(AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device))
+            model = AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype)
+            self.use(model.to(device))
             self.in_tuple = isinstance(self.prefix(torch.zeros(1, 1).long().to(device), 0), tuple)
         return self.eval().requires_grad_(False)
 

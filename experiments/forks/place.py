@@ -11,14 +11,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import saeft
+from model_loaders import refuse
 
 
 def added_by(part: str):
     """A place: what a part of a block adds. The block says which module's output that is."""
 
     def place(lm, tokens, layer: int):
-        outputs = []
-        module = lm.blocks[layer].get_submodule(getattr(lm.blocks[layer], part))
+        outputs, block = [], lm.blocks[layer]
+        told = hasattr(block, part)
+        refuse(not told, f"--place {part}: the blocks of that model do not tell theirs")
+        module = block.get_submodule(getattr(block, part))
         hook = module.register_forward_hook(lambda module, args, out: outputs.append(out))
         resid = lm.prefix(tokens, layer)
         hook.remove()
