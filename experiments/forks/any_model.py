@@ -1,6 +1,6 @@
 """Any decoder of the transformers library (Llama, Qwen, Mistral, GPT-2, OLMo, ...), as it is.
 
-    pip install transformers accelerate
+    pip install "transformers>=5"
     python experiments/forks/any_model.py --model Qwen/Qwen3-0.6B --data c4 --d-sae 16384
 
 The library's own forward pass runs, with its own masks and positions. Up to block L nothing is
@@ -27,7 +27,7 @@ try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError:
-    sys.exit("any_model.py: pip install transformers accelerate")
+    sys.exit('any_model.py: pip install "transformers>=5"')
 
 
 class Reached(Exception):
@@ -49,13 +49,13 @@ class Tokenizer:
     """A tokenizer of transformers, as saeft's streams use it."""
 
     def __init__(self, name: str, bos: str = "auto"):
-        self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
+        with model_loaders.user_errors(f"no tokenizer for {name}"):
+            self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
         adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         wanted = bos == "yes" or (bos == "auto" and adds_bos)
         self.bos_id = self.tokenizer.bos_token_id if wanted else None
         self.eos_id = self.tokenizer.eos_token_id
-        if self.eos_id is None:
-            self.eos_id = AutoConfig.from_pretrained(**named(name)).eos_token_id
+        model_loaders.refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
         self.n_vocab = len(self.tokenizer)
         text = repr((sorted(self.vocabulary().items()), self.tokenizer.backend_tokenizer.to_str()))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -87,14 +87,11 @@ class AnyModel(saeft.LanguageModel):
         n_layers = model.config.num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         model_loaders.refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
-        self.own_blocks = lists
-        self.in_tuple = False  # before version 5 a block's output is the first of a tuple
+        self.own_blocks = lists  # in a list of its own, so that it is no submodule twice
 
     def load(self, name: str, device, dtype):
         with model_loaders.user_errors(f"cannot load {name}"):
-            model = AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype)
-            self.use(model.to(device))
-            self.in_tuple = isinstance(self.prefix(torch.zeros(1, 1).long().to(device), 0), tuple)
+            self.use(AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype).to(device))
         return self.eval().requires_grad_(False)
 
     @property
@@ -126,19 +123,15 @@ class AnyModel(saeft.LanguageModel):
         """From block `first` on, of which `given` is the input (tokens, if it is 0), to the output
         of block `last`, or to the logits."""
         tokens = given if first == 0 else given.new_zeros(given.shape[:2], dtype=torch.long)
-
-        def passed_on(*args, **kwargs):
-            return (given,) if self.in_tuple else given
-
         with ExitStack() as stack:
             for block in self.blocks[:first]:
-                stack.enter_context(patch.object(block, "forward", passed_on))
+                stack.enter_context(patch.object(block, "forward", lambda *a, **b: given))
             if last is not None:
                 stack.callback(self.blocks[last].register_forward_hook(leave).remove)
             try:
                 return self.model(tokens, use_cache=False).logits
             except Reached as reached:
-                return reached.args[0][0] if self.in_tuple else reached.args[0]
+                return reached.args[0]
 
 
 for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
