@@ -743,7 +743,7 @@ def finetune(
 
         factor = lr_factor(step, phase.steps, warmup, decay)
         for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
-            update(t, (t.lr or peak) * factor)
+            update(t, (peak if t.lr is None else t.lr) * factor)
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1
