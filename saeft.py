@@ -103,7 +103,9 @@ class Config:
         ["kl"], "fine-tunes, each from the MSE SAE", nargs="+", choices=METHODS
     )
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
-    kl_lr: float = flag(5e-5, "first rate of the fine-tune, falling linearly to 0", 0)
+    kl_lr: float | None = flag(
+        None, "first rate of the fine-tune (default: 0.36 / sqrt(F D), less above 740 steps)", 0
+    )
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
     l1: float | None = flag(None, "lambda of ReLU SAEs (default: 0.1; --start: what suits it)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
@@ -556,7 +558,7 @@ class Trainee:
     insert: nn.Module | None = None  # default: the SAE
     trained: nn.Module | None = None  # default: what is inserted
     decay: float = 0.01  # AdamW's weight decay, as published for the fine-tune
-    lr: float | None = None  # first rate of the fine-tune; default: --kl-lr
+    lr: float | None = None  # first rate of the fine-tune; default: --kl-lr, or `finetune_lr`
 
     def __post_init__(self):
         self.insert = self.insert or self.sae
@@ -640,6 +642,13 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, rise, (steps - step) / max(1.0, decay * steps))
 
 
+def finetune_lr(sae: SAE, steps: int) -> float:
+    """The first rate of a fine-tune of so many steps: 0.36 / sqrt(F D), as experiments/length.py
+    found it for short ones; above 740 steps less by their root, to the published 5e-5 for 25M
+    tokens."""
+    return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
+
+
 def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
     clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
@@ -698,9 +707,8 @@ def finetune(
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all q.
     The rate falls linearly to 0; if this is all of the training (end to end), it is phase one's."""
     d_model = lm.W_U.shape[1]
-    peak, warmup, decay = config.kl_lr, 0, 1.0
-    if config.kl_tokens == config.tokens and not config.start:
-        peak, warmup, decay = config.peak_lr, config.warmup, 0.2
+    end_to_end = config.kl_tokens == config.tokens and not config.start
+    warmup, decay = (config.warmup, 0.2) if end_to_end else (0, 1.0)
     divergence = phase.trainees[0].divergence  # of one method: the same for all
     by_mse = divergence is None  # no later block runs
     if config.compile and not by_mse:
@@ -743,7 +751,9 @@ def finetune(
 
         factor = lr_factor(step, phase.steps, warmup, decay)
         for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
-            update(t, (peak if t.lr is None else t.lr) * factor)
+            lr = finetune_lr(t.sae, phase.steps) if config.kl_lr is None else config.kl_lr
+            lr = config.peak_lr if end_to_end else lr
+            update(t, (lr if t.lr is None else t.lr) * factor)
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1

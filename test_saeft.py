@@ -1848,6 +1848,24 @@ def test_finetune_takes_its_sequences_in_order_and_its_rate_falls(
     assert stream.asked == list(range(40, 60)) and seen == pytest.approx(rates)
 
 
+def test_the_finetunes_rate_is_a_trainees_own_or_the_flags_or_what_suits_the_sae(lm, monkeypatch):
+    seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
+    monkeypatch.setattr(saeft, "update", lambda t, lr: seen.append(lr))
+    for own, given, wanted in [
+        (0.0, 1e-3, 0.0),
+        (None, 1e-3, 1e-3),
+        (None, None, 0.36 / (32 * 64) ** 0.5),
+    ]:
+        trainee = Trainee(small_sae(), lm, lr=own)
+        phase = Phase("kl", [trainee], 1, torch.tensor(torch.inf), first=40)
+        saeft.finetune(phase, lm, stream, replace(LOOP, kl_lr=given), nothing)
+        assert seen.pop() == pytest.approx(wanted)
+    with torch.device("meta"):
+        paper = TopK(768, 2**14, k=80)
+    steps = 25_000_000 // (8 * 1024)
+    assert saeft.finetune_lr(paper, steps) == pytest.approx(5e-5, rel=0.01)  # as published
+
+
 @pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
 def test_an_own_loop_on_own_activations_trains_saves_and_loads(kind, tmp_path):
     """As in a notebook: no language model, no run, default settings."""
