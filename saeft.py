@@ -709,6 +709,10 @@ def finetune(
     d_model = lm.W_U.shape[1]
     end_to_end = config.kl_tokens == config.tokens and not config.start
     warmup, decay = (config.warmup, 0.2) if end_to_end else (0, 1.0)
+    given, lrs = config.peak_lr if end_to_end else config.kl_lr, []
+    for t in phase.trainees:
+        choices = t.lr, given, finetune_lr(t.sae, phase.steps)
+        lrs.append(next(lr for lr in choices if lr is not None))
     divergence = phase.trainees[0].divergence  # of one method: the same for all
     by_mse = divergence is None  # no later block runs
     if config.compile and not by_mse:
@@ -750,10 +754,8 @@ def finetune(
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         factor = lr_factor(step, phase.steps, warmup, decay)
-        for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
-            lr = finetune_lr(t.sae, phase.steps) if config.kl_lr is None else config.kl_lr
-            lr = config.peak_lr if end_to_end else lr
-            update(t, (lr if t.lr is None else t.lr) * factor)
+        for t, lr, (_, _, f, _), row in zip(phase.trainees, lrs, passes, figures):
+            update(t, lr * factor)
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1

@@ -25,7 +25,7 @@ import torch
 from compare import run as finished
 
 import saeft
-from model_loaders import UserError, count, progress, refuse, say, write_text
+from model_loaders import UserError, count, progress, read_json, refuse, say, write_text
 
 PARTS = 5  # of the held-out text
 LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k"]
@@ -207,7 +207,7 @@ def main() -> None:
         finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
     path = args.out / "length.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"flags": flags}
+    kept = read_json(path) if path.exists() else {"flags": flags}
     refuse(kept["flags"] != flags, f"{path} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
     for start in starts:

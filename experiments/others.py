@@ -6,7 +6,7 @@
 
 Flags are saeft.py's; --tokens is what each library trains on, --kl-tokens the fine-tune's. Those
 that are installed take part. Each library's file goes through convert.py, the fine-tune, its
-control, and back: what saeft writes is SAELens's layout. `CE` and `FVU` are saeft's; beside them
+control, and back: what saeft writes is SAELens's layout. Gap and FVU are saeft's; beside them
 those of the library's own module in the same place, before the fine-tune that which trained the
 SAE, after it SAELens's. OUT keeps what is done: the same command goes on.
 """
@@ -24,6 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import convert
+from compare import run as finished
 
 import model_loaders
 import saeft
@@ -156,15 +157,13 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
         model = ["--model", run.config.model, "--layer", str(run.config.layer)]
         file = next(theirs.glob(path)) if path else theirs
         refuse(convert.main([str(file), str(ours), *model]) != 0, name)
-    if not (tuned / "report.json").exists():
-        where = ["--start", str(ours), "--out", str(tuned.parent), "--name", tuned.name]
-        refuse(saeft.main([*flags, *where, "--method", "kl", "mse", "--resume"]) != 0, name)
-    report = json.loads((tuned / "report.json").read_text())
+    fine_tune = [*flags, "--start", str(ours), "--method", "kl", "mse"]
+    report = finished(tuned.parent, tuned.name, fine_tune)
     trainees = []
     for sae, function in ((ours, own(theirs)), (tuned, own_saelens(tuned))):
         sae = saeft.SAE.load(sae)
-        trainees += [saeft.Trainee(sae, run.lm), saeft.Trainee(sae, run.lm, trained=sae)]
-        trainees[-1].insert = Own(function)
+        trainees.append(saeft.Trainee(sae, run.lm))
+        trainees.append(saeft.Trainee(sae, run.lm, insert=Own(function), trained=sae))
     tokens, limit = run.stream.validation(), run.done.limit
     _, rows = saeft.evaluate(run.lm, tokens, trainees, limit, run.config, f"{name} evaluates")
     row = dict(zip(("before", "before_own", "after", "after_own"), rows))
@@ -192,8 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
-        n = 32_768 // run.config.context + 1
-        _, run.done.limit = saeft.first_activations(run.lm, run.stream, n, run.config)
+        run.first_saes()  # which finds what is a sink
         for name in LIBRARIES:
             try:
                 rows.append(row_of(name, run, args.out, flags))
