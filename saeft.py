@@ -109,7 +109,6 @@ class Config:
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
     l1: float | None = flag(None, "lambda of ReLU SAEs (default: 0.1; --start: what suits it)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
-    rank: int = flag(16, "rank of LoRA and adapters (experiments/baselines.py)", 1)
     seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")

@@ -91,9 +91,9 @@ def as_it_was():
     torch.set_float32_matmul_precision("highest")
 
 
-def command(line, out):
+def command(line, out, settings=Config):
     """saeft.py's exit status for a command line, with runs in `out`."""
-    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)])
+    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)], settings)
 
 
 def report_of(folder):
@@ -1634,7 +1634,7 @@ class Stream:
 
 
 LOOP = Config(layer=1, context=20, tokens=1200, kl_tokens=400, batch=50, kl_batch=3, buffer=10)
-LOOP = replace(LOOP, warmup=4, lr=1e-2, kl_lr=1e-3, dead_after=100, rank=4, d_sae=64, data="x")
+LOOP = replace(LOOP, warmup=4, lr=1e-2, kl_lr=1e-3, dead_after=100, d_sae=64, data="x")
 
 
 def nothing(phase, figures):

@@ -23,8 +23,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
-from model_loaders import read_safetensors, write_safetensors
+from model_loaders import flag, read_safetensors, write_safetensors
 from saeft import PLACES, SAE, KLOnly, LanguageModel, Trainee, activate, single
+
+
+@dataclass
+class Settings(saeft.Config):
+    rank: int = flag(16, "rank of LoRA and adapters", 1)
 
 
 class LoRA(nn.Module):
@@ -166,4 +171,4 @@ NAMES = ("lora-sae", "lora-lm", "lora-lm-after", "linear-adapter", "mlp-adapter"
 saeft.METHODS.update({name: method(name) for name in NAMES})
 
 if __name__ == "__main__":
-    sys.exit(saeft.main())
+    sys.exit(saeft.main(settings=Settings))

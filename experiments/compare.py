@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import baselines  # noqa: F401 (its methods)
+import baselines
 
 import saeft
 
@@ -26,7 +26,8 @@ def run(out: Path, name: str, flags: list[str]) -> dict:
     """A run's report; of one that is finished, as it is."""
     path = out / name / "report.json"
     if not path.exists():
-        status = saeft.main([*flags, "--out", str(out), "--name", name, "--resume"])
+        line = [*flags, "--out", str(out), "--name", name, "--resume"]
+        status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
     return json.loads(path.read_text(encoding="utf-8"))

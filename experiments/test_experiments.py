@@ -53,6 +53,7 @@ from test_saeft import (
 
 # ---- Baselines: the other methods of the paper ---------------------------------------------------
 METHODS = [name for name in saeft.METHODS if name not in ("kl-only", "mse")]
+CONFIG = baselines.Settings(**vars(LOOP), rank=4)
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
@@ -62,9 +63,9 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
 ):
     limit, keep = sinks(lm, TOKENS, n_skip=1)
     sae, logits, state = small_sae(kind), lm(TOKENS), copy.deepcopy(lm.state_dict())
-    t = saeft.METHODS[method](lm, copy.deepcopy(sae), LOOP)
+    t = saeft.METHODS[method](lm, copy.deepcopy(sae), CONFIG)
     t.sae.l0_target, resid = 6.0, lm.prefix(TOKENS, 1)
-    x, x_hat, _, _ = t.splice(TOKENS, resid, resid, keep, LOOP)
+    x, x_hat, _, _ = t.splice(TOKENS, resid, resid, keep, CONFIG)
     kept = keep.flatten()
     assert_close(x_hat[kept], sae(x, kept)[0][kept])
 
@@ -74,7 +75,7 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
     assert {*lm.parameters()} <= {*frozen} and len(trained) > 1
     t.trained.train()
     stream = Stream(torch.randint(96, (60, 20)))
-    saeft.finetune(Phase(method, [t], 3, limit), lm, stream, replace(LOOP, kl_lr=1e-2), nothing)
+    saeft.finetune(Phase(method, [t], 3, limit), lm, stream, replace(CONFIG, kl_lr=1e-2), nothing)
     assert not any(torch.equal(before[name], p) for name, p in trained.items())
     assert torch.equal(lm(TOKENS), logits)
     assert all(torch.equal(state[name], value) for name, value in lm.state_dict().items())
@@ -84,8 +85,8 @@ def test_methods_start_at_the_sae_leave_the_model_alone_and_can_be_read_back(
     t.save(tmp_path / "saved", {})
     loaded = baselines.load(tmp_path / "saved", lm, 1)
     tokens = torch.randint(96, (8, 20))
-    model, (ours,) = saeft.evaluate(lm, tokens, [t], limit, LOOP)
-    same, (again,) = saeft.evaluate(lm, tokens, [loaded], limit, LOOP)
+    model, (ours,) = saeft.evaluate(lm, tokens, [t], limit, CONFIG)
+    same, (again,) = saeft.evaluate(lm, tokens, [loaded], limit, CONFIG)
     # The gap, 0.001 here, is the difference of two CE of 6, each right to 7 digits.
     assert again.pop("gap") == pytest.approx(ours.pop("gap"), abs=1e-5) and same == model
     assert again["loss_recovered"] == pytest.approx(share_recovered(model, again), rel=1e-9)
@@ -99,7 +100,7 @@ def test_every_method_takes_two_steps_at_pythia_160m_shape():
     for p in lm.parameters():
         p.uniform_(-0.03, 0.03)
     sae, tokens = saeft.TopK(768, 256, 80), torch.randint(50304, (2, 8))
-    config = replace(LOOP, layer=8, context=8, kl_batch=1, kl_tokens=16, d_sae=256)
+    config = replace(CONFIG, layer=8, context=8, kl_batch=1, kl_tokens=16, d_sae=256)
     sae.start(lm.prefix(tokens, 8).flatten(0, 1).detach(), config)
     logits = lm(tokens[:1])
     assert len(saeft.METHODS) == 8
@@ -113,11 +114,12 @@ def test_every_method_takes_two_steps_at_pythia_160m_shape():
 
 def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
     names = "kl lora-sae linear-adapter lora-lm"
-    assert command(f"--name all --rank 2 --method {names}", tmp_path) == 0
+    flags = f"--name all --rank 2 --method {names}"
+    assert command(flags, tmp_path, baselines.Settings) == 0
     together = report_of(tmp_path / "all")["results"]
     for name in ("lora-sae", "lora-lm"):
         line = f"--name {name} --rank 2 --method {name}"
-        assert command(line, tmp_path) == 0
+        assert command(line, tmp_path, baselines.Settings) == 0
         assert report_of(tmp_path / name)["results"][name] == together[name]
         assert weights_of(tmp_path / name) == weights_of(tmp_path / "all" / name)
     for name in names.split():  # and what it saves gives the figures that it reported
@@ -140,7 +142,7 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
 
 def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
     argv = f"--k 4 --method lora-sae --rank 2 --name x --out {tmp_path}".split()
-    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]))
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv], baselines.Settings))
     evaluated = []
     evaluate = saeft.evaluate
 
@@ -164,14 +166,14 @@ def test_every_process_evaluates_without_dropout(tmp_path, monkeypatch):
 
 def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
     line = "--layer 5 --method lora-lm-after --name x"
-    assert command(line, tmp_path) == 2
+    assert command(line, tmp_path, baselines.Settings) == 2
     assert "nothing to train" in capsys.readouterr().err
 
 
 def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     """Also after --resume, where the SAEs of phase one are new."""
     argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()
-    run = saeft.Run(saeft.parse([*SMALL.split(), *argv]))
+    run = saeft.Run(saeft.parse([*SMALL.split(), *argv], baselines.Settings))
     run.lm, run.done.results = saeft.load_lm("tiny"), {"MSE": [{"l0": 5.0}]}
     run.n_mse = 5
     trainee = run.trainee("lora-lm", 0, saeft.BatchTopK(128, 64, 4).train())
@@ -195,7 +197,7 @@ def run_of_its_own(line, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    sys.exit(saeft.main(line.split()))
+    sys.exit(saeft.main(line.split(), baselines.Settings))
 
 
 @pytest.mark.timeout(150 * KILLS + 150)
