@@ -743,9 +743,10 @@ IDS = re.compile(r"\.bin$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
 LONGEST = 1 << 16  # characters in a piece of a document
-PIECE, MARKED = 1 << 13, 1 << 24  # in a document of a .txt, and of one with marks between them
+PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
+FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 3  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 4  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
@@ -835,12 +836,14 @@ def documents(data: str):
 def pieces(data: str):
     """Yields (piece, whether its document is held out) of `documents`: the side is decided by the
     document, so that all its pieces are on one side."""
-    for path, _ in source_files(data):
+    files = source_files(data)
+    longest = PIECE if len(files) < FEW else WHOLE
+    for path, _ in files:
         with opened(path) as file:
             blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
             texts = codecs.iterdecode(blocks, "utf-8-sig")
             plain = TEXT.search(path)[1].lower() == "txt"
-            for text in _plain_texts(texts) if plain else _json_texts(texts, path):
+            for text in _plain_texts(texts, longest) if plain else _json_texts(texts, path):
                 held = held_out(text)
                 for start in range(0, len(text), LONGEST):
                     piece = text[start : start + LONGEST]
@@ -880,14 +883,14 @@ def _json_texts(blocks, path: str):
                 yield text
 
 
-def _plain_texts(blocks):
+def _plain_texts(blocks, longest: int):
     """Yields what stands between marks <|endoftext|>; a text without them in documents of at most
-    PIECE characters, which end with a line if they can."""
-    rest, longest = "", PIECE
+    `longest` characters, which end with a line if they can."""
+    rest = ""
     for block in blocks:
         *whole, rest = re.split(r"<\|endoftext\|>\n?", rest + block)
         yield from whole
-        longest = MARKED if whole else longest
+        longest = WHOLE if whole else longest
         start = 0
         while start + longest < len(rest):
             end = rest.rfind("\n", start, start + longest) + 1 or start + longest

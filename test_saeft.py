@@ -3489,14 +3489,21 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
 
 
-def test_a_long_document_is_on_one_side_whole(tmp_path):
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_long_document_is_on_one_side_whole(tmp_path, folder):
+    """A document: an object of a .jsonl, or one of a hundred .txt."""
     rng = random.Random(1)
-    made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(60)]
+    made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(100)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(made))
+    if folder:
+        (tmp_path / "a.jsonl").unlink()
+        for i, text in enumerate(made):
+            (tmp_path / f"{i}.txt").write_text(text)
     for held in (False, True):
         found = [text for text, side in model_loaders.pieces(str(tmp_path)) if side == held]
-        assert "".join(found) == "".join(text for text in made if held_out(text) == held)
         assert found and max(map(len, found)) <= 1 << 16
+        wanted = {text for text in made if held_out(text) == held}
+        assert {"".join(pair) for pair in zip(found[::2], found[1::2])} == wanted
 
 
 def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):
