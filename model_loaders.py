@@ -224,7 +224,8 @@ def model_key(name: str) -> str:
     repo, _, revision = long_name(name, MODELS).partition("@")
     if (repo, revision) in commits:
         return f"{repo}@{commits[repo, revision]}"
-    return files_key([*folder.glob("*.json"), *folder.glob("*.safetensors")], folder)
+    weights = chain(*map(folder.glob, ("*.json", "*.safetensors", "*.bin")))  # the last of forks
+    return files_key([*weights], folder)
 
 
 def files_key(paths: list, top) -> str:
@@ -260,11 +261,12 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def _weight_files(name: str) -> list[str]:
-    """The shards that an index lists, or model.safetensors."""
+    """model.safetensors, or where there is none the shards that an index lists."""
     try:
-        index = fetch(name, "model.safetensors.index.json")
-    except UserError:  # none, or out of reach: then fetching the other says why
+        fetch(name, "model.safetensors")
         return ["model.safetensors"]
+    except UserError:  # none, or out of reach
+        index = fetch(name, "model.safetensors.index.json")
     with user_errors(f"cannot read {index}"):
         files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
@@ -286,6 +288,8 @@ SAE_SETTINGS = {
     "normalize_activations": ["none", None],
     "reshape_activations": ["none", None],
     "hook_head_index": [None],
+    "hook_point_head_index": [None],  # before SAELens 3
+    "activation_fn": ["relu"],
     "activation_fn_str": ["relu"],  # before SAELens 6
     "center_writing_weights": [False],  # or it was trained on x less its mean
 }
@@ -413,16 +417,25 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"}, {**cfg, **told})
 
 
+def _sae_file(source, filename: str) -> Path:
+    """One file of what `read_sae` reads."""
+    name, _, inside = str(source).partition(":")
+    if os.path.isdir(os.path.expanduser(str(source))):
+        name, inside = str(source), ""
+    return fetch(name, os.path.join(inside, filename))
+
+
+def sae_key(source) -> str:
+    """The identity of what `read_sae` reads."""
+    return files_key([_sae_file(source, name) for name in SAE_FILES], os.sep)
+
+
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     """What `write_sae` was given: every tensor of an SAE for raw activations, floating ones in
     float32, and its cfg.json, in which `metadata` and its `saeft` are dicts. `source`: a folder in
     SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
     what our equations cannot express, whatever the architecture."""
-    source = str(source)
-    name, _, inside = source.partition(":")
-    if os.path.isdir(os.path.expanduser(source)):
-        name, inside = source, ""
-    cfg = read_json(fetch(name, os.path.join(inside, SAE_FILES[0])))
+    cfg = read_json(_sae_file(source, SAE_FILES[0]))
     metadata = _dict(cfg, "metadata")
     cfg["metadata"] = {**metadata, "saeft": _dict(metadata, "saeft")}
     origin = {**cfg, **metadata}
@@ -431,7 +444,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
         refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
-    path = fetch(name, os.path.join(inside, SAE_FILES[1]))
+    path = _sae_file(source, SAE_FILES[1])
     tensors = read_safetensors(path, dtype=torch.float32)
     D, F = cfg.get("d_in"), cfg.get("d_sae")
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
@@ -452,7 +465,7 @@ def _dict(parent: dict, key: str) -> dict:
 # and sparsify, for its output; in dictionary_learning's words.
 HOOKS = [
     r"blocks\.(?P<block>[0-9]+)\.(?P<place>\w[\w.]*)",
-    r"(?:[a-z_]\w*\.)*(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
+    r"(?:(?:gpt_neox|transformer|language_model|model)\.)*(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
     r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
 ]
 SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_post")
@@ -494,6 +507,8 @@ def sae_settings(cfg: dict) -> dict:
     model, data, bos, context, tokens (those of its data that it has seen), k, d_sae. UserError
     for a hook that is not understood, and for values of other types."""
     origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
+    beside = f"what was trained is the {origin.get('adapter')} beside this SAE"
+    refuse("adapter" in origin, f"{beside}: load() of experiments/baselines.py reads both")
     for key, (name, kind) in ORIGIN.items():  # before SAELens 6 they stand among the rest
         value = told[name] = origin.get(key)
         natural = type(value) is kind and (kind is not int or value >= 0)
@@ -512,7 +527,7 @@ def sae_settings(cfg: dict) -> dict:
     k = cfg.get("k") or cfg["metadata"]["saeft"].get("k")
     refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
     told["k"] = [k] if k else None
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in told.items() if value not in (None, "")}
 
 
 def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
@@ -650,13 +665,16 @@ class Tokenizer:
     """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: ▁ is a space).
     n_vocab: largest id + 1. eos_id: the token between documents, by default <|endoftext|>, <eos>
-    or </s>. bos_id: None without a <bos>. An exception for files that are not read exactly."""
+    or </s>. bos_id: what it puts first, or <bos>; None without one. An exception for files that are
+    not read exactly."""
 
     def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
         _check_settings(spec, GEMMA if gemma else NEOX)
         ids = _all_ids(spec)
-        self.fingerprint, self.n_vocab, self.bos_id = _key(spec), len(ids), ids.get("<bos>")
+        self.fingerprint, self.n_vocab = _key(spec), len(ids)
+        first = ((spec.get("post_processor") or {}).get("single") or [{}])[0]
+        self.bos_id = ids.get(first.get("SpecialToken", {}).get("id", "<bos>"))
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
         known = [ids[name] for name in names if name in ids]
         if not known:
@@ -719,11 +737,15 @@ class Tokenizer:
 def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes its
     <bos> away, "yes" lets the end of text serve where there is none. Raises UserError."""
-    path, eos = fetch(str(name), "tokenizer.json"), None
+    path, beside = fetch(str(name), "tokenizer.json"), None
     with suppress(UserError):  # there is no such file
-        eos = read_json(fetch(str(name), "tokenizer_config.json")).get("eos_token")
+        beside = fetch(str(name), "tokenizer_config.json")
+    config = read_json(beside) if beside else {}
+    eos, added = config.get("eos_token"), config.get("added_tokens_decoder") or {}
     with user_errors(f"cannot read {path}"):
         tokenizer = Tokenizer(read_json(path), eos["content"] if isinstance(eos, dict) else eos)
+        if added and max(map(int, added)) >= tokenizer.n_vocab:
+            raise ValueError(f"{beside} adds tokens that it lacks")
     if bos == "yes" and tokenizer.bos_id is None:
         tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
     if bos == "no":
@@ -769,6 +791,12 @@ def _place(data: str) -> str:
     return f"hf://datasets/{name}" if on_hub else path
 
 
+def same_source(data: str | None, other: str | None) -> bool:
+    """Whether two names, None for the usual one, are of the same place."""
+    one, two = (os.path.realpath(_place(name or other or "")) for name in (data, other))
+    return one == two
+
+
 def source_files(data: str) -> list[tuple[str, int]]:
     """(path, bytes) of the files that a source is read from, all of text or all of ids; a line
     says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
@@ -777,7 +805,8 @@ def source_files(data: str) -> list[tuple[str, int]]:
     all. A split is a whole word in the name of a folder or a file."""
     place = data if data.startswith("hf://") else _place(data)
     found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
-    names = [name for name in found if TEXT.search(name) or IDS.search(name)]
+    shown = [name for name in found if not re.search(r"(^|/)\.", name)]
+    names = [name for name in shown if TEXT.search(name) or IDS.search(name)]
     forms = f".txt, .jsonl, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
     refuse(not names, f"no text in {data!r}: give one of {forms}")
     of_ids = [name for name in names if IDS.search(name)]
@@ -785,9 +814,9 @@ def source_files(data: str) -> list[tuple[str, int]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    if len(names) > 1:
-        shown = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
-        say_once(f"{data}: reading {len(taken)} of {len(names)} files: {shown}")
+    if len(shown) > 1:
+        some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
+        say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")
     if not of_ids and not place.startswith("hf://"):
         random.Random(0).shuffle(taken)
     return [found[name] for name in taken]
@@ -803,14 +832,16 @@ def _hub_files(place: str) -> dict[str, tuple[str, int]]:
 
 
 def _local_files(root: str) -> dict[str, tuple[str, int]]:
-    """{name in the folder: (path, bytes)} of its regular files, or of the one file; what is hidden
-    and folders that are links are left out."""
+    """{name in the folder: (path, bytes)} of its regular files, or of the one file. UserError for
+    a link to a folder, which would be left out, or to nothing."""
     if os.path.isfile(root):
         return {os.path.basename(root): (root, os.path.getsize(root))}
     below = sorted(Path(root).rglob("*")) if os.path.isdir(root) else []
+    for path in below:
+        link = path.is_symlink() and not path.is_file() and not path.name.startswith(".")
+        refuse(link, f"{path} is a link, but to no file: name the folder itself, or remove it")
     files = {path.relative_to(root).as_posix(): path for path in below if path.is_file()}
-    shown = [name for name in files if not re.search(r"(^|/)\.", name)]
-    return {name: (str(files[name]), files[name].stat().st_size) for name in shown}
+    return {name: (str(path), path.stat().st_size) for name, path in files.items()}
 
 
 @contextmanager
@@ -1006,7 +1037,10 @@ class TokenStream:
             have = self.tokens[side] // self.stride * self.stride
             if self.allow_short and have:
                 self.need[side] = min(self.need[side], have)
-            advice = f"lower {flag}" if have else "give more text"
+            lower = (
+                f"lower {flag} (with --start, --kl-tokens)" if side == TRAIN else f"lower {flag}"
+            )
+            advice = lower if have else "give more text"
             short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
             refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
 
@@ -1068,6 +1102,10 @@ class TokenStream:
     def _copy_ids(self, files: list[tuple[str, int]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut
         there. Training: all before it. `passed` counts ids."""
+        for path, size in files:
+            kind, advice = self.dtype.name, f"ids of this tokenizer, under {self.n_ids:,}, or text"
+            uneven = size % self.dtype.itemsize
+            refuse(uneven, f"{path}: {size:,} bytes are no whole {kind}: give {kind} {advice}")
         *before, (last, end) = [(path, size // self.dtype.itemsize) for path, size in files]
         begin = 0
         if not before:
@@ -1232,7 +1270,7 @@ class RunFolder:
             differs = was != value and name not in may_differ
             refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
         for part, key in identity.items():
-            changed = saved["identity"].get(part) != key
+            changed = saved.get("identity", {}).get(part) != key
             refuse(changed, f"--resume: the {part} of {settings[part]} changed since: --overwrite")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:

@@ -282,7 +282,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
     """The K largest of each token."""
 
     def __init__(self, d_model, d_sae, k, seed=0):
-        refuse(not 0 < k <= d_sae, f"K = {k} of {d_sae} latents")
+        refuse(not 0 < k <= d_sae or k % 1, f"K = {k} of {d_sae} latents")
         super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre, n):
@@ -379,8 +379,8 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 def kind_of(cfg: dict, source="") -> type[SAE]:
     """The class of a parsed cfg.json: what wrote it, where that is known here, else whatever has
     SAELens's architecture. UserError for others."""
-    architecture = cfg.get("architecture", "standard")
-    kind = KINDS.get(cfg["metadata"]["saeft"].get("kind"))
+    architecture = str(cfg.get("architecture", "standard"))
+    kind = KINDS.get(str(cfg["metadata"]["saeft"].get("kind")))
     if kind is None or kind.architecture != architecture:
         kind = KINDS.get("relu" if architecture == "standard" else architecture)
     known = ", ".join(sorted({cls.architecture for cls in KINDS.values()}))
@@ -1002,7 +1002,7 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     )
     linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
     kinds = ["linear"] if linear else ["default"]
-    numbers = {"rope_theta": base, "factor": float if linear else 1.0}
+    numbers = {"rope_theta": float(base), "factor": float if linear else 1.0}
     numbers["partial_rotary_factor"] = (share, None)
     choices = {"rope_type": kinds, "type": kinds}
     if share == 1:  # Gemma knows no other
@@ -1175,6 +1175,7 @@ class Pythia(LanguageModel):
     numbers = {**LanguageModel.numbers, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
     numbers["layer_norm_eps"] = 1e-5
     choices = {"hidden_act": ["gelu"], "use_parallel_residual": [True, False]}
+    choices["attention_bias"] = [True]
     choices["tie_word_embeddings"] = [False, True]
     eps = "layer_norm_eps"
 
@@ -1365,6 +1366,7 @@ def join_processes(name: str) -> torch.device:
     name = f"cuda:{local or 0}" if name == "cuda" else name
     with user_errors(f"--device {name} is not there"):
         device = torch.zeros((), device=name).device
+        refuse(device.type == "meta", "it holds no numbers")
     if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
@@ -1386,6 +1388,8 @@ def check(config: Config) -> LanguageModel:
         config.layer = (last + 1) // 2
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
+    several = len(config.k) > 1 and "k" not in KINDS[config.sae].numbers
+    refuse(several, f"--k {config.k}: a {config.sae} SAE has no K, they would be the same")
     layer, k, context = config.layer, max(config.k), config.context
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
     refuse(k > config.d_sae, f"--k {k} is above d_sae = {config.d_sae}")
@@ -1470,6 +1474,8 @@ class Run:
         self.stream = TokenStream(*source, report=progress, n_rows=len(self.lm.W_U))
         closing.callback(self.stream.close)
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
+        if config.start:
+            self.identity["start"] = model_loaders.sae_key(config.start)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 
@@ -1556,7 +1562,7 @@ class Run:
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
         done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
-            known = trained and before["gap"]
+            known = trained and before["gap"] > 0  # else there is none to close
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
@@ -1648,8 +1654,8 @@ class Run:
         saved = self.folder.load_state(self.device) if self.config.resume else None
         if saved:
             self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
-            self.done = Done(**saved["done"])
-            self.interrupted = saved["phase"]
+            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
+                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
         return saved is not None
 
     def on_signal(self, number: int, frame):
@@ -1673,8 +1679,8 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     config = settings(**{**preset, **told, **given})
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
-        seen = told.get("tokens", 0) if config.data in (None, told.get("data")) else 0
-        config.tokens = seen + config.kl_tokens
+        same = model_loaders.same_source(config.data, told.get("data"))
+        config.tokens = config.kl_tokens + (told.get("tokens", 0) if same else 0)
     return config
 
 

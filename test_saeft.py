@@ -401,6 +401,7 @@ def test_every_command_in_the_readme_is_one():
 MISTAKES = {
     "k 0": ("--k 0", "--k 0"),
     "k above F": ("--k 65", "--k 65"),
+    "several SAEs that would be the same": ("--sae relu --k 4 8", "a relu SAE has no K"),
     "layer too high": ("--layer 6", "--layer 6: tiny has layers 0 to 5"),
     "layer negative": ("--layer=-1", "--layer"),
     "kl-tokens above tokens": ("--kl-tokens 50k", "--kl-tokens 50000"),
@@ -2601,6 +2602,8 @@ UNREAD = [  # ends in a blank: convert.py is named
     ({}, {"metadata": CENTRED}, "center_writing_weights True "),
     ({}, CENTRED, "center_writing_weights True "),
     ({}, {"hook_head_index": 3}, "hook_head_index 3 "),
+    ({}, {"hook_point_head_index": 1}, "hook_point_head_index 1 "),
+    ({}, {"activation_fn": "topk"}, "activation_fn 'topk' "),
     ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
     ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
     ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),
@@ -3029,16 +3032,21 @@ def test_forms_of_text(tmp_path):
 
 
 def test_links(tmp_path, monkeypatch):
-    """One to the folder or to a file is followed, one to a folder in it is not."""
+    """One to the folder or to a file is followed, one to a folder in it, or to nothing, refused."""
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("text")
-    (tmp_path / "real" / "round").symlink_to(tmp_path / "real")
     (tmp_path / "data").symlink_to(tmp_path / "real")
     (tmp_path / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
     assert list(documents(str(tmp_path / "data"))) == ["text"]
     assert list(documents(str(tmp_path / "b.txt"))) == ["text"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert list(documents("~/real")) == ["text"]
+    for target in (tmp_path / "real", "nothing.txt"):
+        link = tmp_path / "real" / "train"
+        link.symlink_to(target)
+        with pytest.raises(UserError, match="train is a link, but to no file"):
+            list(documents(str(tmp_path / "real")))
+        link.unlink()
 
 
 def test_memory_stays_bounded_and_nothing_hangs(tmp_path):
@@ -3215,7 +3223,7 @@ def test_short_data(tmp_path, lines_file, stream):
     s = stream(lines_file, train=2_000_000)
     with pytest.raises(UserError) as error:
         s.train(s.n_train - 1, 1)
-    advice = "lower --tokens"
+    advice = "lower --tokens (with --start, --kl-tokens)"
     counts = f"{have:,} training tokens, 2,000,000 were asked for"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
     with pytest.raises(UserError, match="validation tokens, 9,000,000 .*--eval-tokens"):
@@ -3455,6 +3463,37 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     assert stream(tmp_path / "folder").key != folder
     os.utime(tmp_path / "folder" / "a.jsonl", ns=(0, 1))
     assert stream(tmp_path / "folder" / "a.jsonl").key != first.key
+
+
+def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
+    """As transformers reads them: what is put first, tokens that tokenizer.json lacks, damage; one
+    file of weights before shards."""
+    folder = tmp_path / "m"
+    shutil.copytree(model_loaders.TINY, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": spec["added_tokens"][0]["content"], "type_id": 0}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": [first, {"Sequence": {}}]}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert model_loaders.load_tokenizer(str(folder)).bos_id == spec["added_tokens"][0]["id"]
+    beside = folder / "tokenizer_config.json"
+    beside.write_text(json.dumps({"added_tokens_decoder": {"2048": {"content": "<new>"}}}))
+    with pytest.raises(UserError, match="adds tokens that it lacks"):
+        model_loaders.load_tokenizer(str(folder))
+    beside.write_text('{"eos_token": ')
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        model_loaders.load_tokenizer(str(folder))
+    index = {"weight_map": {"x": "old-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    lm, other = (saeft.load_lm(name) for name in (str(folder), "tiny"))
+    assert torch.equal(lm.W_U, other.W_U)
+
+
+def test_two_names_of_one_place_are_the_same_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    same = model_loaders.same_source
+    assert same("x.txt", f"{tmp_path}/a/../x.txt") and same(None, "pile")
+    assert same("pile", model_loaders.DATASETS["pile"]) and not same("x.txt", None)
+    assert not same("c4", "pile")
 
 
 def test_a_models_key_is_its_files(tmp_path):

@@ -120,7 +120,7 @@ class Baseline(Trainee):
         if self.method == "lora-sae":
             self.trained.merged().save(folder, metadata)
             return
-        self.sae.save(folder, metadata)
+        self.sae.save(folder, {**metadata, "adapter": self.method})
         state = self.state_dict()["trained"]
         state = {k: v for k, v in state.items() if not k.startswith("sae.")}
         told = {"method": self.method, "rank": str(self.rank)}

@@ -294,4 +294,5 @@ if __name__ == "__main__":
     try:
         main()
     except model_loaders.UserError as error:
-        sys.exit(f"bench: {error}")
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)

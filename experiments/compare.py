@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
+from model_loaders import UserError, flags_of, read_json, refuse
 
 LABELS = {"MSE": "MSE", "kl": "kl", "mse": "mse", "kl-only": "kl-only"}
 
@@ -25,11 +26,16 @@ LABELS = {"MSE": "MSE", "kl": "kl", "mse": "mse", "kl-only": "kl-only"}
 def run(out: Path, name: str, flags: list[str]) -> dict:
     """A run's report; of one that is finished, as it is."""
     path = out / name / "report.json"
+    line = [*flags, "--out", str(out), "--name", name, "--resume"]
     if not path.exists():
-        line = [*flags, "--out", str(out), "--name", name, "--resume"]
         status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
+    given = vars(flags_of(baselines.Settings, "").parse_args(line))
+    kept = read_json(out / name / "config.json")
+    for flag in given.keys() - {"out", "name", "resume"}:
+        differs = given[flag] != kept.get(flag)
+        refuse(differs, f"{path.parent} was made with {flag} {kept.get(flag)}: give another --out")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -115,4 +121,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        sys.exit(2)

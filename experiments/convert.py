@@ -105,7 +105,7 @@ def saelens(tensors: dict, source: Source) -> dict:
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     if function != "relu":
         architecture, k = function, (cfg.get("activation_fn_kwargs") or {}).get("k", k)
-    for key in ("reshape_activations", "hook_head_index"):
+    for key in ("reshape_activations", "hook_head_index", "hook_point_head_index", "adapter"):
         refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
     centred = (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
     refuse(centred, "center_writing_weights: it reads x less its mean, and returns that")
@@ -164,16 +164,19 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
         other = trainer.get(key, None) not in {None, *sizes}
         refuse(other, f"its config.json is of another SAE: {key} is {trainer.get(key)}")
     name = trainer.get("dict_class") or by_tensors(tensors, source.kind)
-    k = [int(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
+    k = [float(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
+    refuse(any(n % 1 for n in k), f"its k is {k}")
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
     unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}
     tensors.pop(unused.get(name), None)  # in place of k, if asked for; of the loss
-    cfg = {"architecture": CLASSES.get(name, name), "k": k[0] if k else None}
+    cfg = {"architecture": CLASSES.get(name, name), "k": int(k[0]) if k else None}
     cfg["apply_b_dec_to_input"] = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     cfg["rescale_acts_by_decoder_norm"] = name == "AutoEncoder"  # by its loader
     io = buffer.get("io", "out")  # of the module
     cfg["hook_name"] = trainer.get("submodule_name") if io == "out" else io
     cfg.update(layer=trainer.get("layer"), context_size=buffer.get("ctx_len"))
+    if not cfg["hook_name"] and cfg["layer"] is not None:
+        print(f"note: it is taken to read the output of block {cfg['layer']}: no file says what")
     return {**cfg, "model_name": trainer.get("lm_name"), **UNPROCESSED}
 
 
@@ -209,16 +212,25 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
     return {**cfg, "model_name": f"google/{model}" if model else None, **UNPROCESSED}
 
 
+SPARSIFY = ("activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "d_in")
+SPARSIFY += ("multi_topk",)  # of the loss
+
+
 def sparsify(tensors: dict, source: Source) -> dict:
     cfg, folder = source.json("cfg.json", needed=True), source.words[-1]
     run = source.json("../config.json") if source.folder else {}  # of all layers
-    refused = [key for key in ("transcode", "skip_connection", "signed") if cfg.get(key)]
+    refused = [key for key, value in cfg.items() if value and key not in SPARSIFY]
+    refused += ["transcode"] if run.get("transcode") else []
     architecture = refused[0] if refused else cfg.get("activation", "topk")
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
+    others = run.get("hookpoints") or [hook]
+    refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
     if hook:
         print(f"note: it reads {hook}, as its folder is called")
     cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
+    if run.get("revision"):
+        cfg["model_name"] += f"@{run['revision']}"
     return {**cfg, "dataset_path": run.get("dataset")}
 
 
@@ -294,7 +306,8 @@ def convert(
     target = Path(folder).expanduser().absolute()
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
-    least = (layer or 0) >= 0 and (told.get("context_size") or 2) >= 2
+    told = {name: value for name, value in told.items() if value is not None}
+    least = (layer or 0) >= 0 and told.get("context_size", 2) >= 2
     refuse(not least, "--layer is 0 or more, --context 2 or more")
     files = Source(source)
     files.kind = kind
@@ -303,7 +316,7 @@ def convert(
     refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
     with model_loaders.user_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
-        cfg = {"k": None, **describe(tensors, files), **{k: v for k, v in told.items() if v}}
+        cfg = {"k": None, **describe(tensors, files), **told}
         L, tensors = block(cfg, files, layer), build(tensors, cfg)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")

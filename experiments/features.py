@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError, refuse
+from model_loaders import UserError, refuse, say
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -220,7 +220,18 @@ def load(args, n_train: int = 0) -> tuple:
     widths = sae.W_dec.shape[1], lm.W_U.shape[1]
     refuse(widths[0] != widths[1], f"{args.run} has d_in {widths[0]}, {args.model} {widths[1]}")
     source = args.data, tokenizer, args.context, max(args.context, n_train), args.tokens
+    limits = {"layer": (0, len(lm.blocks) - 1), "context": (2, lm.max_context)}
+    limits.update(tokens=(1, 10**12), latents=(1, 10**6), sink_norm=(0, 1e9), seed=(0, 2**32 - 1))
+    for name, (low, high) in limits.items():
+        value, flag = getattr(args, name), name.replace("_", "-")
+        refuse(not low <= value <= high, f"--{flag} {value} is not from {low} to {high}")
     stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
+    if (folder / "report.json").exists():
+        was = model_loaders.read_json(folder / "report.json").get("identity", {})
+        now = {"model": model_loaders.model_key(args.model), "data": stream.key}
+        for part in was.keys() & now.keys():
+            if was[part] != now[part]:
+                say(f"note: the {part}, {getattr(args, part)}, is not what {args.run} was run with")
     return lm, tokenizer, sae, before, stream
 
 
@@ -236,6 +247,7 @@ def make_page(args) -> str:
         report = model_loaders.read_json(folder / "report.json")
         for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
             was, now = report.get(f"{name}_mse"), report.get(f"{name}_final")
+            refuse(None in (was, now), f"{folder / 'report.json'} is no report of saeft")
             data["facts"] += f" {words} {was:.4f} before the fine-tune, {now:.4f} after."
     out = Path(args.out or folder / "features.html")
     size = write_page(data, f"Latents of {folder.resolve().name}", out)

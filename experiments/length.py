@@ -33,6 +33,7 @@ from model_loaders import (
     progress,
     read_json,
     refuse,
+    sae_key,
     sae_metadata,
     say,
     write_text,
@@ -108,7 +109,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         run.done.results["MSE"] = [mean(before)]
-        base = {"start": config.start, "sae": config.sae, "k": sae.k}
+        base = {"start": config.start, "key": sae_key(config.start), "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
@@ -213,8 +214,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
     starts = args.start or []
+    refuse(args.seeds < 1 or not min(args.rates) > 0, "--seeds and --rates are above 0")
     for seed in range(0 if args.start else args.seeds):
         usual = saeft.parse(flags)
+        refuse(len(usual.k) > 1, f"--k {usual.k}: give one")
         tokens = args.tokens or str(usual.tokens - usual.kl_tokens)
         once = ["--tokens", tokens, "--kl-tokens", "0", "--seed", str(seed)]
         finished(args.out, f"seed{seed}", [*flags, *once])
@@ -226,13 +229,15 @@ def main() -> None:
     for start in starts:
         longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
-        step, todo = config.kl_batch * config.context, {}
+        step, todo, key = config.kl_batch * config.context, {}, sae_key(start)
+        refuse(min(args.lengths) < step, f"--lengths {min(args.lengths)}: a step has {step} tokens")
         for n in sorted({n // step * step for n in args.lengths}):
-            cells = {(row["start"], row["tokens"], row["lr"]) for row in rows}
-            todo[n] = [lr for lr in args.rates if (start, n, lr) not in cells]
+            cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
+            todo[n] = [lr for lr in args.rates if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
         for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
             write_text(path, json.dumps(kept, indent=1))
+    rows = [row for row in rows if row["key"] in {sae_key(start) for start in starts}]
     print_table(rows)
     draw(rows, args.out / "length.png")
 
@@ -241,4 +246,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"length: {error}")
+        print(f"length: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -205,4 +205,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"others: {error}")
+        print(f"others: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -113,4 +113,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"repaired: {error}")
+        print(f"repaired: {error}", file=sys.stderr)
+        sys.exit(2)
