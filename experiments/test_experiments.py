@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from experiments import baselines, convert, features, length, others, repaired
+from experiments import baselines, compare, convert, features, length, others, repaired
 from saeft import SAE, Phase
 from test_saeft import (
     BYTE,
@@ -789,6 +789,9 @@ REFUSED = {
     "skip connection": (sparse(skip_connection=True), "skip_connection"),
     "sparsify transcoder": (sparse(transcode=True), "transcode"),
     "signed": (sparse(signed=True), "signed"),
+    "sparsify, a key of an older version": (sparse(gram_lookup=True), "gram_lookup"),
+    "dl k": (dl("AutoEncoderTopK", k=4.7), "its k is"),
+    "lens head": (flat(hook_point_head_index=1), "hook_point_head_index"),
     "sparsify mlp": (in_folder("layers.3.mlp"), "layers.3.mlp"),
     "sparsify embedding": (in_folder("embed_tokens"), "embed_tokens"),
     "scope transcoder": (scope2(hf_hook_point_out="model.layers.3.output"), "transcoder"),
@@ -1294,6 +1297,42 @@ def test_cities_are_written_where_ravel_looks_for_them(tmp_path):
     for name, prompts in instance.attribute_type_to_templates.items():
         assert name in known or name == "Timezone"
         assert all(prompt.count("%s") == 1 for prompt in prompts)
+
+
+def test_what_was_made_otherwise_is_not_taken_for_the_same(tmp_path, capsys):
+    """A finished run of other flags; an SAE that an adapter stands beside; another SAE in the place
+    of the first."""
+    flags = [*SMALL.split(), "--layer", "2", "--method", "linear-adapter"]
+    compare.run(tmp_path, "x", [*flags, "--rank", "2"])
+    compare.run(tmp_path, "x", [*flags, "--rank", "2"])
+    with pytest.raises(saeft.UserError, match="made with rank 2"):
+        compare.run(tmp_path, "x", [*flags, "--rank", "3"])
+    folder = tmp_path / "x"
+    start = ["--start", str(folder), "--kl-tokens", "1k", "--out", str(tmp_path)]
+    assert saeft.main(start) == features.main([str(folder)]) == 2
+    assert capsys.readouterr().err.count("the linear-adapter beside this SAE") == 2
+    assert convert.main([str(folder), str(tmp_path / "new")]) == 2
+    key = model_loaders.sae_key(folder)
+    assert key == model_loaders.sae_key(folder) != model_loaders.sae_key(folder / "before")
+    shutil.copy(folder / "before" / "sae_weights.safetensors", folder)
+    assert model_loaders.sae_key(folder) != key
+
+
+@pytest.mark.parametrize("flags", ["--layer 99", "--context 4096", "--sink-norm nan", "--tokens 0"])
+def test_features_are_not_of_what_a_model_lacks(page_run, flags, capsys):
+    cfg = json.loads((page_run / "cfg.json").read_text())
+    del cfg["metadata"]["hook_name"]
+    (page_run / "cfg.json").write_text(json.dumps(cfg))
+    assert features.main([str(page_run), "--layer", "2", *flags.split()]) == 2
+    assert f"{flags.split()[0]} " in capsys.readouterr().err
+
+
+def test_a_page_says_that_the_model_is_another_now(page_run, capsys):
+    report = {"identity": {"model": "0" * 16}, "gap_mse": 2, "gap_final": 1}
+    report.update(fvu_mse=0.2, fvu_final=0.1)
+    (page_run / "report.json").write_text(json.dumps(report))
+    assert features.main([str(page_run), "--tokens", "2k"]) == 0
+    assert "note: the model, tiny, is not what" in capsys.readouterr().out
 
 
 # ---- Nothing guessed (experiments) -------------------------------------------------------------
