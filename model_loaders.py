@@ -465,7 +465,8 @@ def _dict(parent: dict, key: str) -> dict:
 # and sparsify, for its output; in dictionary_learning's words.
 HOOKS = [
     r"blocks\.(?P<block>[0-9]+)\.(?P<place>\w[\w.]*)",
-    r"(?:(?:gpt_neox|transformer|language_model|model)\.)*(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
+    r"(?:(?:gpt_neox|transformer|language_model|model)\.)*"
+    r"(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
     r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
 ]
 SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_post")
@@ -982,6 +983,8 @@ class TokenStream:
         self.asked = [train, val]  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+        wanted = f"ids of this tokenizer, under {self.n_ids:,}, or text"
+        self.advice = f"give {self.dtype.name} {wanted}"  # where a .bin holds something else
         self.place, version, folder = source_now(data, cache)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
@@ -1031,16 +1034,13 @@ class TokenStream:
         if self.failure:
             raise self.failure
         for side, kind, flag in (
-            (TRAIN, "training", "--tokens"),
+            (TRAIN, "training", "--tokens (with --start, --kl-tokens)"),
             (VAL, "validation", "--eval-tokens"),
         ):
             have = self.tokens[side] // self.stride * self.stride
             if self.allow_short and have:
                 self.need[side] = min(self.need[side], have)
-            lower = (
-                f"lower {flag} (with --start, --kl-tokens)" if side == TRAIN else f"lower {flag}"
-            )
-            advice = lower if have else "give more text"
+            advice = f"lower {flag}" if have else "give more text"
             short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
             refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
 
@@ -1103,9 +1103,8 @@ class TokenStream:
         """Validation: the last file; of one file its last 20th, without the document that is cut
         there. Training: all before it. `passed` counts ids."""
         for path, size in files:
-            kind, advice = self.dtype.name, f"ids of this tokenizer, under {self.n_ids:,}, or text"
             uneven = size % self.dtype.itemsize
-            refuse(uneven, f"{path}: {size:,} bytes are no whole {kind}: give {kind} {advice}")
+            refuse(uneven, f"{path}: {size:,} bytes are no whole {self.dtype.name}: {self.advice}")
         *before, (last, end) = [(path, size // self.dtype.itemsize) for path, size in files]
         begin = 0
         if not before:
@@ -1132,8 +1131,7 @@ class TokenStream:
         with opened(path) as file:
             file.seek(start * self.dtype.itemsize)
             ids = np.frombuffer(file.read(count * self.dtype.itemsize), self.dtype)
-        largest, kind = ids.max(initial=0), self.dtype.name
-        advice = f"give {kind} ids of this tokenizer, under {self.n_ids:,}, or text"
+        largest, kind, advice = ids.max(initial=0), self.dtype.name, self.advice
         wider = len(ids) > 15 and ids.any() and not ids[1::2].any()
         refuse(wider, f"{path}: as {kind} every second id is 0, so they are wider: {advice}")
         refuse(largest >= self.n_ids, f"{path}: as {kind} it holds {largest:,}: {advice}")

@@ -109,7 +109,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         run.done.results["MSE"] = [mean(before)]
-        base = {"start": config.start, "key": sae_key(config.start), "sae": config.sae, "k": sae.k}
+        base = {"start": config.start, "key": run.identity["start"], "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
@@ -226,10 +226,11 @@ def main() -> None:
     kept = read_json(path) if path.exists() else {"flags": flags}
     refuse(kept["flags"] != flags, f"{path} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
-    for start in starts:
+    keys = {start: sae_key(start) for start in starts}
+    for start, key in keys.items():
         longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
-        step, todo, key = config.kl_batch * config.context, {}, sae_key(start)
+        step, todo = config.kl_batch * config.context, {}
         refuse(min(args.lengths) < step, f"--lengths {min(args.lengths)}: a step has {step} tokens")
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
@@ -237,7 +238,7 @@ def main() -> None:
         todo = {n: rates for n, rates in todo.items() if rates}
         for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
             write_text(path, json.dumps(kept, indent=1))
-    rows = [row for row in rows if row["key"] in {sae_key(start) for start in starts}]
+    rows = [row for row in rows if row["key"] in keys.values()]
     print_table(rows)
     draw(rows, args.out / "length.png")
 
