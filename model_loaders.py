@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shutil
-import stat
 import sys
 import threading
 import time
@@ -298,10 +297,8 @@ SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 @contextmanager
 def open_file(path):
-    """The bytes of a regular file; UserError for whatever goes wrong while it is open."""
+    """The bytes of a file; UserError for whatever goes wrong while it is open."""
     with user_errors(f"cannot read {path}"):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")
         with open(path, "rb") as file:
             if file.peek().startswith(b"version https://git-lfs"):
                 raise ValueError("a Git LFS pointer in place of the file: git lfs pull")
@@ -859,15 +856,10 @@ def opened(path: str):
             yield file
 
 
-def documents(data: str):
-    """Yields the documents of a file or folder of .txt, .jsonl (.gz, .zst), or a Hub dataset,
-    always in the same order, in pieces of at most LONGEST characters. Raises UserError."""
-    return (piece for piece, _ in pieces(data))
-
-
 def pieces(data: str):
-    """Yields (piece, whether its document is held out) of `documents`: the side is decided by the
-    document, so that all its pieces are on one side."""
+    """Yields (piece, whether its document is held out) of a file or folder of .txt, .jsonl (.gz,
+    .zst), or a Hub dataset, always in the same order; a piece has at most LONGEST characters, and
+    all of a document are on one side. Raises UserError."""
     files = source_files(data)
     longest = PIECE if len(files) < FEW else WHOLE
     for path, _ in files:
@@ -960,21 +952,20 @@ def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
 
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
-    `data`: for `documents`, or .bin files of ids: little-endian uint16, or uint32 where the
+    `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
     tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
-    embedding; a document with an id beyond them is left out. `report` gets a line every second
-    while a caller waits. UserError for an unknown, short or failing source.
+    embedding; a document with an id beyond them is left out. UserError for an unknown, short or
+    failing source.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
     many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
 
     def __init__(
-        self, data, tokenizer, context, train, val,
-        cache=None, allow_short=False, report=progress, n_rows=None,
-    ):  # fmt: skip
+        self, data, tokenizer, context, train, val, cache=None, allow_short=False, n_rows=None
+    ):
         self.data, self.tokenizer, self.context = data, tokenizer, context
-        self.allow_short, self.report = allow_short, report
+        self.allow_short = allow_short
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         self.n_ids = min(tokenizer.n_vocab, n_rows or tokenizer.n_vocab)  # those that may occur
         beyond = f"the end of text, {eos}, or <bos>, {bos}, has no row in the embedding: {n_rows}"
@@ -1028,7 +1019,7 @@ class TokenStream:
             if waits % 10 == 0:
                 have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
                 done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
-                self.report(f"tokenising into {self.folder}: {done}")
+                progress(f"tokenising into {self.folder}: {done}")
         if self.thread.is_alive():
             return
         if self.failure:

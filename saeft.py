@@ -44,14 +44,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported ends quietly, too
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
 
@@ -187,7 +184,6 @@ class SAE(nn.Module):
     unit_norm = True  # whether decoder directions keep norm 1
     dead = ()  # in phase one, latents that have not fired for --dead-after tokens
     l0_target = None  # in phase two, the L0 of phase one
-    published = False  # whether others trained it
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
         cls.kind, cls.architecture = kind, architecture or cls.architecture
@@ -263,18 +259,15 @@ class SAE(nn.Module):
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        kind, own, numbers = kind_of(cfg, source), cfg["metadata"]["saeft"], {}
-        for name in kind.numbers:
-            value = numbers[name] = cfg.get(name, own.get(name, 0))
-            fits = type(value) in (int, float) and 0 <= value < 2**31
-            refuse(not fits, f"{source}: cfg.json has {name} = {value!r:.60}")
+        kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
         with user_errors(f"{source}: not what an SAE of kind {kind.kind} has"):
+            numbers = {name: cfg.get(name, own.get(name, 0.0)) for name in kind.numbers}
+            refuse(not all(0 <= n < 2**31 for n in numbers.values()), f"{source} has {numbers}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
             given = {k: v for k, v in sae.state_dict().items() if k in numbers}
             sae.load_state_dict({**given, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
-        sae.published = "first_sequence" not in cfg["metadata"]  # which our runs write
         return sae.eval()
 
 
@@ -321,8 +314,7 @@ class BatchTopK(JumpReLU, kind="batchtopk"):
     def select(self, pre, n):
         if not self.training:
             return super().select(pre, n)
-        # A published threshold may leave another L0 than K on this text.
-        k = self.l0_target if self.published and self.l0_target else self.k
+        k = self.l0_target or self.k  # a published threshold may leave another L0 than K
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
         return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
@@ -533,12 +525,8 @@ class ActivationBuffer:
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
-    def seconds_left(self) -> float:
-        """For the sequences that are still to be collected."""
-        return (self.n_sequences / max(1, self.next_sequence) - 1) * self.seconds
-
     def state_dict(self) -> dict:
-        names = ("rows", "used", "next_sequence", "refills")
+        names = ("rows", "used", "next_sequence", "refills", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
@@ -606,29 +594,24 @@ class Phase:
     first: int = 0  # phase two: its first sequence
     buffer: ActivationBuffer | None = None  # phase one
     step: int = 0
-    losses: list[Tensor] = field(default_factory=list)  # since the last line of metrics.jsonl
-    began: float = 0.0  # by time.monotonic; that of an interrupted phase as if it had gone on
+    began: float = field(default_factory=time.monotonic)  # as if it had gone on since
 
-    def __post_init__(self):
-        self.marks = collections.deque(maxlen=50)  # of the last steps: number, clock
-
-    def time_left(self) -> str:
-        """From the last steps; the buffer's refills, which come seldom, by themselves."""
-        left = self.buffer.seconds_left() if self.buffer else 0.0
-        (first, began), (last, ended) = self.marks[0], self.marks[-1]
-        if first == last:
-            return f"{self.steps - self.step} steps left"
-        left += (ended - began) / (last - first) * (self.steps - self.step)
+    def time_left(self, now: float) -> str:
+        """At the mean pace of steps and, by themselves, of the buffer's refills."""
+        seconds, left = now - self.began, 0.0
+        if self.buffer:
+            seconds -= self.buffer.seconds
+            left = (self.buffer.n_sequences / self.buffer.next_sequence - 1) * self.buffer.seconds
+        left += seconds / self.step * (self.steps - self.step)
         return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
 
     def state_dict(self) -> dict:
         trainees = [t.state_dict() for t in self.trainees]
         buffer = self.buffer.state_dict() if self.buffer else {}
-        plain = {"name": self.name, "step": self.step, "losses": self.losses}
-        return {**plain, "trainees": trainees, "buffer": buffer}
+        return {"name": self.name, "step": self.step, "trainees": trainees, "buffer": buffer}
 
     def load_state_dict(self, state: dict):
-        self.step, self.losses = state["step"], state["losses"]
+        self.step = state["step"]
         for t, saved in zip(self.trainees, state["trainees"]):
             t.load_state_dict(saved)
         if self.buffer:
@@ -761,14 +744,7 @@ def finetune(
         after_step(phase, figures)
 
 
-@dataclass
-class KLOnly(Trainee):
-    def loss(self, kl, mse, beta, penalty):
-        return kl + penalty / beta  # the penalty stands beside an MSE, and beta KL is as large
-
-
 METHODS["kl"] = lambda lm, sae, config: Trainee(sae, lm)
-METHODS["kl-only"] = lambda lm, sae, config: KLOnly(sae, lm)
 METHODS["mse"] = lambda lm, sae, config: Trainee(sae, lm, divergence=None)  # the control
 
 
@@ -837,6 +813,7 @@ def evaluate(
 
 
 # ---- Fast paths: on the CPU, the same values in less time --------------------------------------
+@dataclass
 class SparseRows:
     """A sparse f [N, F], which stands for the tensor in what an SAE does with it: f @ W [F, D],
     f * weights [F], sum, counts, to_dense.
@@ -844,19 +821,17 @@ class SparseRows:
     Its P entries stand token by token; `order` sorts them by latent. Where a token has fewer than
     K positive latents the rest of its values are 0."""
 
-    def __init__(self, values, rows, columns, shape, order=None):
-        self.values = values  # [P]
-        self.rows = rows  # [P], ascending: which token
-        self.columns = columns  # [P]: which latent
-        self.shape = shape  # N, F
-        self.order = order  # [P], where gradients are wanted
+    values: Tensor  # [P]
+    rows: Tensor  # [P], ascending: which token
+    columns: Tensor  # [P]: which latent
+    shape: torch.Size  # N, F
+    order: Tensor | None = None  # [P], where gradients are wanted
 
     def __matmul__(self, table):
         return SparseProduct.apply(self.values, self, table)
 
     def __mul__(self, weights):
-        values = self.values * weights[self.columns]
-        return SparseRows(values, self.rows, self.columns, self.shape, self.order)
+        return replace(self, values=self.values * weights[self.columns])
 
     def sum(self):
         return self.values.sum()
@@ -945,27 +920,23 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
     if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
         f.order = columns.int().sort(stable=True).indices
-        values = SparseEncoder.apply(x, b_dec, W_enc, b_enc, centred, f)
-        f = SparseRows(values, rows, columns, pre.shape, f.order)
+        f = replace(f, values=SparseEncoder.apply(x, b_dec, W_enc, b_enc, centred, f))
     return f
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def read_settings(config: dict, numbers: dict, choices: dict) -> SimpleNamespace:
+def read_settings(config: dict, numbers: dict, choices: dict, optional=()) -> SimpleNamespace:
     """A config.json's settings as attributes. UserError, with key and value, for others than:
-    numbers: key -> what silence means, or a type where there must be one. Above 0, whole where that
-    is; null where silence may mean it, too, as (number, None). choices: key -> what is supported,
-    first what silence means."""
-    read = dict(config)
-    for key, silent in numbers.items():
-        silent, *null = silent if isinstance(silent, tuple) else (silent,)
-        kind = silent if isinstance(silent, type) else type(silent)
-        value = read[key] = config.get(key, None if kind is silent else silent)
-        fits = type(value) in (kind, int) and 0 < value < 2**31 or value in null
-        refuse(not fits, f"config.json has {key} = {value!r:.80}: no positive {kind.__name__}")
+    numbers: key -> what silence means, or None where there must be one; above 0, or null if they
+    are `optional`. choices: key -> what is supported, first what silence means."""
+    read = {**numbers, **{key: known[0] for key, known in choices.items()}, **config}
+    for key in numbers:
+        positive = type(read[key]) in (int, float) and 0 < read[key] < 2**31
+        fits = positive or read[key] is None and key in optional
+        refuse(not fits, f"config.json has {key} = {read[key]!r:.80}: no positive number")
     for key, known in choices.items():
-        value = read[key] = config.get(key, known[0])
-        refuse(value not in known, f"config.json has {key} = {value!r:.80}; supported: {known}")
+        other = read[key] not in known
+        refuse(other, f"config.json has {key} = {read[key]!r:.80}; supported: {known}")
     return SimpleNamespace(**read)
 
 
@@ -993,21 +964,21 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
-    elif layer_type and isinstance(rope, dict):
-        rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
-    names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
-    known = isinstance(rope, dict) and rope.keys() <= names
-    refuse(
-        not known, f"config.json has rope_parameters or rope_scaling {rope!r:.80}: not supported"
-    )
+    elif layer_type:
+        rope = rope[layer_type]  # a flat one is not what it seems: transformers ignores it
     linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
-    kinds = ["linear"] if linear else ["default"]
-    numbers = {"rope_theta": float(base), "factor": float if linear else 1.0}
-    numbers["partial_rotary_factor"] = (share, None)
+    kinds = ["linear" if linear else "default"]
+    names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+    refuse(not rope.keys() <= names, f"config.json has rotary positions {rope!r:.80}")
+    numbers = {
+        "rope_theta": base,
+        "factor": None if linear else 1.0,
+        "partial_rotary_factor": share,
+    }
     choices = {"rope_type": kinds, "type": kinds}
     if share == 1:  # Gemma knows no other
         choices["partial_rotary_factor"] = [1.0, None]
-    rope = read_settings(rope, numbers, choices)
+    rope = read_settings(rope, numbers, choices, optional={"partial_rotary_factor"})
     dim = int(head_dim * (rope.partial_rotary_factor or share))
     return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
 
@@ -1036,23 +1007,18 @@ class LanguageModel(nn.Module):
     block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
     names = ()  # of body, embedding, blocks, final norm and head
     eps = ""  # the setting of the norms
-    numbers = {
-        "vocab_size": int,
-        "hidden_size": int,
-        "intermediate_size": int,
-        "num_hidden_layers": int,
-        "num_attention_heads": int,
-        "max_position_embeddings": 8192,
-    }
+    sizes = ("vocab_size", "hidden_size", "intermediate_size")
+    sizes += ("num_hidden_layers", "num_attention_heads")  # which there must be
+    numbers = {**dict.fromkeys(sizes), "max_position_embeddings": 8192}
     choices = {}
+    optional = ()
     n_skip = 0  # leading positions without content (<bos>)
     preset = ""  # flags that models of the family start with
-    logit_cap: float | None = None
     load_tokenizer = staticmethod(model_loaders.load_tokenizer)  # (name, bos) -> its tokenizer
 
     def __init__(self, config: dict):
         super().__init__()
-        c = read_settings(config, self.numbers, self.choices)
+        c = read_settings(config, self.numbers, self.choices, self.optional)
         n_layers = c.num_hidden_layers
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
         self.max_context = c.max_position_embeddings
@@ -1112,7 +1078,7 @@ class LanguageModel(nn.Module):
 
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return soft_cap(F.linear(self.final_norm(resid), self.W_U), self.logit_cap)
+        return F.linear(self.final_norm(resid), self.W_U)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
@@ -1250,15 +1216,11 @@ class GemmaBlock(nn.Module):
 
     def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
         super().__init__()
-        kinds = ["sliding_attention", "full_attention"]
         every = c.sliding_window_pattern if c.gemma_3 else 2
-        kind = kinds[(i + 1) % every == 0]
-        if c.layer_types:
-            known = isinstance(c.layer_types, list) and {*c.layer_types[i : i + 1]} <= {*kinds}
-            known = known and len(c.layer_types) > i
-            refuse(not known, f"config.json has layer_types = {c.layer_types!r:.80}")
-            kind = c.layer_types[i]
+        kind = "sliding_attention" if (i + 1) % every else "full_attention"
+        kind = (getattr(c, "layer_types", None) or {i: kind})[i]
         sliding = kind == "sliding_attention"
+        refuse(not sliding and kind != "full_attention", f"config.json has layer type {kind!r:.80}")
         base = c.rope_local_base_freq if c.gemma_3 and sliding else c.rope_theta
         self.rope = read_rope(vars(c), c.head_dim, base, 1.0, kind if c.gemma_3 else "")
         self.self_attn = GemmaAttention(c, c.sliding_window if sliding else None, norm)
@@ -1278,29 +1240,28 @@ class Gemma2(LanguageModel):
     block_kind = GemmaBlock
     norm_kind = RMSNorm
     names = ("model", "embed_tokens", "layers", "norm", "lm_head")
-    numbers = {**LanguageModel.numbers, "num_key_value_heads": int, "head_dim": 256}
+    numbers = {**LanguageModel.numbers, "num_key_value_heads": None, "head_dim": 256}
     numbers.update(query_pre_attn_scalar=256.0, rope_theta=1e4, sliding_window=4096)
-    numbers.update(attn_logit_softcapping=(50.0, None), final_logit_softcapping=(30.0, None))
-    numbers["rms_norm_eps"] = 1e-6
+    numbers.update(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6)
+    optional = ("attn_logit_softcapping", "final_logit_softcapping")
     choices = {"hidden_activation": ["gelu_pytorch_tanh"], "tie_word_embeddings": [True, False]}
     choices.update(use_bidirectional_attention=[False, None], gemma_3=[False])
     eps = "rms_norm_eps"
     n_skip = 1
     preset = "--dtype bfloat16 --kl-batch 2"
 
-    def __init__(self, config: dict):
-        super().__init__({"layer_types": None, **config})
-        self.logit_cap = self.settings.final_logit_softcapping
-
     def embed(self, tokens):
         x = super().embed(tokens)
         # The factor is rounded to the model's dtype, as the published weights expect.
         return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
 
+    def unembed(self, resid):
+        return soft_cap(super().unembed(resid), self.settings.final_logit_softcapping)
+
 
 class Gemma3(Gemma2):
     numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    numbers.update(sliding_window_pattern=6, final_logit_softcapping=(float, None))
+    numbers.update(sliding_window_pattern=6, final_logit_softcapping=None)
     choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
 
     def __init__(self, config: dict):
@@ -1374,10 +1335,6 @@ def join_processes(name: str) -> torch.device:
 
 
 # ---- A run, from its settings to its report ----------------------------------------------------
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; args[0] is the signal's number."""
-
-
 def check(config: Config) -> LanguageModel:
     """The model, without weights; config.layer where it is not given. UserError for settings that
     cannot be, with the value, before anything is loaded or written."""
@@ -1401,8 +1358,8 @@ def check(config: Config) -> LanguageModel:
     few = mse_tokens < batch * world_size() and kl_tokens < tokens and not config.start
     refuse(few, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
     step = config.kl_batch * context * world_size()
-    few = 0 < kl_tokens < step
-    refuse(few, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
+    few = f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)"
+    refuse(0 < kl_tokens < step, few)
     return lm
 
 
@@ -1434,8 +1391,7 @@ class Run:
         self.done = Done()
         self.interrupted = {}  # the state of the phase that a checkpoint was saved in
         self.saved = self.told = time.monotonic()
-        self.signal = None
-        self.in_loop = False
+        self.in_loop, self.stopping = False, 0  # the number of a signal
 
     def run(self):
         """The whole run."""
@@ -1454,14 +1410,11 @@ class Run:
         """Loads the model, and starts the stream of tokens."""
         config = self.config
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-        what = f"{config.sae} SAE of {config.d_sae:,} latents"
-        if "k" in KINDS[config.sae].numbers:
-            what += f", K {', '.join(map(str, config.k))}"
-        tokens = f"{config.tokens / 1e6:.2f}M tokens, {config.kl_tokens / 1e6:.2f}M of them"
-        if config.start:
-            what, tokens = f"the SAE of {config.start}", f"{config.kl_tokens / 1e6:.2f}M tokens"
-        say(f"saeft: {what}, block {config.layer} of {config.model}, on {self.device}")
-        say(f"{tokens} for {', '.join(config.method)}")
+        what = f"the SAE of {config.start}" if config.start else f"{config.sae} SAE"
+        block = f"block {config.layer} of {config.model}"
+        say(f"saeft: {what}, {config.d_sae:,} latents, {block}, on {self.device}")
+        mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
+        say(f"{mse_tokens:,} tokens of MSE, {config.kl_tokens:,} of {', '.join(config.method)}")
         tokenizer = self.lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
             config.data = model_loaders.usual_data(tokenizer)
@@ -1471,7 +1424,7 @@ class Run:
         for block in self.lm.blocks if config.compile else []:
             block.compile(fullgraph=True)
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, report=progress, n_rows=len(self.lm.W_U))
+        self.stream = TokenStream(*source, n_rows=len(self.lm.W_U))
         closing.callback(self.stream.close)
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
@@ -1571,7 +1524,7 @@ class Run:
     def label(self, name: str) -> str:
         start = "at the random start" if not self.n_mse else "after MSE"
         labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
-        labels.update({"kl-only": "after KL alone", "mse": "after MSE alone, same tokens"})
+        labels["mse"] = "after MSE alone, same tokens"
         return labels.get(name, f"after {name}")
 
     def report(self, i: int):
@@ -1602,12 +1555,10 @@ class Run:
         when a signal asks for the end."""
         now, first_or_last = time.monotonic(), phase.step in (1, phase.steps)
         self.done.seconds[phase.name] = now - phase.began
-        phase.marks.append((phase.step, now - (phase.buffer.seconds if phase.buffer else 0.0)))
-        phase.losses.append(torch.stack([row["loss"] for row in figures]))
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
+        row, left = figures[-1], phase.time_left(now)
         if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
-            row, left = figures[-1], phase.time_left()
             names = self.config.method if self.config.kl_tokens else []
             rest = [name for name in names if name not in {phase.name, *self.done.results}]
             then = ", ".join(["evaluation", *rest])
@@ -1615,31 +1566,26 @@ class Run:
             progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
-        wishes = torch.tensor([self.signal or 0, int(due)])
-        if world_size() > 1:
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)  # all processes stop at the same step
-        stop, due = wishes.tolist()
+        wishes = torch.tensor([float(self.stopping > 0), float(due)])
+        stop, due = sum_over_ranks(wishes).tolist()  # all processes at the same step
         if stop or due:
             self.checkpoint(phase)
         if stop:
-            raise Interrupted(stop)
+            raise KeyboardInterrupt(self.stopping or signal.SIGTERM)
 
     def log(self, phase: Phase, figures: list[dict]):
-        """A line of metrics.jsonl for each SAE. UserError where a loss was not finite."""
+        """A line of metrics.jsonl for each SAE: means over GPUs. UserError where a loss is not
+        finite."""
         config, step = self.config, phase.step
-        losses = mean_over_ranks(torch.stack(phase.losses))  # [steps since the last line, SAEs]
-        phase.losses = []
-        when = f"in the {len(losses)} steps to {step} of {phase.steps}"
-        finite = bool(losses.isfinite().all())
-        refuse(not finite, f"a loss of {phase.name} {when} is not finite: lower its rate")
+        table = torch.stack([torch.stack([*row.values()]) for row in figures])  # [SAEs, figures]
+        rows = [dict(zip(figures[0], row)) for row in mean_over_ranks(table).tolist()]
+        finite = all(math.isfinite(row["loss"]) for row in rows)
+        where = f"at step {step} of {phase.steps}"
+        refuse(not finite, f"a loss of {phase.name} {where} is not finite: lower its rate")
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
         line = {"phase": phase.name, "step": step, "tokens": step * per_step * world_size()}
         line["seconds"] = self.done.seconds[phase.name]
-        lines = []
-        for k, row, loss in zip(config.k, figures, losses.mean(0)):
-            row = {name: float(value) for name, value in row.items()}
-            lines.append(json.dumps({**line, "k": k, **row, "loss": float(loss)}))
-        self.folder.log(lines)
+        self.folder.log([json.dumps({**line, "k": k, **row}) for k, row in zip(config.k, rows)])
 
     def checkpoint(self, phase: Phase | None = None):
         """Saves all that `restore` needs, of several processes each its own."""
@@ -1660,9 +1606,9 @@ class Run:
 
     def on_signal(self, number: int, frame):
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
-        if not self.in_loop or self.signal is not None:
-            raise Interrupted(number)
-        self.signal = number
+        if not self.in_loop or self.stopping:
+            raise KeyboardInterrupt(number)
+        self.stopping = number
 
 
 # ---- The command line --------------------------------------------------------------------------
@@ -1713,11 +1659,9 @@ def main(argv: list[str] | None = None, settings: type = Config) -> int:
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
         return 2
-    except Interrupted as interrupted:
-        saved = (run.folder.path / "checkpoint.pt").exists()
-        advice = "the same command with --resume goes on" if saved else "nothing was done yet"
-        print(f"saeft: {signal.Signals(interrupted.args[0]).name}: {advice}", file=sys.stderr)
-        return 128 + interrupted.args[0]
+    except KeyboardInterrupt as interrupt:
+        print("saeft: interrupted; from a checkpoint on --resume goes on", file=sys.stderr)
+        return 128 + (*interrupt.args, signal.SIGINT)[0]
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python experiments/baselines.py --method kl lora-sae lora-lm --rank 16   # flags as saeft.py's
 
+kl-only            KL alone on the SAE
 lora-sae           LoRA on the SAE's encoder and decoder, the SAE frozen
 lora-lm            LoRA on the language model's matrices, the SAE frozen, KL to the original model
 lora-lm-after      the same on the blocks after L alone
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
 from model_loaders import flag, read_safetensors, write_safetensors
-from saeft import PLACES, SAE, KLOnly, LanguageModel, Trainee, activate, single
+from saeft import PLACES, SAE, LanguageModel, Trainee, activate, single
 
 
 @dataclass
@@ -110,6 +111,12 @@ class Adapter(nn.Module):
 
 
 @dataclass
+class KLOnly(Trainee):
+    def loss(self, kl, mse, beta, penalty):
+        return kl + penalty / beta  # the penalty stands beside an MSE, and beta KL is as large
+
+
+@dataclass
 class Baseline(Trainee):
     """A trainee that is saved as what it is: merged, or as an SAE and an adapter beside it."""
 
@@ -169,6 +176,7 @@ def method(name: str):
 
 NAMES = ("lora-sae", "lora-lm", "lora-lm-after", "linear-adapter", "mlp-adapter")
 saeft.METHODS.update({name: method(name) for name in NAMES})
+saeft.METHODS["kl-only"] = lambda lm, sae, config: KLOnly(sae, lm)
 
 if __name__ == "__main__":
     sys.exit(saeft.main(settings=Settings))

@@ -204,7 +204,8 @@ class Stages:
 
     def tokenise(self):
         tokenizer = model_loaders.load_tokenizer("tiny")
-        step = partial(tokenizer.encode_batch, list(model_loaders.documents("tiny")), 1)
+        texts = [text for text, _ in model_loaders.pieces("tiny")]
+        step = partial(tokenizer.encode_batch, texts, 1)
         yield sum(map(len, step())), {"tokenise on one core": step}
 
     def checkpoint(self):

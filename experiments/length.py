@@ -89,8 +89,8 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
     phase = saeft.Phase(method, trainees, steps, run.done.limit, first=run.n_mse)
 
     def after_step(phase, figures):
-        phase.marks.append((phase.step, time.monotonic()))
-        shown = f"{method}, {n_tokens:,} tokens: {phase.step / steps:.0%}, {phase.time_left()}"
+        left = phase.time_left(time.monotonic())
+        shown = f"{method}, {n_tokens:,} tokens: {phase.step / steps:.0%}, {left}"
         progress(shown, now=phase.step == 1)
 
     saeft.finetune(phase, run.lm, run.stream, config, after_step)
@@ -111,6 +111,9 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         run.done.results["MSE"] = [mean(before)]
         base = {"start": config.start, "key": run.identity["start"], "sae": config.sae, "k": sae.k}
         base.update({f"{name}_before": value for name, value in mean(before).items()})
+        base.update({part: run.identity[part] for part in ("model", "data")})
+        mixed = any(row.get(part) != base[part] for row in rows for part in ("model", "data"))
+        refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)

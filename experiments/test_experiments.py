@@ -1781,6 +1781,10 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     monkeypatch.setattr(saeft, "finetune", None)
     assert rows_of("1e-3", "3e-3") == both
     assert "| topk 4, " in capsys.readouterr().out
+    path = tmp_path / "length.json"
+    path.write_text(path.read_text().replace(both[0]["data"], "0" * 16))
+    with pytest.raises(model_loaders.UserError, match="rows of another model or other data"):
+        rows_of("1e-2")
     sizes[1] = "32"
     with pytest.raises(model_loaders.UserError, match="length.json is of flags --context 64"):
         rows_of("1e-3")
