@@ -1042,6 +1042,10 @@ class LanguageModel(nn.Module):
             self.load_state_dict(weights, assign=True)
         return self.eval().requires_grad_(False)
 
+    def compile(self):
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+
     def part(self, i: int) -> nn.Module:
         return getattr(self, self.names[0])[self.names[i]]
 
@@ -1421,8 +1425,8 @@ class Run:
         progress("loading the model")
         self.lm.load(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        for block in self.lm.blocks if config.compile else []:
-            block.compile(fullgraph=True)
+        if config.compile:
+            self.lm.compile()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         self.stream = TokenStream(*source, n_rows=len(self.lm.W_U))
         closing.callback(self.stream.close)

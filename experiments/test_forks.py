@@ -267,7 +267,7 @@ def test_a_fork_s_run_that_is_interrupted_ends_the_same(
 
     def interrupted(self, phase, figures):
         if (phase.name, phase.step) == (in_phase, 10):
-            self.signal = signal.SIGINT
+            self.stopping = signal.SIGINT
         after_step(self, phase, figures)
 
     line = f"{SMALL} {flags} --out {tmp_path} --name run".split()
@@ -280,13 +280,17 @@ def test_a_fork_s_run_that_is_interrupted_ends_the_same(
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
 
 
-def test_a_place_that_a_model_does_not_tell_is_refused(tmp_path, capsys):
+def test_what_any_model_cannot_do_is_refused(tmp_path, capsys):
     imported("place")
     saeft.FAMILIES["gpt_neox"] = imported("any_model").AnyModel
-    line = f"{SMALL} --place mlp_out --layer 2 --data tiny --out {tmp_path}"
-    assert saeft.main(line.split()) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # before it transformers tells its progress
-    assert error == "saeft: --place mlp_out: the blocks of that model do not tell theirs"
+    for flags, words in {
+        "--place mlp_out": "saeft: --place mlp_out: the blocks of that model do not tell theirs",
+        "--compile": "saeft: --compile: not here, where hooks leave a model's forward pass",
+    }.items():
+        line = f"{SMALL} {flags} --layer 2 --data tiny --out {tmp_path}"
+        assert saeft.main(line.split()) == 2
+        error = capsys.readouterr().err.splitlines()[-1]  # transformers' progress stands before it
+        assert error == words
 
 
 def test_any_model_of_a_revision(monkeypatch, tmp_path):

@@ -94,6 +94,9 @@ class AnyModel(saeft.LanguageModel):
             self.use(AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype).to(device))
         return self.eval().requires_grad_(False)
 
+    def compile(self):
+        model_loaders.refuse(True, "--compile: not here, where hooks leave a model's forward pass")
+
     @property
     def blocks(self) -> nn.ModuleList:
         return self.own_blocks[0]
