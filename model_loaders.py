@@ -156,6 +156,7 @@ MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 BLOCK = 1 << 22  # bytes, or numbers, at a time
+LARGE = 1 << 32  # bytes that take seconds to read
 commits = {}  # (repository, revision) -> commit: all files that a process reads are of one
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
 
@@ -218,7 +219,7 @@ def fetch(name: str, filename: str) -> Path:
 
 
 def model_key(name: str) -> str:
-    """The identity of a model and its weights: its commit on the Hub, or `files_key`."""
+    """The identity of a model and its weights: its commit on the Hub, or its files' contents."""
     folder = fetch(name, "config.json").parent
     repo, _, revision = long_name(name, MODELS).partition("@")
     if (repo, revision) in commits:
@@ -228,9 +229,29 @@ def model_key(name: str) -> str:
 
 
 def files_key(paths: list, top) -> str:
-    """The identity of files as they are now: their names below `top`, sizes and times."""
-    seen = [(os.path.relpath(path, top), os.stat(path)) for path in sorted(map(str, paths))]
-    return _key([(name, about.st_size, about.st_mtime_ns) for name, about in seen])
+    """The identity of files: their names below `top`, and contents."""
+    return _key([(os.path.relpath(path, top), _digest(path)) for path in sorted(map(str, paths))])
+
+
+def _digest(path: str):
+    """Of a file's bytes; of more than LARGE its size and times, of which no copy keeps the last."""
+    about = os.stat(path)
+    if about.st_size > LARGE:
+        return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+    digest = hashlib.blake2b(digest_size=16)
+    with open_file(path) as file:
+        for block in iter(partial(file.read, BLOCK), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def note_changes(run, settings: dict, identity: dict):
+    """Says which of model and data are not those of the run in a folder, if it is a run's."""
+    path = Path(run).expanduser() / "report.json"
+    was = _dict(read_json(path) if path.exists() else {}, "identity")
+    for part in ("model", "data"):
+        if was.get(part, identity[part]) != identity[part]:
+            say(f"note: the {part}, {settings[part]}, is not what {run} was made with")
 
 
 def _key(content) -> str:
@@ -290,7 +311,7 @@ SAE_SETTINGS = {
     "hook_point_head_index": [None],  # before SAELens 3
     "activation_fn": ["relu"],
     "activation_fn_str": ["relu"],  # before SAELens 6
-    "center_writing_weights": [False],  # or it was trained on x less its mean
+    "center_writing_weights": [False, None],  # or it was trained on x less its mean
 }
 SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
@@ -424,7 +445,8 @@ def _sae_file(source, filename: str) -> Path:
 
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    return files_key([_sae_file(source, name) for name in SAE_FILES], os.sep)
+    files = [_sae_file(source, name) for name in SAE_FILES]
+    return files_key(files, files[0].parent)
 
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
@@ -497,13 +519,14 @@ ORIGIN = {
     "context_size": ("context", int),
     "prepend_bos": ("bos", bool),
     "first_sequence": ("tokens", int),
+    "sink_norm": ("sink_norm", float),
 }
 
 
 def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
-    model, data, bos, context, tokens (those of its data that it has seen), k, d_sae. UserError
-    for a hook that is not understood, and for values of other types."""
+    model, data, bos, context, tokens (those of its data that it has seen), sink_norm, k, d_sae.
+    UserError for a hook that is not understood, and for values of other types."""
     origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
     beside = f"what was trained is the {origin.get('adapter')} beside this SAE"
     refuse("adapter" in origin, f"{beside}: load() of experiments/baselines.py reads both")
@@ -540,6 +563,7 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
         "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
+        "sink_norm": settings["sink_norm"],
     }
 
 
@@ -758,7 +782,8 @@ DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
 DATASETS["tiny"] = str(TINY / "text.jsonl.gz")
 HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
-NEOX_VOCABULARY = "e56ffe519fcf54d3"  # Tokenizer.vocabulary() of GPT-NeoX's and Pythia's
+# The source that belongs to a vocabulary, by Tokenizer.vocabulary(): GPT-NeoX's and tiny's.
+OWN_DATA = {"e56ffe519fcf54d3": "pythia", "45c3a5511fb22111": "tiny"}
 IDS = re.compile(r"\.bin$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
@@ -771,8 +796,8 @@ TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
 def usual_data(tokenizer: Tokenizer) -> str:
-    """The source of tokens where none is given: Pythia's own where its vocabulary is theirs; c4."""
-    return "pythia" if tokenizer.vocabulary() == NEOX_VOCABULARY else "c4"
+    """The source of tokens where none is given: the vocabulary's own, or c4."""
+    return OWN_DATA.get(tokenizer.vocabulary(), "c4")
 
 
 def held_out(text: str) -> bool:

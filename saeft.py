@@ -131,7 +131,7 @@ class Config:
 PRESETS = {  # flags that a model starts with, by what it is: (V, D, number of blocks)
     (50304, 768, 12): "--layer 8",  # Pythia-160M
     (256000, 2304, 26): "--layer 12",  # Gemma 2 2B
-    (2048, 128, 6): "--layer 2 --data tiny --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k"
+    (2048, 128, 6): "--layer 2 --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k"
     " --context 128 --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3"
     " --warmup 50 --dead-after 200k --eval-tokens 100k --log-every 20",  # the embedded one
 }
@@ -796,6 +796,10 @@ def evaluate(
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
     kept = sums["kept"].item()
+    refuse(
+        kept < 2 or not sums["scored"],
+        "no token to evaluate: raise --context, --eval-tokens, --sink-norm",
+    )
     variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
@@ -1266,11 +1270,16 @@ class Gemma2(LanguageModel):
 class Gemma3(Gemma2):
     numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
     numbers.update(sliding_window_pattern=6, final_logit_softcapping=None)
+    numbers.update(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4)
+    numbers["max_position_embeddings"] = 131_072
     choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
 
     def __init__(self, config: dict):
         text = config.get("text_config")
-        super().__init__({**config, **text} if isinstance(text, dict) else config)  # if it sees
+        if isinstance(text, dict):  # it also sees, and then says itself how it unembeds
+            tied = config.get("tie_word_embeddings", True)
+            config = {**text, "tie_word_embeddings": tied, "final_logit_softcapping": None}
+        super().__init__(config)
 
 
 FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma2, gemma3_text=Gemma3, gemma3=Gemma3)
@@ -1425,6 +1434,8 @@ class Run:
         progress("loading the model")
         self.lm.load(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
+        few = config.context < self.lm.n_skip + 2
+        refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
         if config.compile:
             self.lm.compile()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
@@ -1433,6 +1444,7 @@ class Run:
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
             self.identity["start"] = model_loaders.sae_key(config.start)
+            model_loaders.note_changes(config.start, asdict(config), self.identity)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 
@@ -1631,6 +1643,8 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
         same = model_loaders.same_source(config.data, told.get("data"))
         config.tokens = config.kl_tokens + (told.get("tokens", 0) if same else 0)
+    elif config.kl_tokens == config.tokens:
+        refuse("kl_lr" in given, "--kl-lr: with no tokens for MSE before it, the rate is --lr")
     return config
 
 

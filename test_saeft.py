@@ -425,6 +425,8 @@ MISTAKES = {
     "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
     "rate too high": ("--lr 1e18", "not finite"),
     "no SAE": ("--start /nowhere", "/nowhere"),
+    "a rate that is not used": ("--kl-lr 1 --tokens 5k --kl-tokens 5k", "the rate is --lr"),
+    "no token with a next one": ("--context 2 --bos yes --kl-batch 64", "no token with a next"),
 }
 
 
@@ -948,6 +950,22 @@ def test_gemma_3_with_vision(prefix, tmp_path):
     drop = [key for key in config if key not in ("architectures", "dtype", "transformers_version")]
     vision = {"model_type": "gemma3", "vision_config": {"hidden_size": 8}}
     edit(tmp_path, nested, drop, text_config=config, **vision)
+    compare(model, tmp_path)
+
+
+def test_gemma_3_as_first_published(tmp_path):
+    """Its text_config says little, and what stands beside that is not about the text."""
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 7, "sliding_window": 8}
+    text.update(model_type="gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0})
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), 8)
+    sees = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=dict(text), vision_config=sees)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    beside = {"rms_norm_eps": 0.5, "rope_theta": 7.0, "sliding_window_pattern": 2}
+    published = {"model_type": "gemma3", "text_config": text, **beside}
+    (tmp_path / "config.json").write_text(json.dumps(published))
     compare(model, tmp_path)
 
 
@@ -1917,7 +1935,7 @@ def config_folder(folder, config):
 
 
 def test_flags_override_presets_which_follow_what_the_model_is(tmp_path, configs, capsys):
-    assert saeft.parse([]).k == [16] and saeft.parse([]).data == "tiny"
+    assert saeft.parse([]).k == [16] and saeft.parse([]).data is None
     tiny = model_loaders.load_config("tiny")
     named = config_folder(tmp_path / "EleutherAI" / "pythia-160m", tiny)
     assert saeft.parse(["--model", named]) == replace(saeft.parse([]), model=named)
@@ -2367,7 +2385,7 @@ def test_saes_are_read_as_they_were_written(tmp_path):
 
 
 ORIGIN = {"model_name": "o/m", "dataset_path": "c4", "context_size": 64, "prepend_bos": False}
-ORIGIN |= {"first_sequence": 9, "hook_name": "blocks.3.hook_mlp_out"}
+ORIGIN |= {"first_sequence": 9, "sink_norm": 1.5, "hook_name": "blocks.3.hook_mlp_out"}
 
 
 def settings_of(path, metadata=None, **cfg):
@@ -2377,7 +2395,7 @@ def settings_of(path, metadata=None, **cfg):
 
 def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     told = {"layer": 3, "place": "mlp_out", "model": "o/m", "data": "c4", "bos": "no"}
-    told |= {"context": 64, "tokens": 576, "k": [3], "d_sae": 20}
+    told |= {"context": 64, "tokens": 576, "sink_norm": 1.5, "k": [3], "d_sae": 20}
     assert settings_of(tmp_path, ORIGIN) == told
     assert settings_of(tmp_path, {}, k=None) == {"d_sae": 20}
     flat = ORIGIN | {"hook_point": ORIGIN["hook_name"], "hook_name": None}  # before SAELens 6
@@ -2933,7 +2951,7 @@ def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, str
     assert ids(big.train(0, big.n_train)) == joined(lines, False)[:1_200_000]
     assert ids(big.validation()) == joined(lines, True)[:56_000]
     assert stream(lines_file, Bytes(fingerprint="other")).folder != big.folder
-    os.utime(lines_file, (1, 1))
+    lines_file.write_bytes(lines_file.read_bytes() + b"\n")
     assert stream(lines_file).folder != big.folder
 
 
@@ -2941,7 +2959,7 @@ def test_a_new_version_of_the_data_is_noticed(lines_file, stream):
     old = stream(lines_file)
     old.train(0, 9), old.close()
     lines_file.write_bytes(lines_file.read_bytes()[::-1].replace(b"x", b"y", 1)[::-1])
-    os.utime(lines_file, ns=(0, os.stat(lines_file).st_mtime_ns + 1))  # of the same size
+    os.utime(lines_file, (1, 1))  # of the same size and time
     new = stream(lines_file)
     assert new.folder != old.folder and old.folder.exists() and new.key != old.key
     assert stream(lines_file).key == new.key
@@ -3146,7 +3164,7 @@ def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
 
     assert usual("home/pythia/gemma-2-2b", GEMMA_LIKE) == "c4"
     assert usual("pythia-deduped", BYTE) == "c4"
-    assert model_loaders.usual_data(model_loaders.load_tokenizer("tiny")) == "c4"
+    assert model_loaders.usual_data(model_loaders.load_tokenizer("tiny")) == "tiny"
     if NEOX_FILE.exists():
         spec = json.loads(NEOX_FILE.read_text("utf-8"))
         assert usual("gemma-3-nano", spec) == "pythia"
@@ -3243,8 +3261,10 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     folder = stream(tmp_path / "folder").key
     (tmp_path / "folder" / "b.txt").write_text("more")
     assert stream(tmp_path / "folder").key != folder
-    os.utime(tmp_path / "folder" / "a.jsonl", ns=(0, 1))
-    assert stream(tmp_path / "folder" / "a.jsonl").key != first.key
+    monkeypatch.setattr(model_loaders, "LARGE", 9)
+    large = stream(tmp_path / "folder").key
+    shutil.copystat(tmp_path / "folder" / "a.jsonl", tmp_path / "folder" / "a.jsonl")
+    assert stream(tmp_path / "folder").key != large  # when it was last touched
 
 
 def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
@@ -3288,10 +3308,10 @@ def test_a_models_key_is_its_files(tmp_path):
     for name in ("model-2.safetensors", "config.json", "tokenizer.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + b" ")  # of the same size
-        os.utime(folder / name, ns=(0, len(keys)))
+        os.utime(folder / name, (1, 1))  # and time
         keys.append(model_loaders.model_key(str(folder)))
     assert len({*keys}) == 4
-    shutil.copytree(folder, tmp_path / "copy")  # keeps times
+    shutil.copytree(folder, tmp_path / "copy")
     assert model_loaders.model_key(str(tmp_path / "copy")) == keys[-1]
     fails(["has no config.json"], model_loaders.model_key, str(tmp_path))
 

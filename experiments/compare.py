@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import UserError, flags_of, read_json, refuse
+from model_loaders import UserError, flags_of, model_key, read_json, refuse
 
 LABELS = {"MSE": "MSE", "kl": "kl", "mse": "mse", "kl-only": "kl-only"}
 
@@ -36,7 +36,10 @@ def run(out: Path, name: str, flags: list[str]) -> dict:
     for flag in given.keys() - {"out", "name", "resume"}:
         differs = given[flag] != kept.get(flag)
         refuse(differs, f"{path.parent} was made with {flag} {kept.get(flag)}: give another --out")
-    return json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path)
+    now = model_key(kept["model"])
+    refuse(report["identity"]["model"] != now, f"the model of {path.parent} changed since")
+    return report
 
 
 def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError, refuse, say
+from model_loaders import UserError, refuse
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -169,7 +169,7 @@ def write_page(data: dict, title: str, path: Path) -> int:
 
 
 def parse(argv: list[str] | None):
-    """The flags; model, layer, data, context and bos from the SAE's metadata unless given."""
+    """The flags; model, layer, data, ... from the SAE's metadata unless given."""
     parser = model_loaders.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
     parser.add_argument("--model", help="short name, Hub name or folder")
@@ -183,7 +183,7 @@ def parse(argv: list[str] | None):
     parser.add_argument(
         "--latents", type=model_loaders.count, default=120, help="how many are shown"
     )
-    parser.add_argument("--sink-norm", type=float, default=4.0, help="as of saeft.py")
+    parser.add_argument("--sink-norm", type=float, help="as of saeft.py")
     parser.add_argument("--seed", type=int, default=0, help="of the random sample")
     parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
     parser.add_argument("--device", default="auto")
@@ -193,13 +193,14 @@ def parse(argv: list[str] | None):
         with model_loaders.user_errors(f"--fork {args.fork}"):
             spec = importlib.util.spec_from_file_location("fork", args.fork)
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    told = {"bos": "auto", **model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])}
+    own = model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])
+    told = {"bos": "auto", "sink_norm": saeft.Config().sink_norm, **own}
     args.place = told.get("place", "resid_post")
     places = ", ".join(saeft.PLACES)
     refuse(args.place not in saeft.PLACES, f"{args.run} reads {args.place}: {places} is shown")
     given = args.layer if args.layer is not None else told.get("layer")
     refuse(given != told.get("layer", given), f"--layer {given}: that SAE has {told.get('layer')}")
-    for name in ("model", "layer", "data", "context", "bos"):
+    for name in ("model", "layer", "data", "context", "bos", "sink_norm"):
         if getattr(args, name) is None:
             setattr(args, name, told.get(name))
         if getattr(args, name) is None:
@@ -226,12 +227,8 @@ def load(args, n_train: int = 0) -> tuple:
         value, flag = getattr(args, name), name.replace("_", "-")
         refuse(not low <= value <= high, f"--{flag} {value} is not from {low} to {high}")
     stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
-    if (folder / "report.json").exists():
-        was = model_loaders.read_json(folder / "report.json").get("identity", {})
-        now = {"model": model_loaders.model_key(args.model), "data": stream.key}
-        for part in was.keys() & now.keys():
-            if was[part] != now[part]:
-                say(f"note: the {part}, {getattr(args, part)}, is not what {args.run} was run with")
+    now = {"model": model_loaders.model_key(args.model), "data": stream.key}
+    model_loaders.note_changes(folder, vars(args), now)
     return lm, tokenizer, sae, before, stream
 
 
