@@ -678,6 +678,23 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
     return units | chars
 
 
+def _first_token(post_processor: dict | None) -> int | None:
+    """The id that it puts before a text. ValueError for what is not understood."""
+    parts = [post_processor] if post_processor else []
+    if parts and parts[0]["type"] == "Sequence":
+        parts = parts[0]["processors"]
+    first = []
+    for part in parts:
+        if part["type"] == "TemplateProcessing":
+            for item in takewhile(lambda item: "SpecialToken" in item, part["single"]):
+                first += part["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+        elif part["type"] != "ByteLevel":
+            raise ValueError(f"post_processor {part['type']!r:.60}")
+    if len(first) > 1:
+        raise ValueError(f"post_processor: it puts {first} before a text")
+    return first[0] if first else None
+
+
 def _any_of(texts) -> re.Pattern:
     """The longest of the texts, in a group."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(texts, reverse=True))) or '(?!)'})")
@@ -687,16 +704,15 @@ class Tokenizer:
     """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: ▁ is a space).
     n_vocab: largest id + 1. eos_id: the token between documents, by default <|endoftext|>, <eos>
-    or </s>. bos_id: what it puts first, or <bos>; None without one. An exception for files that are
-    not read exactly."""
+    or </s>. bos_id: what it puts first; None if nothing. An exception for files that are not read
+    exactly."""
 
     def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
         _check_settings(spec, GEMMA if gemma else NEOX)
         ids = _all_ids(spec)
         self.fingerprint, self.n_vocab = _key(spec), len(ids)
-        first = ((spec.get("post_processor") or {}).get("single") or [{}])[0]
-        self.bos_id = ids.get(first.get("SpecialToken", {}).get("id", "<bos>"))
+        self.bos_id = _first_token(spec.get("post_processor"))
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
         known = [ids[name] for name in names if name in ids]
         if not known:
@@ -727,7 +743,7 @@ class Tokenizer:
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
-        self._cut, self._cut_late, self._added = _any_of(raw), _any_of(late), ids | late
+        self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(late), ids | late
 
     def vocabulary(self) -> str:
         """A short name for the bytes of all tokens, in the order of their ids."""
@@ -740,7 +756,7 @@ class Tokenizer:
             pieces = ["", part] if i % 2 else self._cut_late.split(self._normalize(part))
             for j, piece in enumerate(pieces):
                 if j % 2:
-                    ids.append(self._added[piece])
+                    ids.append(self.ids[piece])
                 else:
                     ranks = self._bpe.encode_ordinary(piece)
                     ids += chain.from_iterable(map(self._ids_of_rank.__getitem__, ranks))
@@ -756,20 +772,40 @@ class Tokenizer:
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode(errors="replace")
 
 
+def _text(token) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _check_beside(ids: dict[str, int], config: dict, added: dict):
+    """ValueError where tokenizer_config.json or added_tokens.json, which transformers reads after
+    tokenizer.json, mean other ids."""
+    decoder = config.get("added_tokens_decoder") or {}
+    added = {**added, **{_text(token): int(i) for i, token in decoder.items()}}
+    other = [text for text, i in added.items() if ids.get(text) != i]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        named = config.get(key) or []
+        texts = map(_text, named.values() if isinstance(named, dict) else named)
+        other += [text for text in texts if text not in ids]
+    other += ["add_prefix_space"] if config.get("add_prefix_space") else []
+    if other:
+        raise ValueError(f"files beside it say otherwise of {other[:3]!r:.200}")
+
+
 def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
-    """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes its
-    <bos> away, "yes" lets the end of text serve where there is none. Raises UserError."""
-    path, beside = fetch(str(name), "tokenizer.json"), None
-    with suppress(UserError):  # there is no such file
-        beside = fetch(str(name), "tokenizer_config.json")
-    config = read_json(beside) if beside else {}
-    eos, added = config.get("eos_token"), config.get("added_tokens_decoder") or {}
+    """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes away
+    what it puts first, "yes" puts its bos_token, or the end of text, where it puts nothing. Raises
+    UserError."""
+    path, beside = fetch(str(name), "tokenizer.json"), []
+    for filename in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"):
+        with suppress(UserError):  # there is no such file
+            beside.append(fetch(str(name), filename))
+    says = {file.name: read_json(file) for file in beside}
+    config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
     with user_errors(f"cannot read {path}"):
-        tokenizer = Tokenizer(read_json(path), eos["content"] if isinstance(eos, dict) else eos)
-        if added and max(map(int, added)) >= tokenizer.n_vocab:
-            raise ValueError(f"{beside} adds tokens that it lacks")
-    if bos == "yes" and tokenizer.bos_id is None:
-        tokenizer.bos_id = tokenizer.eos_id  # as is usual for Pythia
+        tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
+        _check_beside(tokenizer.ids, config, says.get("added_tokens.json", {}))
+        if bos == "yes" and tokenizer.bos_id is None:
+            tokenizer.bos_id = tokenizer.ids.get(_text(config.get("bos_token")), tokenizer.eos_id)
     if bos == "no":
         tokenizer.bos_id = None
     return tokenizer

@@ -2528,6 +2528,15 @@ def train_sentencepiece(vocab_size: int, texts: list[str], symbols: list[str]):
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+def puts_first(token, vocab, more=()):
+    """A post_processor in the form of `tokenizers`."""
+    single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in (token, *more)]
+    ids = {name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in (token, *more)}
+    single += [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids}
+
+
 def gemma_spec(sp, symbols: list[str], by_score: bool) -> dict:
     """`tokenizer.json` as transformers' GemmaConverter makes it: each split of a piece into two
     pieces is a merge, in the order of scores (user-defined symbols first) or of ids."""
@@ -2546,6 +2555,7 @@ def gemma_spec(sp, symbols: list[str], by_score: bool) -> dict:
     bpe = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     merges = merges if by_score else [" ".join(pair) for pair in merges]
     return {
+        "post_processor": puts_first("<bos>", vocab),
         "added_tokens": [{"id": vocab[p], "content": p} | flags for p in added],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": split | {"invert": False} if by_score else None,
@@ -3273,17 +3283,39 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(model_loaders.TINY, folder)
     spec = json.loads((folder / "tokenizer.json").read_text())
-    first = {"SpecialToken": {"id": spec["added_tokens"][0]["content"], "type_id": 0}}
-    spec["post_processor"] = {"type": "TemplateProcessing", "single": [first, {"Sequence": {}}]}
+    vocab, load = spec["model"]["vocab"], functools.partial(model_loaders.load_tokenizer, folder)
+    template = puts_first("def", vocab)
+    for post, first in {
+        "null": None,
+        '{"type": "ByteLevel"}': None,
+        json.dumps(template): vocab["def"],
+        json.dumps({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}): 321,
+    }.items():
+        (folder / "tokenizer.json").write_text(
+            json.dumps({**spec, "post_processor": json.loads(post)})
+        )
+        assert load().bos_id == first
+    for post in (puts_first("def", vocab, ["self"]), {"type": "RobertaProcessing"}):
+        (folder / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": post}))
+        fails(["post_processor"], load)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    assert model_loaders.load_tokenizer(str(folder)).bos_id == spec["added_tokens"][0]["id"]
+    for name, says in [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<new>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "def"}}}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image": "<new>"}}),
+        ("tokenizer_config.json", {"add_prefix_space": True}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<new>"]}),
+        ("added_tokens.json", {"<new>": 2048}),
+    ]:
+        (folder / name).write_text(json.dumps(says))
+        fails(["files beside it say otherwise of"], load)
+        (folder / name).unlink()
     beside = folder / "tokenizer_config.json"
-    beside.write_text(json.dumps({"added_tokens_decoder": {"2048": {"content": "<new>"}}}))
-    with pytest.raises(UserError, match="adds tokens that it lacks"):
-        model_loaders.load_tokenizer(str(folder))
+    beside.write_text('{"bos_token": "def"}')
+    assert load().bos_id is None and load("yes").bos_id == vocab["def"]
     beside.write_text('{"eos_token": ')
-    with pytest.raises(UserError, match="tokenizer_config.json"):
-        model_loaders.load_tokenizer(str(folder))
+    fails(["tokenizer_config.json"], load)
+    beside.unlink()
     index = {"weight_map": {"x": "old-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     lm, other = (saeft.load_lm(name) for name in (str(folder), "tiny"))
