@@ -22,6 +22,7 @@ import os
 import pickle
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +53,7 @@ class Source:
         is_file = path.is_file() or re.search(r"\.(pt|npz|safetensors)$", inside)
         names = [os.path.basename(inside)] if is_file else []
         self.folder = os.path.dirname(inside) if is_file else inside.strip("/")
-        self.words = Path(self.root, self.folder).parts[-6:]  # tell model and layer
+        self.words = Path(self.root, self.folder).parts  # tell model and layer
         self.kind = None  # what --kind says
         self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
         refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
@@ -100,6 +101,7 @@ def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = source.json("cfg.json", needed=True)
     cfg = {"hook_name": cfg.get("hook_point"), **(cfg.get("metadata") or {}), **cfg}
+    cfg["layer"] = cfg.get("hook_layer", cfg.get("hook_point_layer"))
     architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
     k = cfg.get("k")
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
@@ -175,8 +177,6 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     io = buffer.get("io", "out")  # of the module
     cfg["hook_name"] = trainer.get("submodule_name") if io == "out" else io
     cfg.update(layer=trainer.get("layer"), context_size=buffer.get("ctx_len"))
-    if not cfg["hook_name"] and cfg["layer"] is not None:
-        print(f"note: it is taken to read the output of block {cfg['layer']}: no file says what")
     return {**cfg, "model_name": trainer.get("lm_name"), **UNPROCESSED}
 
 
@@ -225,9 +225,7 @@ def sparsify(tensors: dict, source: Source) -> dict:
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
     others = run.get("hookpoints") or [hook]
     refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
-    if hook:
-        print(f"note: it reads {hook}, as its folder is called")
-    cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
+    cfg = {"architecture": architecture, "k": cfg.get("k"), **UNPROCESSED}
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
     if run.get("revision"):
         cfg["model_name"] += f"@{run['revision']}"
@@ -244,28 +242,46 @@ NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
 KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "first_sequence"]
 KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
-# Folders of SAEs that read something else than the residual stream.
-OTHER = r"(mlp|att|attn|attention|resid_mid)(_out)?(_all|_layer_?\d+)?|embed\w*"
-OTHER += r"|((trans|cross)coder|clt)(_all)?"
+# Words of a path for something else than the residual stream.
+OTHER = {"mlp", "mlps", "att", "attn", "attention", "mid", "z", "embed", "embedding", "clt"}
+OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders"}
 
 
 def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     """L, where the SAE reads the output of block L. UserError where it reads something else."""
     hook, known = cfg.get("hook_name"), cfg.get("layer")
+    refuse(known is not None and not (type(known) is int and known >= 0), f"layer {known!r:.60}")
+    if not hook and known is None and layer is None:
+        hook = hook_of_path(source.words)
     if hook:
+        written = re.findall(r"\d+", hook)
+        differs = known is not None and str(known) not in written
+        refuse(differs, f"it says both {hook!r:.80} and layer {known}")
         known, place = model_loaders.read_hook(hook)
         refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
-        if str(known) not in re.findall(r"\d+", hook):
+        if str(known) not in written:
             print(f"note: it reads {hook}, which is the output of block {known}")
-    elif layer is None:
-        other = [word for word in source.words if re.fullmatch(OTHER, word)]
-        refuse(other, f"its folder is {other}: --layer L if it reads the output of a block")
-        numbers = re.findall(r"(?<![a-z])(?:layers?|blocks)[._]?(\d+)", "/".join(source.words))
-        if numbers and known is None:
-            known = int(numbers[-1])
-            print(f"note: it reads block {known}, as its path says")
+    elif known is not None:
+        print(f"note: it is taken to read the output of block {known}: no file says what")
     refuse(None not in (layer, known) and layer != known, f"--layer {layer}: it says {known}")
     return known if layer is None else layer
+
+
+def hook_of_path(words: tuple) -> str | None:
+    """What the SAE reads, where no file says it: a folder that is called as a hook is, or as in
+    Gemma Scope 2. UserError where another folder's name means another place."""
+    hooks, others = [], []
+    for word in words:
+        with suppress(UserError):
+            hook = re.sub(r"^(layer_\d+)_width_\w+$", r"\1", word)
+            model_loaders.read_hook(hook)
+            hooks.append(hook)
+            continue
+        others += [word] if {*re.split(r"[\W_]+", word)} & OTHER else []
+    refuse(others, f"its folder is {others}: --layer L if it reads the output of a block")
+    if hooks:
+        print(f"note: it reads {hooks[-1]}, as its path says")
+    return hooks[-1] if hooks else None
 
 
 def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
@@ -278,6 +294,8 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
     names += ["threshold"] if architecture in ("jumprelu", "batchtopk") else []
     refuse(t.keys() != set(names), f"it has {', '.join(stored)} in place of {', '.join(names)}")
     D, F = t["W_enc"].shape
+    said = cfg.get("d_in", D), cfg.get("d_sae", F)
+    refuse(said != (D, F), f"its W_enc is {[D, F]}, its cfg.json says {said}")
     for name, shape in {"b_enc": [F], "W_dec": [F, D], "b_dec": [D]}.items():
         found = list(t[name].shape)
         refuse(found != shape, f"its {name} is {found}, its W_enc {[D, F]}")

@@ -1398,6 +1398,33 @@ def test_a_checkpoint_of_dictionary_learning_has_its_config_above_it(tmp_path, k
     assert metadata["hook_name"] == "blocks.3.hook_resid_post" and metadata["context_size"] == 128
 
 
+def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
+    for path, says in {
+        "saes/layers.2.mlp/seed0": "layers.2.mlp",
+        "gpt_neox.layers.2.mlp/sae": "gpt_neox.layers.2.mlp",
+        "gemma_scope_2b_pt_att/layer_2": "gemma_scope_2b_pt_att",
+        "my-mlp-saes/layer_2/a/b/c/d/e/f": "my-mlp-saes",
+        "v5_32k_layer_2_hook_z": "v5_32k_layer_2_hook_z",
+    }.items():
+        fails([says, "--layer L"], convert.hook_of_path, path.split("/"))
+    for path, says in {
+        "blocks.2.hook_resid_pre/sae": "blocks.2.hook_resid_pre",  # the output of block 1
+        "blocks.2.hook_mlp_out": "blocks.2.hook_mlp_out",  # refused by that name
+        "layers.2/seed0": "layers.2",
+        "resid_post/layer_5_width_16k_l0_small": "layer_5",
+        "layer_12_to_layer_13": None,
+        "mine-layer2": None,
+    }.items():
+        assert convert.hook_of_path(path.split("/")) == says, path
+    source = convert.Source.__new__(convert.Source)
+    source.words = ("layer_2",)
+    assert convert.block({}, source, 7) == 7 and convert.block({}, source, None) == 2
+    assert convert.block({"layer": 5}, source, None) == 5
+    for cfg in ({"hook_name": "resid_post_layer_2", "layer": 3}, {"layer": -1}, {"layer": 3.0}):
+        fails(["layer"], convert.block, cfg, source, None)
+    assert "no file says what" in capsys.readouterr().out
+
+
 def test_a_config_of_another_sae_is_refused(tmp_path, capsys):
     dictionary(tmp_path / "source", linear(random_sae()) | scalars(0.7), "BatchTopKSAE", k=K)
     config = json.loads((tmp_path / "source" / "config.json").read_text())
@@ -1489,13 +1516,13 @@ def test_features_of_an_sae_of_another_width(tmp_path, capsys):
 
 
 NOTED = [
-    (gemma_scope, "block 12, as its path"),
+    (gemma_scope, "layer_12, as its path"),
     (gemma_scope, "of gemma-2-2b"),
     (sparsify_run, "layers.3"),
 ]
 NOTED += [
-    (gemma_scope_2_without_config, "block 5, as its path"),
-    (dl_jumprelu_without_config, "block 3"),
+    (gemma_scope_2_without_config, "layer_5, as its path"),
+    (dl_jumprelu_without_config, "layer_3"),
 ]
 
 
