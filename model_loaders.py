@@ -873,6 +873,9 @@ def source_files(data: str) -> list[tuple[str, int]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
+    other = [name for name in shown if re.search(r"\.(parquet|arrow|csv|xz|bz2)$", name)]
+    beside = other and all(re.search(r"\.txt$", name, re.I) for name in taken)
+    refuse(beside, f"{data!r} has {other[:1]}, which is not read, beside .txt: name a file")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")
@@ -1014,7 +1017,7 @@ def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
-    tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
+    tokenizer has more than 65,536 ids. The pieces, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
     embedding; a document with an id beyond them is left out. UserError for an unknown, short or
     failing source.

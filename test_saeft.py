@@ -3186,6 +3186,7 @@ def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
 SPLITS = [  # files that are read, and those that are left out
     ("corpus.jsonl constraints.txt", ""),
     ("trains-and-railways.jsonl latest.txt", ""),
+    ("corpus.jsonl LICENSE.txt", "a.parquet"),
     ("train-0.jsonl train-1.jsonl", "test-0.jsonl"),
     ("data/train/0.txt", "data/valid/0.txt"),
     ("a.jsonl", "a_validation.jsonl dev.txt eval/b.txt x.val.txt.gz"),
@@ -3194,6 +3195,13 @@ SPLITS = [  # files that are read, and those that are left out
     ("valid.txt test.txt", ""),
     ("devices.txt evaluation.txt values.txt contest.txt", ""),
 ]
+
+
+def test_a_licence_is_not_the_data_that_are_not_read(tmp_path):
+    for name in ("LICENSE.txt", "data.parquet"):
+        (tmp_path / name).write_text("text")
+    fails(["data.parquet", "is not read"], model_loaders.source_files, str(tmp_path))
+    assert len(model_loaders.source_files(str(tmp_path / "LICENSE.txt"))) == 1
 
 
 @pytest.mark.parametrize("taken, left", SPLITS)

@@ -238,6 +238,18 @@ def test_any_model_runs_with_its_own_tokenizer(tmp_path):
     same_figures(tmp_path, report, flags=f"--model {folder}")
 
 
+@pytest.mark.parametrize("family", ["bert", "bloom"])
+def test_what_is_no_causal_decoder_of_blocks_is_refused(tmp_path, family):
+    """BERT looks ahead; in Bloom every block needs more than the one before puts out."""
+    fork, sizes = imported("any_model"), {**SIZES, "vocab_size": 64}
+    config = transformers.AutoConfig.for_model(family, **sizes, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    lm = fork.AnyModel(model_loaders.load_config(str(tmp_path)))
+    with pytest.raises(model_loaders.UserError) as error:
+        lm.load(str(tmp_path), "cpu", torch.float32)
+    assert "\n" not in str(error.value) and "in two parts" in str(error.value)
+
+
 def test_any_model_gives_saeft_s_own_figures(tmp_path):
     """On a family that saeft has itself."""
     fork = imported("any_model")

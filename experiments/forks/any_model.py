@@ -35,14 +35,15 @@ class Reached(Exception):
 
 
 def leave(block, args, output):
-    raise Reached(output)
+    raise Reached(output if isinstance(output, torch.Tensor) else output[0])
 
 
 def named(name: str) -> dict:
     """What from_pretrained takes: a folder, or a name on the Hub and its revision."""
     name = os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
     name, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    return {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+    commit = model_loaders.commits.get((name, revision), revision or "main")
+    return {"pretrained_model_name_or_path": name, "revision": commit}
 
 
 class Tokenizer:
@@ -57,11 +58,12 @@ class Tokenizer:
         self.eos_id = self.tokenizer.eos_token_id
         model_loaders.refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
         self.n_vocab = len(self.tokenizer)
-        text = repr((sorted(self.vocabulary().items()), self.tokenizer.backend_tokenizer.to_str()))
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        text = repr((vocabulary, self.tokenizer.backend_tokenizer.to_str()))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def vocabulary(self):
-        return self.tokenizer.get_vocab()
+    def vocabulary(self) -> str:
+        return self.fingerprint
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -90,9 +92,15 @@ class AnyModel(saeft.LanguageModel):
         self.own_blocks = lists  # in a list of its own, so that it is no submodule twice
 
     def load(self, name: str, device, dtype):
-        with model_loaders.user_errors(f"cannot load {name}"):
+        with model_loaders.user_errors(f"cannot run {name} in two parts"):
             self.use(AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype).to(device))
-        return self.eval().requires_grad_(False)
+            self.eval().requires_grad_(False)
+            tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
+            whole, parts = self(tokens), self.unembed(self.suffix(self.prefix(tokens, 0), 0))
+            off = max((whole - parts).abs().max(), (whole[0] - whole[1])[:-1].abs().max())
+            limit = whole.abs().max() * (1e-4 if dtype == torch.float32 else 1e-2)
+            model_loaders.refuse(off > limit, f"{name} is no decoder that can run in two parts")
+        return self
 
     def compile(self):
         model_loaders.refuse(True, "--compile: not here, where hooks leave a model's forward pass")
