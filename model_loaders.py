@@ -1017,7 +1017,7 @@ def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
-    tokenizer has more than 65,536 ids. The pieces, end-of-text after each, are cut into sequences of
+    tokenizer has more than 65,536 ids. Pieces, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
     embedding; a document with an id beyond them is left out. UserError for an unknown, short or
     failing source.
