@@ -243,7 +243,10 @@ def test_what_is_no_causal_decoder_of_blocks_is_refused(tmp_path, family):
     """BERT looks ahead; in Bloom every block needs more than the one before puts out."""
     fork, sizes = imported("any_model"), {**SIZES, "vocab_size": 64}
     config = transformers.AutoConfig.for_model(family, **sizes, pad_token_id=0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
     lm = fork.AnyModel(model_loaders.load_config(str(tmp_path)))
     with pytest.raises(model_loaders.UserError) as error:
         lm.load(str(tmp_path), "cpu", torch.float32)
