@@ -98,7 +98,7 @@ class AnyModel(saeft.LanguageModel):
             tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
             whole, parts = self(tokens), self.unembed(self.suffix(self.prefix(tokens, 0), 0))
             off = max((whole - parts).abs().max(), (whole[0] - whole[1])[:-1].abs().max())
-            model_loaders.refuse(off > 1e-4 * whole.abs().max(), "it is no causal chain of blocks")
+            model_loaders.refuse(off > 1e-4 * whole.abs().max(), f"{name}: no causal decoder")
         return self
 
     def compile(self):
