@@ -3370,6 +3370,23 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
 
 
+def test_what_changed_since_a_run_is_told(tmp_path, capsys):
+    settings, now = {"model": "./m", "data": "./d"}, {"model": "1", "data": "2"}
+    for report, told in [
+        (None, []),
+        ({}, []),
+        ({"identity": "x"}, []),
+        ({"identity": now}, []),
+        ({"identity": {**now, "model": "0"}}, ["the model, ./m, is not what"]),
+        ({"identity": {"data": "0"}}, ["the data, ./d, is not what"]),
+    ]:
+        if report is not None:
+            (tmp_path / "report.json").write_text(json.dumps(report))
+        model_loaders.note_changes(str(tmp_path), settings, now)
+        out = capsys.readouterr().out
+        assert out.count("\n") == len(told) and all(words in out for words in told)
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_long_document_is_on_one_side_whole(tmp_path, folder):
     """A document: an object of a .jsonl, or one of a hundred .txt."""
