@@ -1307,8 +1307,8 @@ def test_cities_are_written_where_ravel_looks_for_them(tmp_path):
 
 
 def test_what_was_made_otherwise_is_not_taken_for_the_same(tmp_path, capsys):
-    """A finished run of other flags; an SAE that an adapter stands beside; another SAE in the place
-    of the first."""
+    """A finished run of other flags or of a model that changed; an SAE that an adapter stands
+    beside; another SAE in the place of the first."""
     flags = [*SMALL.split(), "--layer", "2", "--method", "linear-adapter"]
     compare.run(tmp_path, "x", [*flags, "--rank", "2"])
     compare.run(tmp_path, "x", [*flags, "--rank", "2"])
@@ -1321,8 +1321,14 @@ def test_what_was_made_otherwise_is_not_taken_for_the_same(tmp_path, capsys):
     assert convert.main([str(folder), str(tmp_path / "new")]) == 2
     key = model_loaders.sae_key(folder)
     assert key == model_loaders.sae_key(folder) != model_loaders.sae_key(folder / "before")
-    shutil.copy(folder / "before" / "sae_weights.safetensors", folder)
+    weights = folder / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert model_loaders.sae_key(folder) != key
+    report = json.loads((folder / "report.json").read_text())
+    report["identity"]["model"] = "0" * 16
+    (folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(saeft.UserError, match="changed since"):
+        compare.run(tmp_path, "x", [*flags, "--rank", "2"])
 
 
 @pytest.mark.parametrize("flags", ["--layer 99", "--context 4096", "--sink-norm nan", "--tokens 0"])
