@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -219,7 +220,7 @@ def fetch(name: str, filename: str) -> Path:
 
 
 def model_key(name: str) -> str:
-    """The identity of a model and its weights: its commit on the Hub, or its files' contents."""
+    """The identity of a model and its weights: its commit on the Hub, or `files_key`."""
     folder = fetch(name, "config.json").parent
     repo, _, revision = long_name(name, MODELS).partition("@")
     if (repo, revision) in commits:
@@ -229,15 +230,18 @@ def model_key(name: str) -> str:
 
 
 def files_key(paths: list, top) -> str:
-    """The identity of files: their names below `top`, and contents."""
-    return _key([(os.path.relpath(path, top), _digest(path)) for path in sorted(map(str, paths))])
+    """The identity of files: their names below `top`, and contents; of more than LARGE bytes in all
+    sizes and times in place of contents, of which a copy keeps all but the last."""
+    about = {path: os.stat(path) for path in sorted(map(str, paths))}
+    large = sum(s.st_size for s in about.values()) > LARGE
+    seen = {
+        path: (s.st_size, s.st_mtime_ns, s.st_ctime_ns) if large else _digest(path)
+        for path, s in about.items()
+    }
+    return _key([(os.path.relpath(path, top), what) for path, what in seen.items()])
 
 
-def _digest(path: str):
-    """Of a file's bytes; of more than LARGE its size and times, of which no copy keeps the last."""
-    about = os.stat(path)
-    if about.st_size > LARGE:
-        return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+def _digest(path: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open_file(path) as file:
         for block in iter(partial(file.read, BLOCK), b""):
@@ -318,8 +322,10 @@ SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 @contextmanager
 def open_file(path):
-    """The bytes of a file; UserError for whatever goes wrong while it is open."""
+    """The bytes of a regular file; UserError for whatever goes wrong while it is open."""
     with user_errors(f"cannot read {path}"):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
         with open(path, "rb") as file:
             if file.peek().startswith(b"version https://git-lfs"):
                 raise ValueError("a Git LFS pointer in place of the file: git lfs pull")
@@ -563,7 +569,7 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
         "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
-        "sink_norm": settings["sink_norm"],
+        "sink_norm": float(settings["sink_norm"]),
     }
 
 
@@ -713,6 +719,8 @@ class Tokenizer:
         ids = _all_ids(spec)
         self.fingerprint, self.n_vocab = _key(spec), len(ids)
         self.bos_id = _first_token(spec.get("post_processor"))
+        if self.bos_id not in (None, *ids.values()):
+            raise ValueError(f"post_processor: it puts {self.bos_id!r:.60} first")
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
         known = [ids[name] for name in names if name in ids]
         if not known:
@@ -797,7 +805,7 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     UserError."""
     path, beside = fetch(str(name), "tokenizer.json"), []
     for filename in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"):
-        with suppress(UserError):  # there is no such file
+        with suppress(UserError):  # there is no such file, or no network
             beside.append(fetch(str(name), filename))
     says = {file.name: read_json(file) for file in beside}
     config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
@@ -875,7 +883,7 @@ def source_files(data: str) -> list[tuple[str, int]]:
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
     other = [name for name in shown if re.search(r"\.(parquet|arrow|csv|xz|bz2)$", name)]
     beside = other and all(re.search(r"\.txt$", name, re.I) for name in taken)
-    refuse(beside, f"{data!r} has {other[:1]}, which is not read, beside .txt: name a file")
+    refuse(beside, f"{data!r} has {other[:1]}, which is not read, beside .txt alone")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")

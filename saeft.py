@@ -262,7 +262,8 @@ class SAE(nn.Module):
         kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
         with user_errors(f"{source}: not what an SAE of kind {kind.kind} has"):
             numbers = {name: cfg.get(name, own.get(name, 0.0)) for name in kind.numbers}
-            refuse(not all(0 <= n < 2**31 for n in numbers.values()), f"{source} has {numbers}")
+            fits = all(0 <= n < 2**31 for n in numbers.values())
+            refuse(not fits, f"{source} has {numbers!r:.80}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
             given = {k: v for k, v in sae.state_dict().items() if k in numbers}
             sae.load_state_dict({**given, **tensors})
@@ -1006,7 +1007,7 @@ class LanguageModel(nn.Module):
     a body of embedding, blocks and final norm, and maybe a head; else the embedding unembeds.
 
     A family is a subclass, in FAMILIES by the model_type of its config.json: what that means
-    (`numbers` and `choices` of `read_settings`), the blocks, the names of the parts."""
+    (what `read_settings` takes), the blocks, the names of the parts."""
 
     block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
     names = ()  # of body, embedding, blocks, final norm and head
@@ -1270,8 +1271,8 @@ class Gemma2(LanguageModel):
 class Gemma3(Gemma2):
     numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
     numbers.update(sliding_window_pattern=6, final_logit_softcapping=None)
-    numbers.update(vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4)
-    numbers["max_position_embeddings"] = 131_072
+    numbers.update(vocab_size=262_208, max_position_embeddings=131_072)
+    numbers.update(num_attention_heads=8, num_key_value_heads=4)
     choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
 
     def __init__(self, config: dict):
@@ -1573,8 +1574,8 @@ class Run:
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
-        row, left = figures[-1], phase.time_left(now)
         if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
+            row, left = figures[-1], phase.time_left(now)
             names = self.config.method if self.config.kl_tokens else []
             rest = [name for name in names if name not in {phase.name, *self.done.results}]
             then = ", ".join(["evaluation", *rest])

@@ -2292,6 +2292,11 @@ print((peak() - before) / sum(t.nbytes for t in tensors.values()))
 """
 
 
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    fails(["config.json", "not a regular file"], model_loaders.load_config, str(tmp_path))
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_while_loading(tmp_path):
     model_loaders.write_safetensors(tmp_path / "big", {"a": torch.zeros(5 * 10**7)}, {})
@@ -3303,7 +3308,8 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
             json.dumps({**spec, "post_processor": json.loads(post)})
         )
         assert load().bos_id == first
-    for post in (puts_first("def", vocab, ["self"]), {"type": "RobertaProcessing"}):
+    absent = puts_first("def", {**vocab, "def": -1})
+    for post in (puts_first("def", vocab, ["self"]), {"type": "RobertaProcessing"}, absent):
         (folder / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": post}))
         fails(["post_processor"], load)
     (folder / "tokenizer.json").write_text(json.dumps(spec))

@@ -20,11 +20,9 @@ import baselines
 import saeft
 from model_loaders import UserError, flags_of, model_key, read_json, refuse
 
-LABELS = {"MSE": "MSE", "kl": "kl", "mse": "mse", "kl-only": "kl-only"}
-
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
-    """A run's report; of one that is finished, as it is."""
+    """A run's report; of one that is finished with these flags and this model, as it is."""
     path = out / name / "report.json"
     line = [*flags, "--out", str(out), "--name", name, "--resume"]
     if not path.exists():
@@ -37,8 +35,8 @@ def run(out: Path, name: str, flags: list[str]) -> dict:
         differs = given[flag] != kept.get(flag)
         refuse(differs, f"{path.parent} was made with {flag} {kept.get(flag)}: give another --out")
     report = read_json(path)
-    now = model_key(kept["model"])
-    refuse(report["identity"]["model"] != now, f"the model of {path.parent} changed since")
+    changed = report.get("identity", {}).get("model") != model_key(kept["model"])
+    refuse(changed, f"the model of {path.parent} changed since: give another --out")
     return report
 
 
@@ -58,21 +56,28 @@ def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]
     return rows
 
 
+def without(flags: list[str], name: str) -> list[str]:
+    """The flags but for one and its value."""
+    at = flags.index(name) if name in flags else len(flags)
+    return flags[:at] + flags[at + 2 :]
+
+
 def compare(out: Path, ks: list[int], seed: int, flags: list[str]) -> list[dict]:
     """All rows of one seed."""
     flags, rows = [*flags, "--seed", str(seed)], []
     tokens, kl_tokens = saeft.parse(flags).tokens, saeft.parse(flags).kl_tokens
-    at = flags.index("--tokens") if "--tokens" in flags else len(flags)
-    rest = flags[:at] + flags[at + 2 :]  # --start tells how many tokens its SAE has seen
+    rest = without(flags, "--tokens")  # --start tells how many tokens its SAE has seen
     for k in ks:
         name, cell = f"k{k}-seed{seed}", [*flags, "--k", str(k)]
         full = k == ks[len(ks) // 2]
         adapted = ["lora-lm", "lora-lm-after", "linear-adapter", "mlp-adapter"] if full else []
         methods = ["kl", "mse", "kl-only", *adapted] if full else ["kl"]
         base = run(out, name, [*cell, "--method", *methods, "--rank", "16"])
-        labels = {**LABELS, **{method: f"{method} r 16" for method in adapted}}
-        rows += rows_of(base, {method: labels[method] for method in ["MSE", *methods]})
-        whole = run(out, f"{name}-end", [*cell, "--kl-tokens", str(tokens), "--method", "kl"])
+        labels = {name: name for name in ["MSE", *methods]}
+        labels.update({name: f"{name} r 16" for name in adapted})
+        rows += rows_of(base, labels)
+        end = [*without(cell, "--kl-lr"), "--kl-tokens", str(tokens), "--method", "kl"]
+        whole = run(out, f"{name}-end", end)
         rows += rows_of(whole, {"kl": "end to end"}, base)
         if full:
             start = [*rest, "--start", str(out / name / "before"), "--kl-tokens", str(kl_tokens)]

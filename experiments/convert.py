@@ -22,7 +22,6 @@ import os
 import pickle
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -225,7 +224,9 @@ def sparsify(tensors: dict, source: Source) -> dict:
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
     others = run.get("hookpoints") or [hook]
     refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
-    cfg = {"architecture": architecture, "k": cfg.get("k"), **UNPROCESSED}
+    if hook:
+        print(f"note: it reads {hook}, as its folder is called")
+    cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
     if run.get("revision"):
         cfg["model_name"] += f"@{run['revision']}"
@@ -241,7 +242,7 @@ SUFFIXES = {".pt": dictionary_learning, ".npz": gemma_scope}  # of files with ot
 NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
 KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "first_sequence"]
-KEPT += ["model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
+KEPT += ["sink_norm", "model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 # Words of a path for something else than the residual stream.
 OTHER = {"mlp", "mlps", "att", "attn", "attention", "mid", "z", "embed", "embedding", "clt"}
 OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders"}
@@ -251,14 +252,15 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     """L, where the SAE reads the output of block L. UserError where it reads something else."""
     hook, known = cfg.get("hook_name"), cfg.get("layer")
     refuse(known is not None and not (type(known) is int and known >= 0), f"layer {known!r:.60}")
-    if not hook and known is None and layer is None:
+    if not hook and layer is None:
         hook = hook_of_path(source.words)
     if hook:
+        L, place = model_loaders.read_hook(hook)
+        refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
         written = re.findall(r"\d+", hook)
         differs = known is not None and str(known) not in written
         refuse(differs, f"it says both {hook!r:.80} and layer {known}")
-        known, place = model_loaders.read_hook(hook)
-        refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
+        known = L
         if str(known) not in written:
             print(f"note: it reads {hook}, which is the output of block {known}")
     elif known is not None:
@@ -272,16 +274,16 @@ def hook_of_path(words: tuple) -> str | None:
     Gemma Scope 2. UserError where another folder's name means another place."""
     hooks, others = [], []
     for word in words:
-        with suppress(UserError):
-            hook = re.sub(r"^(layer_\d+)_width_\w+$", r"\1", word)
-            model_loaders.read_hook(hook)
+        hook = re.sub(r"^(layer_\d+)_width_\w+$", r"\1", word)
+        if any(re.fullmatch(known, hook) for known in model_loaders.HOOKS):
             hooks.append(hook)
-            continue
-        others += [word] if {*re.split(r"[\W_]+", word)} & OTHER else []
+        elif {*re.split(r"[\W_]+", word.lower())} & OTHER:
+            others.append(word)
     refuse(others, f"its folder is {others}: --layer L if it reads the output of a block")
+    refuse(len({*hooks}) > 1, f"its path says {' and '.join(hooks)}: --layer L")
     if hooks:
-        print(f"note: it reads {hooks[-1]}, as its path says")
-    return hooks[-1] if hooks else None
+        print(f"note: it reads {hooks[0]}, as its path says")
+    return hooks[0] if hooks else None
 
 
 def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
@@ -335,7 +337,7 @@ def convert(
     with model_loaders.user_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
         cfg = {"k": None, **describe(tensors, files), **told}
-        L, tensors = block(cfg, files, layer), build(tensors, cfg)
+        tensors, L = build(tensors, cfg), block(cfg, files, layer)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
     written = in_our_layout(cfg, L, found)

@@ -105,15 +105,21 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
     config, name = run.config, re.sub(r"\W+", "-", run.config.start).strip("-")
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
+        now = {part: run.identity[part] for part in ("model", "data")}
+        mixed = any(row.get(part) != key for row in rows for part, key in now.items())
+        refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         (sae,) = run.first_saes()
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         run.done.results["MSE"] = [mean(before)]
-        base = {"start": config.start, "key": run.identity["start"], "sae": config.sae, "k": sae.k}
+        base = {
+            **now,
+            "start": config.start,
+            "key": run.identity["start"],
+            "sae": config.sae,
+            "k": sae.k,
+        }
         base.update({f"{name}_before": value for name, value in mean(before).items()})
-        base.update({part: run.identity[part] for part in ("model", "data")})
-        mixed = any(row.get(part) != base[part] for row in rows for part in ("model", "data"))
-        refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)

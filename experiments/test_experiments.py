@@ -1425,9 +1425,15 @@ def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
     source = convert.Source.__new__(convert.Source)
     source.words = ("layer_2",)
     assert convert.block({}, source, 7) == 7 and convert.block({}, source, None) == 2
-    assert convert.block({"layer": 5}, source, None) == 5
     for cfg in ({"hook_name": "resid_post_layer_2", "layer": 3}, {"layer": -1}, {"layer": 3.0}):
         fails(["layer"], convert.block, cfg, source, None)
+    fails(["'layer_2' and layer 5"], convert.block, {"layer": 5}, source, None)
+    source.words = ("mine",)
+    assert convert.block({"layer": 5}, source, None) == 5
+    source.words = ("mlp_out_layer5",)
+    fails(["mlp_out_layer5"], convert.block, {"layer": 5}, source, None)
+    source.words = ("layer_5", "resid_post_layer_6")
+    fails(["layer_5 and resid_post_layer_6"], convert.block, {}, source, None)
     assert "no file says what" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@
 
 The library's own forward pass runs, with its own masks and positions. Up to block L nothing is
 changed, and it is left there. From block L + 1 on it starts with what block L is to have put out.
+A model that looks ahead, or whose blocks pass on more than one tensor, is refused.
 Its own tokenizer serves, too. Families that saeft has itself stay saeft's, which are faster.
 """
 
@@ -35,7 +36,7 @@ class Reached(Exception):
 
 
 def leave(block, args, output):
-    raise Reached(output if isinstance(output, torch.Tensor) else output[0])
+    raise Reached(output)
 
 
 def named(name: str) -> dict:
@@ -98,7 +99,8 @@ class AnyModel(saeft.LanguageModel):
             tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
             whole, parts = self(tokens), self.unembed(self.suffix(self.prefix(tokens, 0), 0))
             off = max((whole - parts).abs().max(), (whole[0] - whole[1])[:-1].abs().max())
-            model_loaders.refuse(off > 1e-4 * whole.abs().max(), f"{name}: no causal decoder")
+            limit = max(1e-4, 4 * torch.finfo(dtype).eps) * whole.abs().max()
+            model_loaders.refuse(off > limit, f"{name}: no decoder that runs in two parts")
         return self
 
     def compile(self):
