@@ -232,13 +232,11 @@ def model_key(name: str) -> str:
 def files_key(paths: list, top) -> str:
     """The identity of files: their names below `top`, and contents; of more than LARGE bytes in all
     sizes and times in place of contents, of which a copy keeps all but the last."""
-    about = {path: os.stat(path) for path in sorted(map(str, paths))}
-    large = sum(s.st_size for s in about.values()) > LARGE
-    seen = {
-        path: (s.st_size, s.st_mtime_ns, s.st_ctime_ns) if large else _digest(path)
-        for path, s in about.items()
-    }
-    return _key([(os.path.relpath(path, top), what) for path, what in seen.items()])
+    paths = sorted(map(str, paths))
+    seen = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
+    if sum(size for size, *_ in seen) <= LARGE:
+        seen = map(_digest, paths)
+    return _key([(os.path.relpath(path, top), what) for path, what in zip(paths, seen)])
 
 
 def _digest(path: str) -> str:
@@ -451,8 +449,7 @@ def _sae_file(source, filename: str) -> Path:
 
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    files = [_sae_file(source, name) for name in SAE_FILES]
-    return files_key(files, files[0].parent)
+    return files_key([_sae_file(source, name) for name in SAE_FILES], os.sep)
 
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
@@ -686,11 +683,8 @@ def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
 
 def _first_token(post_processor: dict | None) -> int | None:
     """The id that it puts before a text. ValueError for what is not understood."""
-    parts = [post_processor] if post_processor else []
-    if parts and parts[0]["type"] == "Sequence":
-        parts = parts[0]["processors"]
-    first = []
-    for part in parts:
+    post, first = post_processor or {"type": "Sequence", "processors": []}, []
+    for part in post["processors"] if post["type"] == "Sequence" else [post]:
         if part["type"] == "TemplateProcessing":
             for item in takewhile(lambda item: "SpecialToken" in item, part["single"]):
                 first += part["special_tokens"][item["SpecialToken"]["id"]]["ids"]
