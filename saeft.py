@@ -797,10 +797,8 @@ def evaluate(
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
     kept = sums["kept"].item()
-    refuse(
-        kept < 2 or not sums["scored"],
-        "no token to evaluate: raise --context, --eval-tokens, --sink-norm",
-    )
+    few = kept < 2 or not sums["scored"]
+    refuse(few, "no token to evaluate: raise --context, --eval-tokens, --sink-norm")
     variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
@@ -975,11 +973,8 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     kinds = ["linear" if linear else "default"]
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     refuse(not rope.keys() <= names, f"config.json has rotary positions {rope!r:.80}")
-    numbers = {
-        "rope_theta": base,
-        "factor": None if linear else 1.0,
-        "partial_rotary_factor": share,
-    }
+    numbers = {"rope_theta": base, "partial_rotary_factor": share}
+    numbers["factor"] = None if linear else 1.0
     choices = {"rope_type": kinds, "type": kinds}
     if share == 1:  # Gemma knows no other
         choices["partial_rotary_factor"] = [1.0, None]
@@ -1372,8 +1367,8 @@ def check(config: Config) -> LanguageModel:
     few = mse_tokens < batch * world_size() and kl_tokens < tokens and not config.start
     refuse(few, f"{tokens - kl_tokens} tokens by MSE are below a step (--batch {batch})")
     step = config.kl_batch * context * world_size()
-    few = f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)"
-    refuse(0 < kl_tokens < step, few)
+    few = 0 < kl_tokens < step
+    refuse(few, f"--kl-tokens {kl_tokens} is below a step of {step} (--kl-batch x --context)")
     return lm
 
 
