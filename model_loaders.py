@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import field, fields
 from functools import cache, partial
-from itertools import chain, compress, groupby, islice, takewhile
+from itertools import chain, groupby, islice, takewhile
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -287,8 +287,11 @@ def _weight_files(name: str) -> list[str]:
     try:
         fetch(name, "model.safetensors")
         return ["model.safetensors"]
-    except UserError:  # none, or out of reach
-        index = fetch(name, "model.safetensors.index.json")
+    except UserError as absent:  # none, or out of reach
+        try:
+            index = fetch(name, "model.safetensors.index.json")
+        except UserError:
+            raise absent from None
     with user_errors(f"cannot read {index}"):
         files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
@@ -703,7 +706,8 @@ def _any_of(texts) -> re.Pattern:
 class Tokenizer:
     """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: ▁ is a space).
-    n_vocab: largest id + 1. eos_id: the token between documents, by default <|endoftext|>, <eos>
+    n_vocab: largest id + 1. vocabulary: a key of all tokens in order, fingerprint: of all that the
+    file says. eos_id: the token between documents, by default <|endoftext|>, <eos>
     or </s>. bos_id: what it puts first; None if nothing. An exception for files that are not read
     exactly."""
 
@@ -742,14 +746,11 @@ class Tokenizer:
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
         self._ids_of_rank = list(units.values())
         self._bytes = {i: to_bytes(token) for token, i in ids.items()}
+        self.vocabulary = _key([self._bytes[i].hex() for i in range(self.n_vocab)])
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
         self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(late), ids | late
-
-    def vocabulary(self) -> str:
-        """A short name for the bytes of all tokens, in the order of their ids."""
-        return _key([self._bytes[i].hex() for i in range(self.n_vocab)])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
@@ -763,11 +764,6 @@ class Tokenizer:
                     ranks = self._bpe.encode_ordinary(piece)
                     ids += chain.from_iterable(map(self._ids_of_rank.__getitem__, ranks))
         return ids
-
-    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """The ids of each text, int32. tiktoken works outside the GIL."""
-        with ThreadPoolExecutor(threads) as pool:
-            return list(map(np.int32, pool.map(self.encode, texts)))
 
     def decode(self, ids) -> str:
         """The text of ids, added tokens included; numbers that are no token's are left out."""
@@ -820,7 +816,7 @@ DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
 DATASETS["tiny"] = str(TINY / "text.jsonl.gz")
 HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
-# The source that belongs to a vocabulary, by Tokenizer.vocabulary(): GPT-NeoX's and tiny's.
+# The source that belongs to a vocabulary, by Tokenizer.vocabulary: GPT-NeoX's and tiny's.
 OWN_DATA = {"e56ffe519fcf54d3": "pythia", "45c3a5511fb22111": "tiny"}
 IDS = re.compile(r"\.bin$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
@@ -829,13 +825,13 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 4  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 5  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 
 
 def usual_data(tokenizer: Tokenizer) -> str:
     """The source of tokens where none is given: the vocabulary's own, or c4."""
-    return OWN_DATA.get(tokenizer.vocabulary(), "c4")
+    return OWN_DATA.get(tokenizer.vocabulary, "c4")
 
 
 def held_out(text: str) -> bool:
@@ -923,9 +919,9 @@ def opened(path: str):
 
 
 def pieces(data: str):
-    """Yields (piece, whether its document is held out) of a file or folder of .txt, .jsonl (.gz,
-    .zst), or a Hub dataset, always in the same order; a piece has at most LONGEST characters, and
-    all of a document are on one side. Raises UserError."""
+    """Yields (piece, whether its document is held out, whether that ends here) of a file or folder
+    of .txt, .jsonl (.gz, .zst), or a Hub dataset, always in the same order; a piece has at most
+    LONGEST characters, and all of a document are on one side. Raises UserError."""
     files = source_files(data)
     longest = PIECE if len(files) < FEW else WHOLE
     for path, _ in files:
@@ -933,12 +929,15 @@ def pieces(data: str):
             blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
             texts = codecs.iterdecode(blocks, "utf-8-sig")
             plain = TEXT.search(path)[1].lower() == "txt"
+            if plain:
+                first = next(texts, "")
+                named = f"{path} holds JSON Lines: call it .jsonl"
+                refuse(re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', first), named)
+                texts = chain([first], texts)
             for text in _plain_texts(texts, longest) if plain else _json_texts(texts, path):
-                held = held_out(text)
-                for start in range(0, len(text), LONGEST):
-                    piece = text[start : start + LONGEST]
-                    if piece.strip():
-                        yield piece, held
+                held, n = held_out(text), len(text) if text.strip() else 0
+                for start in range(0, n, LONGEST):
+                    yield text[start : start + LONGEST], held, start + LONGEST >= n
 
 
 def _unpacked(file, path: str):
@@ -1019,9 +1018,9 @@ def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
-    tokenizer has more than 65,536 ids. Pieces, end-of-text after each, are cut into sequences of
+    tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
-    embedding; a document with an id beyond them is left out. UserError for an unknown, short or
+    embedding; a piece with an id beyond them is left out. UserError for an unknown, short or
     failing source.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
@@ -1137,24 +1136,28 @@ class TokenStream:
 
     def _tokenise(self):
         """Both sides grow by the same pieces; `passed` counts batches of them."""
-        source, threads = pieces(self.place), (os.cpu_count() or 1) // 2 or 1
+        source, eos = pieces(self.place), [self.tokenizer.eos_id]
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
-                ids = self.tokenizer.encode_batch([text for text, _ in batch], threads)
-                fit = [some.max(initial=0) < self.n_ids for some in ids]
-                if not all(fit):
-                    rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
-                    say_once(f"{self.data}: leaving out documents that hold {rows}")
+                own = [[], []]  # ids of each side
+                texts, sides, ends = zip(*batch)
+                for ids, side, end in zip(self.encode(texts), sides, ends):
+                    if max(ids, default=0) < self.n_ids:
+                        own[side] += ids + eos * end
+                    else:
+                        rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
+                        say_once(f"{self.data}: leaving out documents that hold {rows}")
                 for side in (TRAIN, VAL):
                     if number > self.passed[side]:
-                        kept = [f and held == side for f, (_, held) in zip(fit, batch)]
-                        own = [
-                            np.append(some, self.tokenizer.eos_id) for some in compress(ids, kept)
-                        ]
-                        self._append(side, np.concatenate([np.zeros(0, self.dtype), *own]), number)
+                        self._append(side, np.array(own[side], dtype=self.dtype), number)
             if not self.lacks(TRAIN, VAL):
                 break
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on half of the cores: tiktoken works outside the GIL."""
+        with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
+            return list(pool.map(self.tokenizer.encode, texts))
 
     def _copy_ids(self, files: list[tuple[str, int]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut

@@ -1047,6 +1047,7 @@ class LanguageModel(nn.Module):
             block.compile(fullgraph=True)
 
     def part(self, i: int) -> nn.Module:
+        """1: the embedding; 2: the blocks; 3: the final norm."""
         return getattr(self, self.names[0])[self.names[i]]
 
     @property
@@ -1637,6 +1638,9 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     config = settings(**{**preset, **told, **given})
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
+        unused = [name for name in ("lr", "warmup", "batch", "dead_after") if name in given]
+        if unused:
+            say(f"note: --start has no phase one, which alone has {', '.join(unused)}")
         same = model_loaders.same_source(config.data, told.get("data"))
         config.tokens = config.kl_tokens + (told.get("tokens", 0) if same else 0)
     elif config.kl_tokens == config.tokens:

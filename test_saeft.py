@@ -87,7 +87,7 @@ def as_it_was():
 
 
 def documents(data):
-    return [text for text, _ in model_loaders.pieces(data)]
+    return [text for text, *_ in model_loaders.pieces(data)]
 
 
 def command(line, out, settings=Config):
@@ -270,6 +270,8 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     config = saeft.parse(line)
     assert (config.l1, config.sae, config.tokens) == (None, "relu", 187 * 64 + 5000)
     assert saeft.parse([*line, "--data", "c4"]).tokens == 5000
+    saeft.parse([*line, "--batch", "9", "--lr", "1"])
+    assert "note: --start has no phase one, which alone has lr, batch" in capsys.readouterr().out
 
 
 TOLD = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "dataset_path": "tiny"}
@@ -500,6 +502,8 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
         folder = model_folder(tmp_path / value)
         edit_weights(folder, lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
         cases.append((folder, [name.removeprefix("gpt_neox."), "not finite"]))
+    (old := model_folder(tmp_path / "old") / "model.safetensors").rename(old.with_suffix(".bin"))
+    cases.append((old.parent, ["has no model.safetensors: ", "read from safetensors files only"]))
     for folder, words in cases:
         line = f"--model {folder} --data tiny --layer 2 --method kl --name x"
         assert command(line, tmp_path / "runs") == 2
@@ -2491,8 +2495,8 @@ def assert_same(spec: dict, texts: list[str]) -> model_loaders.Tokenizer:
     """Every id of every text equal, and the text of those; byte-level, of random ids too."""
     ours, reference = model_loaders.Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
     expected = [e.ids for e in reference.encode_batch_fast(texts, add_special_tokens=False)]
-    for got, ids in zip(ours.encode_batch(texts, 2), expected, strict=True):
-        if (got := got.tolist()) != ids:
+    for got, ids in zip(map(ours.encode, texts), expected, strict=True):
+        if got != ids:
             i = len(os.path.commonprefix([got, ids]))
             pytest.fail(
                 f"{got[i:][:5]}, not {ids[i:][:5]}, after {reference.decode(ids[:i])[-40:]!r}"
@@ -2733,11 +2737,11 @@ class Bytes:
     def __init__(self, **changes):
         vars(self).update(changes)
 
-    def encode_batch(self, texts, threads):
+    def encode(self, text):
         self.calls += 1
         if self.fail:
             raise self.fail
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
+        return list(text.encode())
 
 
 def texts(count=400, size=40, seed=0):
@@ -2834,12 +2838,13 @@ def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
     whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
     (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(whole))
     found = list(model_loaders.pieces(str(tmp_path / "a.txt")))
-    assert "".join(text for text, _ in found) == "".join(whole)
-    starts = [text for text, _ in found if text[0].isdigit()]
-    assert len(starts) == len(whole)
-    for document in whole:  # each piece is on the document's side
-        own = [held for text, held in found if text in document and text[:2] == document[:2]]
-        assert set(own) == {held_out(document)}
+    for document in whole:  # each piece is on the document's side, and the last one ends it
+        own = []
+        while "".join(text for text, *_ in own) != document:
+            own.append(found.pop(0))
+        assert {held for _, held, _ in own} == {held_out(document)}
+        assert [ends for *_, ends in own] == [False] * (len(own) - 1) + [True]
+    assert not found
 
 
 def test_forms_of_text(tmp_path):
@@ -2883,7 +2888,7 @@ def test_memory_stays_bounded_and_nothing_hangs(tmp_path):
     code = """
 def peak(): return [int(l.split()[1]) for l in open("/proc/self/status") if "VmHWM" in l][0] // 1024
 before = peak(); start = time.monotonic()
-found = sum(len(text) for text, _ in L.pieces(sys.argv[1]))
+found = sum(len(text) for text, *_ in L.pieces(sys.argv[1]))
 print(json.dumps([found, peak() - before, time.monotonic() - start]))
 """
     found, megabytes, seconds = child(code, tmp_path / "blank.txt.gz")
@@ -2935,6 +2940,7 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.txt", "é".encode("latin-1") * 99, "can't decode .* invalid"),
         ("a.txt", "text".encode("utf-16"), "utf-8"),
+        ("a.txt", b'{"id": 1, "text": "x"}\n' * 9, "holds JSON Lines: call it .jsonl"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
         ("a.bin", b"123" * 9, "give uint16 ids of this tokenizer, under 256"),
@@ -3093,13 +3099,13 @@ def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream
 class Endless(Bytes):
     """A tokenizer that takes its time."""
 
-    def encode_batch(self, texts, threads):
-        time.sleep(0.05)
-        return super().encode_batch(texts, threads)
+    def encode(self, text):
+        time.sleep(0.001)
+        return super().encode(text)
 
 
 def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stream, monkeypatch):
-    endless = lambda data: iter(lambda: (texts(1)[0], False), None)  # noqa: E731
+    endless = lambda data: iter(lambda: (texts(1)[0], False, True), None)  # noqa: E731
     monkeypatch.setattr(model_loaders, "pieces", endless)
     told = []
     monkeypatch.setattr(model_loaders, "progress", told.append)
@@ -3394,8 +3400,8 @@ def test_what_changed_since_a_run_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_long_document_is_on_one_side_whole(tmp_path, folder):
-    """A document: an object of a .jsonl, or one of a hundred .txt."""
+def test_a_long_document_is_on_one_side_whole(tmp_path, folder, stream):
+    """A document: an object of a .jsonl, or one of a hundred .txt. One end of text is after it."""
     rng = random.Random(1)
     made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(100)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(made))
@@ -3404,10 +3410,13 @@ def test_a_long_document_is_on_one_side_whole(tmp_path, folder):
         for i, text in enumerate(made):
             (tmp_path / f"{i}.txt").write_text(text)
     for held in (False, True):
-        found = [text for text, side in model_loaders.pieces(str(tmp_path)) if side == held]
+        found = [text for text, side, _ in model_loaders.pieces(str(tmp_path)) if side == held]
         assert found and max(map(len, found)) <= 1 << 16
         wanted = {text for text in made if held_out(text) == held}
         assert {"".join(pair) for pair in zip(found[::2], found[1::2])} == wanted
+    if not folder:
+        s = stream(tmp_path / "a.jsonl", train=10**7, allow_short=True)
+        assert ids(s.train(0, s.n_train)) == joined(made, False)[: s.n_train * 16]
 
 
 def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):

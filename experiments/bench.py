@@ -204,9 +204,12 @@ class Stages:
 
     def tokenise(self):
         tokenizer = model_loaders.load_tokenizer("tiny")
-        texts = [text for text, _ in model_loaders.pieces("tiny")]
-        step = partial(tokenizer.encode_batch, texts, 1)
-        yield sum(map(len, step())), {"tokenise on one core": step}
+        texts = [text for text, *_ in model_loaders.pieces("tiny")]
+
+        def step():
+            return sum(len(tokenizer.encode(text)) for text in texts)
+
+        yield step(), {"tokenise on one core": step}
 
     def checkpoint(self):
         sae = self.W_enc.float().repeat(6, 1)  # W_enc and W_dec, two moments of each

@@ -58,7 +58,7 @@ def make(folder: Path) -> None:
     """The shipped documents that import exactly one of TOPICS, in a .jsonl for each of these."""
     imports = re.compile(rf"^\s*(?:from|import) ({'|'.join(TOPICS)})\b", re.M)
     lines = {topic: [] for topic in TOPICS}
-    for text, _ in model_loaders.pieces("tiny"):
+    for text, *_ in model_loaders.pieces("tiny"):
         topics = {*imports.findall(text)}
         if len(topics) == 1:
             lines[topics.pop()].append(json.dumps({"text": text}) + "\n")
@@ -74,7 +74,7 @@ def read_classes(folder: Path) -> dict[str, dict[str, list[str]]]:
     pieces = {}
     for path in sorted(folder.iterdir()):
         found = pieces[path.name.split(".")[0]] = []
-        for text, _ in model_loaders.pieces(str(path)):
+        for text, *_ in model_loaders.pieces(str(path)):
             starts = range(0, max(len(text) - PIECE // 2, 1), PIECE)
             found += [text[i : i + PIECE] for i in starts]
     n = min(map(len, pieces.values()), default=0)

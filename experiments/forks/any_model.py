@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -59,18 +58,11 @@ class Tokenizer:
         self.eos_id = self.tokenizer.eos_token_id
         model_loaders.refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
         self.n_vocab = len(self.tokenizer)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        text = repr((vocabulary, self.tokenizer.backend_tokenizer.to_str()))
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def vocabulary(self) -> str:
-        return self.fingerprint
+        text = self.tokenizer.backend_tokenizer.to_str()
+        self.fingerprint = self.vocabulary = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     def decode(self, ids) -> str:
         return self.tokenizer.decode(ids)
@@ -78,7 +70,7 @@ class Tokenizer:
 
 class AnyModel(saeft.LanguageModel):
     load_tokenizer = Tokenizer
-    final_norm = None  # wherever it is
+    names = ("head",)  # that there is one apart is the library's to know
 
     def __init__(self, config: dict):
         nn.Module.__init__(self)
@@ -90,7 +82,11 @@ class AnyModel(saeft.LanguageModel):
         n_layers = model.config.num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         model_loaders.refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
-        self.own_blocks = lists  # in a list of its own, so that it is no submodule twice
+        # In a dict, so that nothing is a submodule twice; the final norm may be anywhere.
+        self.parts = {1: model.get_output_embeddings(), 2: lists[0], 3: None}
+
+    def part(self, i: int):
+        return self.parts[i]
 
     def load(self, name: str, device, dtype):
         with model_loaders.user_errors(f"cannot run {name} in two parts"):
@@ -105,14 +101,6 @@ class AnyModel(saeft.LanguageModel):
 
     def compile(self):
         model_loaders.refuse(True, "--compile: not here, where hooks leave a model's forward pass")
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.own_blocks[0]
-
-    @property
-    def W_U(self):
-        return self.model.get_output_embeddings().weight
 
     def forward(self, tokens):
         meta = self.W_U.is_meta  # where masks cannot be made
@@ -145,8 +133,8 @@ class AnyModel(saeft.LanguageModel):
                 return reached.args[0]
 
 
-for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-    saeft.FAMILIES.setdefault(model_type, AnyModel)
+mine = dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AnyModel)
+saeft.FAMILIES.update({**mine, **saeft.FAMILIES})
 
 if __name__ == "__main__":
     sys.exit(saeft.main())
