@@ -63,6 +63,16 @@ def user_errors(what: str):
         raise UserError(f"{what} ({why:.300})") from error
 
 
+def exit_status(program: str, main) -> int:
+    """Runs main(): 0, or 2 after a UserError, which gets a line on stderr."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors."""
 
@@ -427,15 +437,9 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     tensors: W_enc, W_dec [F, D], b_enc [F], b_dec [D], and whatever else it has, under its names;
     cfg: architecture, k, ..., metadata. Raises UserError."""
     n_latents, width = tensors["W_dec"].shape
-    told = {
-        "d_in": width,
-        "d_sae": n_latents,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-    }
+    told = {"d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu"}
+    for key in ("apply_b_dec_to_input", "normalize_activations", "reshape_activations"):
+        told[key] = SAE_SETTINGS[key][0]
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = {**tensors, "W_enc": tensors["W_enc"].T}
@@ -827,6 +831,7 @@ FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty 
 BATCH = 64  # pieces tokenised at a time
 RULES = 5  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
+SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
 
 def usual_data(tokenizer: Tokenizer) -> str:
@@ -1089,10 +1094,7 @@ class TokenStream:
             return
         if self.failure:
             raise self.failure
-        for side, kind, flag in (
-            (TRAIN, "training", "--tokens (with --start, --kl-tokens)"),
-            (VAL, "validation", "--eval-tokens"),
-        ):
+        for side, (kind, flag) in enumerate(SIDES):
             have = self.tokens[side] // self.stride * self.stride
             if self.allow_short and have:
                 self.need[side] = min(self.need[side], have)
@@ -1138,11 +1140,14 @@ class TokenStream:
         """Both sides grow by the same pieces; `passed` counts batches of them."""
         source, eos = pieces(self.place), [self.tokenizer.eos_id]
         batches = iter(lambda: list(islice(source, BATCH)), [])
+        threads = (os.cpu_count() or 1) // 2 or 1
         for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
                 own = [[], []]  # ids of each side
                 texts, sides, ends = zip(*batch)
-                for ids, side, end in zip(self.encode(texts), sides, ends):
+                with ThreadPoolExecutor(threads) as pool:  # tiktoken works outside the GIL
+                    encoded = list(pool.map(self.tokenizer.encode, texts))
+                for ids, side, end in zip(encoded, sides, ends):
                     if max(ids, default=0) < self.n_ids:
                         own[side] += ids + eos * end
                     else:
@@ -1153,11 +1158,6 @@ class TokenStream:
                         self._append(side, np.array(own[side], dtype=self.dtype), number)
             if not self.lacks(TRAIN, VAL):
                 break
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, on half of the cores: tiktoken works outside the GIL."""
-        with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
-            return list(pool.map(self.tokenizer.encode, texts))
 
     def _copy_ids(self, files: list[tuple[str, int]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut

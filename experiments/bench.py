@@ -295,8 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model_loaders.UserError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(model_loaders.exit_status("bench", main))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import UserError, flags_of, model_key, read_json, refuse
+from model_loaders import exit_status, flags_of, model_key, read_json, refuse
 
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
@@ -129,8 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status("compare", main))

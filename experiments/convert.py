@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
-from model_loaders import Parser, UserError, fetch, refuse
+from model_loaders import Parser, UserError, exit_status, fetch, refuse
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -374,12 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = ["topk", "batchtopk", "relu", "jumprelu"]
     parser.add_argument("--kind", choices=kinds, help="what it is, where no file says it")
     parser.add_argument("--context", dest="context_size", type=int, help="tokens in a sequence")
-    try:
-        print(convert(**vars(parser.parse_args(argv))))
-    except UserError as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("convert", lambda: print(convert(**vars(parser.parse_args(argv)))))
 
 
 if __name__ == "__main__":

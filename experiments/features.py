@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError, refuse
+from model_loaders import UserError, exit_status, refuse
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -252,12 +252,7 @@ def make_page(args) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        print(make_page(parse(argv)))
-    except UserError as error:
-        print(f"features: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("features", lambda: print(make_page(parse(argv))))
 
 
 if __name__ == "__main__":

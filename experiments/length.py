@@ -28,8 +28,8 @@ from compare import run as finished
 
 import saeft
 from model_loaders import (
-    UserError,
     count,
+    exit_status,
     progress,
     read_json,
     refuse,
@@ -253,8 +253,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"length: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status("length", main))

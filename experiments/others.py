@@ -28,7 +28,7 @@ from compare import run as finished
 
 import model_loaders
 import saeft
-from model_loaders import UserError, refuse, say, write_text
+from model_loaders import exit_status, refuse, say, write_text
 
 
 def activations(run: saeft.Run):
@@ -202,8 +202,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"others: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status("others", main))

@@ -210,31 +210,31 @@ def parse(argv: list[str] | None):
     return args
 
 
+def run(argv: list[str] | None) -> None:
+    args = parse(argv)
+    if args.make_data:
+        saebench_texts.make(args.make_data)
+    if not args.runs:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = saebench_texts.use(args.data, args.out) if args.data else {}
+    if args.cities:
+        folder = args.out / f"ravel-{args.cities}"
+        saebench_texts.make_cities(args.cities, folder)
+        asked = {"city": [*saebench_texts.PROMPTS]}
+        settings["ravel"] = {"entity_attribute_selection": asked}
+        settings["ravel"]["artifact_dir"] = str(folder)
+    settings.setdefault("ravel", {})["num_pairs_per_attribute"] = args.pairs
+    figures = {}
+    for folder in args.runs:
+        figures |= evaluate(folder, args, settings)
+    text = table(figures)
+    model_loaders.write_text(args.out / "table.txt", text + "\n")
+    print(text)
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        if args.make_data:
-            saebench_texts.make(args.make_data)
-        if args.runs:
-            args.out.mkdir(parents=True, exist_ok=True)
-            settings = saebench_texts.use(args.data, args.out) if args.data else {}
-            if args.cities:
-                folder = args.out / f"ravel-{args.cities}"
-                saebench_texts.make_cities(args.cities, folder)
-                asked = {"city": [*saebench_texts.PROMPTS]}
-                settings["ravel"] = {"entity_attribute_selection": asked}
-                settings["ravel"]["artifact_dir"] = str(folder)
-            settings.setdefault("ravel", {})["num_pairs_per_attribute"] = args.pairs
-            figures = {}
-            for run in args.runs:
-                figures |= evaluate(run, args, settings)
-            text = table(figures)
-            model_loaders.write_text(args.out / "table.txt", text + "\n")
-            print(text)
-    except UserError as error:
-        print(f"saebench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return model_loaders.exit_status("saebench", lambda: run(argv))
 
 
 if __name__ == "__main__":
