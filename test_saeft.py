@@ -1227,6 +1227,17 @@ def test_f_what_is_done_with_it_and_gradients_equal_dense_autograd(kind, with_ke
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), name
 
 
+@pytest.mark.parametrize("n, k", [(24, 1), (64, 4), (1024, 3), (1000, 8), (4096, 40), (96, 90)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_are_those_of_topk(n, k, dtype):
+    pre = torch.randn(50, n).mul(4).round().to(dtype)  # many are equal
+    pre[::7] = -torch.inf
+    values, columns = saeft.largest(pre, k)
+    assert torch.equal(values.sort().values, pre.topk(k).values.flip(1))
+    assert torch.equal(pre.gather(1, columns), values)
+    assert all(len(row.unique()) == k for row in columns)
+
+
 SCALE = 17.0  # of the activations 3 * randn(32)
 
 
