@@ -57,8 +57,11 @@ def user_errors(what: str):
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{what}: pip install {error.name}") from error
+        raise UserError(
+            f"{what}: {f'pip install {error.name}' if error.name else error}"
+        ) from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
         why = re.sub(r"(\\n|\\t|\s)+", " ", f"{type(error).__name__}: {error}")
         raise UserError(f"{what} ({why:.300})") from error
 
@@ -155,7 +158,6 @@ def progress(text: str, now: bool = False):
 
 
 # ---- Models on the Hub or in a folder ---------------------------------------------------------
-
 TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded model and its text
 if not TINY.is_dir():  # installed from a wheel
     TINY = Path(__file__).parent / "saeft_assets" / "tiny"
@@ -187,9 +189,9 @@ def hub_errors(repo: str, filename: str = "such file"):
             terms = f"accept its licence at https://huggingface.co/{repo}, set HF_TOKEN"
             message = f"no access to {repo} ({status}): check the name; {terms}"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
-            names = "a folder, pythia-160m, tiny or owner/name@revision on the Hub"
-            read = "models are read from safetensors files only, SAEs from SAELens's layout"
-            message = f"{repo!r} has no {filename}: give {names} ({read})"
+            advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
+            advice += " (models are read from safetensors files only, SAEs from SAELens's layout)"
+            message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
             advice = "try again, or a folder, --model tiny, --data tiny"
             message = f"cannot fetch {repo} (error: {status or repr(error)[:300]}): {advice}"
@@ -273,7 +275,10 @@ def _key(content) -> str:
 
 def load_config(name: str) -> dict:
     """The model's config.json. Raises UserError, also when it is not a JSON object."""
-    return read_json(fetch(name, "config.json"))
+    path = fetch(name, "config.json")
+    adapter = path.with_name("adapter_config.json").exists()
+    refuse(adapter, f"{path.parent} has an adapter beside the model: merge it, or move it away")
+    return read_json(path)
 
 
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -297,11 +302,8 @@ def _weight_files(name: str) -> list[str]:
     try:
         fetch(name, "model.safetensors")
         return ["model.safetensors"]
-    except UserError as absent:  # none, or out of reach
-        try:
-            index = fetch(name, "model.safetensors.index.json")
-        except UserError:
-            raise absent from None
+    except UserError:  # none, or out of reach
+        index = fetch(name, "model.safetensors.index.json")
     with user_errors(f"cannot read {index}"):
         files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
@@ -310,7 +312,6 @@ def _weight_files(name: str) -> list[str]:
 
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
-
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
@@ -547,6 +548,9 @@ def sae_settings(cfg: dict) -> dict:
     hook = origin.get("hook_name") or origin.get("hook_point")  # the second before SAELens 3
     if hook is not None:
         told["layer"], told["place"] = read_hook(hook)
+        block = origin.get("hook_layer", origin.get("hook_point_layer"))
+        differs = block is not None and str(block) not in re.findall(r"\d+", hook)
+        refuse(differs, f"the SAE's cfg.json says both {hook!r:.80} and layer {block!r:.60}")
     how = _dict(origin, "model_from_pretrained_kwargs")
     if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
         told["model"] = None
@@ -578,7 +582,6 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
 
 
 # ---- Tokenizers, on tiktoken ------------------------------------------------------------------
-
 # What the two kinds of tokenizer.json say, beside what is null, false or "", and NEUTRAL.
 NEUTRAL = {"vocab", "merges", "unk_token", "fuse_unk", "trim_offsets"}  # they change no id
 NEOX = {
@@ -814,7 +817,6 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
 
 
 # ---- Documents and token streams --------------------------------------------------------------
-
 DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short name -> source
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
@@ -823,6 +825,7 @@ HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
 # The source that belongs to a vocabulary, by Tokenizer.vocabulary: GPT-NeoX's and tiny's.
 OWN_DATA = {"e56ffe519fcf54d3": "pythia", "45c3a5511fb22111": "tiny"}
 IDS = re.compile(r"\.bin$", re.I)
+OTHER = re.compile(r"\.(parquet|arrow|[ct]sv|json|zip|7z|tar|tgz|xz|bz2)(\.gz|\.zst)?$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
 LONGEST = 1 << 16  # characters in a piece of a document
@@ -876,9 +879,10 @@ def source_files(data: str) -> list[tuple[str, int]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    other = [name for name in shown if re.search(r"\.(parquet|arrow|csv|xz|bz2)$", name)]
-    beside = other and all(re.search(r"\.txt$", name, re.I) for name in taken)
-    refuse(beside, f"{data!r} has {other[:1]}, which is not read, beside .txt alone")
+    other = [name for name in shown if re.search(OTHER, name)]
+    unread, read = (sum(found[name][1] for name in names) for names in (other, taken))
+    beside = unread > read and all(re.search(r"\.txt$", name, re.I) for name in taken)
+    refuse(beside, f"{data!r} has {other[:1]}, which is not read, and less of .txt")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")
@@ -1082,14 +1086,11 @@ class TokenStream:
     def _wait(self, side: int, enough: float):
         """Until a side has `enough` tokens, or the thread has ended: UserError where the source was
         too short, unless less is allowed, and whatever else has ended it."""
-        waits = 0
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
-            waits += 1
-            if waits % 10 == 0:
-                have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
-                done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
-                progress(f"tokenising into {self.folder}: {done}")
+            have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
+            done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
+            progress(f"tokenising into {self.folder}: {done}")
         if self.thread.is_alive():
             return
         if self.failure:
@@ -1137,15 +1138,15 @@ class TokenStream:
                 self._tokenise()
 
     def _tokenise(self):
-        """Both sides grow by the same pieces; `passed` counts batches of them."""
+        """Both sides grow by the same pieces; `passed` counts batches of them. tiktoken works
+        outside the GIL."""
         source, eos = pieces(self.place), [self.tokenizer.eos_id]
         batches = iter(lambda: list(islice(source, BATCH)), [])
-        threads = (os.cpu_count() or 1) // 2 or 1
         for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
                 own = [[], []]  # ids of each side
                 texts, sides, ends = zip(*batch)
-                with ThreadPoolExecutor(threads) as pool:  # tiktoken works outside the GIL
+                with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
                     encoded = list(pool.map(self.tokenizer.encode, texts))
                 for ids, side, end in zip(encoded, sides, ends):
                     if max(ids, default=0) < self.n_ids:
@@ -1214,7 +1215,6 @@ class TokenStream:
 
 
 # ---- A run's folder ---------------------------------------------------------------------------
-
 MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
 WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
 WRITTEN += ["metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
@@ -1323,13 +1323,13 @@ class RunFolder:
         identity: the keys of "model" and "data". UserError if that run has other settings, or one
         of these has changed since."""
         may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
-        for name, value in settings.items():
-            was = saved["config"].get(name)
-            differs = was != value and name not in may_differ
-            refuse(differs, f"--resume: --{name.replace('_', '-')} was {was}, is {value}")
+        was = saved["config"]
         for part, key in identity.items():
-            changed = saved.get("identity", {}).get(part) != key
+            changed = saved.get("identity", {}).get(part) != key and was.get(part) == settings[part]
             refuse(changed, f"--resume: the {part} of {settings[part]} changed since: --overwrite")
+        for name in sorted(settings.keys() - may_differ):
+            differs = f"--{name.replace('_', '-')} was {was.get(name)}, is {settings[name]}"
+            refuse(was.get(name) != settings[name], f"--resume: {differs}")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):

@@ -91,7 +91,7 @@ class Config:
     tokens: int = flag(500_000_000, "training tokens in all", 1)
     kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's", 0)
     context: int = flag(1024, "tokens in a sequence", 2)
-    batch: int = flag(2048, "activations in a step of phase one, for each GPU", 1)
+    batch: int = flag(2048, "activations in a step of phase one, for each GPU", 2)
     kl_batch: int = flag(8, "sequences in a step of the fine-tune, for each GPU", 1)
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
     sink_norm: float = flag(4.0, "leave out tokens above this many median norms; 0: none", 0)
@@ -155,6 +155,7 @@ def activate(pre, k, floor):
 def encode(x, b_dec, W_enc, b_enc, select, keep=None):
     """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre, number kept) says which
     pre-activations stay, as K and floor of `activate`. On the CPU f is a `SparseRows`."""
+    refuse(x.dim() != 2, f"x has the shape {[*x.shape]}: give [N, D], as x.flatten(0, -2) is")
     if FAST and x.is_cpu:
         return sparse_encode(x, b_dec, W_enc, b_enc, select, keep)
     pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
@@ -801,6 +802,8 @@ def evaluate(
     refuse(few, "no token to evaluate: raise --context, --eval-tokens, --sink-norm")
     variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
+    damaged = not math.isfinite(ce_original + ce_zero + variance)
+    refuse(damaged, "the model's own CE is not finite: a damaged model, or another --dtype is due")
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
     figures = []
     for i, (ce, kl) in enumerate(rows):
@@ -811,6 +814,7 @@ def evaluate(
         row["dead"] = int((fired == 0).sum())
         lost = ce_zero - ce_original
         row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
+        refuse(not math.isfinite(ce + row["fvu"]), "what was trained gives CE nan: lower its rate")
         figures.append(row)
     return model, figures
 
@@ -1628,6 +1632,8 @@ class Run:
             self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
             with user_errors("--resume: the checkpoint is of another version: --overwrite"):
                 self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
+        elif self.config.resume:
+            say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
         return saved is not None
 
     def on_signal(self, number: int, frame):

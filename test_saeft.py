@@ -422,6 +422,7 @@ MISTAKES = {
     "lr nan": ("--lr nan", "--lr nan"),
     "seed 1e30": ("--seed 1e30", "--seed"),
     "d-sae 1e15": ("--d-sae 1e15", "--d-sae"),
+    "one activation in a step": ("--batch 1", "--batch 1 "),
     "everything a sink": ("--sink-norm 0.001", "--sink-norm"),
     "everything a sink, end to end": ("--sink-norm 0.001 --kl-tokens 12k", "--sink-norm"),
     "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
@@ -502,6 +503,9 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
         folder = model_folder(tmp_path / value)
         edit_weights(folder, lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
         cases.append((folder, [name.removeprefix("gpt_neox."), "not finite"]))
+    beside = model_folder(tmp_path / "beside")
+    (beside / "adapter_config.json").write_text("{}")
+    cases.append((beside, ["has an adapter beside the model"]))
     (old := model_folder(tmp_path / "old") / "model.safetensors").rename(old.with_suffix(".bin"))
     cases.append((old.parent, ["has no model.safetensors: ", "read from safetensors files only"]))
     for folder, words in cases:
@@ -584,6 +588,19 @@ def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, capsys, mo
     assert differences(tmp_path / "whole", tmp_path / "y") == []
 
 
+def test_a_figure_that_is_not_finite_is_no_result(tmp_path, capsys):
+    """The last step's rate was too high; a model overflows behind the SAE's layer."""
+    assert command("--name x --kl-tokens 128 --kl-lr 1e18", tmp_path) == 2
+    assert "CE nan: lower its rate" in capsys.readouterr().err
+    model = model_folder(tmp_path / "model")
+    name = "gpt_neox.layers.4.mlp.dense_4h_to_h.weight"
+    edit_weights(model, lambda tensors: tensors.update({name: tensors[name].float() * 1e38}))
+    line = f"--model {model} --layer 2 --data tiny --kl-tokens 0 --name y"
+    assert command(line, tmp_path) == 2
+    assert "own CE is not finite: a damaged model" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("report.json"))
+
+
 # ---- No work lost --------------------------------------------------------------------------------
 def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     # Stopped by a signal in phase one, at step 7 ...
@@ -600,6 +617,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     assert err.count("\n") == 1 and "--resume" in err
     monkeypatch.undo()
     before = snapshot(tmp_path / "x")
+    assert "note: no checkpoint" not in out
     # ... the same command says that it is there, another one that it is another, and a file that
     # is damaged that it is.
     for line, words in {
@@ -616,7 +634,8 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     assert "cannot read a checkpoint" in capsys.readouterr().err
     checkpoint.write_bytes(whole)
     assert command("--name x --resume", tmp_path) == 0
-    assert command("--name y", tmp_path) == 0
+    assert command("--name y --resume", tmp_path) == 0  # there is nothing to resume
+    assert "note: no checkpoint in" in capsys.readouterr().out
     assert differences(tmp_path / "x", tmp_path / "y") == []
 
 
@@ -697,6 +716,18 @@ def test_no_network_and_nothing_cached_ends_in_one_helpful_line(tmp_path):
     assert b"EleutherAI/pythia-160m" in err and b"--model tiny" in err
 
 
+def test_a_cause_is_told_in_its_own_words():
+    """torch says something else of a full disk, and some libraries no name of what they lack."""
+    with pytest.raises(UserError, match="No space left"), model_loaders.user_errors("cannot write"):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64")
+    for error, words in (ImportError("needs x"), "needs x"), (ImportError(name="y"), "install y"):
+        with pytest.raises(UserError, match=words), model_loaders.user_errors("cannot"):
+            raise error
+
+
 # ---- Several processes ---------------------------------------------------------------------------
 def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -748,6 +779,11 @@ def test_by_hand_the_sae():
     assert saeft.counts(f).tolist() == [1, 1] and f.sum() == 5
     # Squared errors are 1, 1 and 2. The mean of x is (1, 2/3), the squares around it sum to 38/3.
     assert (HAND_X - x_hat).pow(2).sum(-1).tolist() == [1, 1, 2]
+
+
+def test_x_of_sequences_is_refused(fast):
+    with pytest.raises(UserError, match=r"shape \[2, 3, 2\]: give \[N, D\]"):
+        hand_sae()(torch.stack([HAND_X, HAND_X]))
 
 
 def test_by_hand_beta_and_kl():
@@ -2419,7 +2455,8 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     assert settings_of(tmp_path, ORIGIN) == told
     assert settings_of(tmp_path, {}, k=None) == {"d_sae": 20}
     flat = ORIGIN | {"hook_point": ORIGIN["hook_name"], "hook_name": None}  # before SAELens 6
-    assert settings_of(tmp_path, 7, **flat) == told
+    assert settings_of(tmp_path, 7, **flat, hook_layer=3) == told
+    fails(["blocks.3.hook_mlp_out", "layer 4"], settings_of, tmp_path, ORIGIN, hook_layer=4)
     named = {"model_from_pretrained_kwargs": {"revision": "step8"}}
     assert settings_of(tmp_path, ORIGIN | named)["model"] == "o/m@step8"
     unnamed = {"model_from_pretrained_kwargs": {"checkpoint_index": 8}}
@@ -3219,11 +3256,15 @@ SPLITS = [  # files that are read, and those that are left out
 ]
 
 
-def test_a_licence_is_not_the_data_that_are_not_read(tmp_path):
-    for name in ("LICENSE.txt", "data.parquet"):
-        (tmp_path / name).write_text("text")
-    fails(["data.parquet", "is not read"], model_loaders.source_files, str(tmp_path))
+@pytest.mark.parametrize("other", ["data.parquet", "data.json", "TEXTS.ZIP", "a/b.csv.gz"])
+def test_a_licence_is_not_the_data_that_are_not_read(tmp_path, other):
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("text" * 9)
+    (tmp_path / "LICENSE.txt").write_text("text")
+    fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
     assert len(model_loaders.source_files(str(tmp_path / "LICENSE.txt"))) == 1
+    (tmp_path / "book.txt").write_text("text" * 9)  # what is not read is less than what is
+    assert len(model_loaders.source_files(str(tmp_path))) == 2
 
 
 @pytest.mark.parametrize("taken, left", SPLITS)

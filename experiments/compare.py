@@ -8,7 +8,6 @@ control and every baseline; and a ReLU SAE. Each cell is a run under OUT: a comp
 interrupted goes on where it stopped. The rows go to OUT/compare.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import exit_status, flags_of, model_key, read_json, refuse
+from model_loaders import Parser, exit_status, flags_of, model_key, read_json, refuse
 
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
@@ -116,11 +115,12 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     args, flags = parser.parse_known_args()
+    refuse(args.seeds < 1, f"--seeds {args.seeds}: give 1 or more")
     rows = []
     for seed in range(args.seeds):
         rows += compare(args.out, args.ks, seed, flags)

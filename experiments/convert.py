@@ -88,7 +88,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             except pickle.UnpicklingError:
                 raise UserError(f"{path}: a pickle of more than tensors, not opened") from None
         names = {name: re.sub(r"^(_orig_mod\.|module\.)+", "", name) for name in stored}
-        return {names[name]: torch.as_tensor(stored[name]).float() for name in stored}
+        tensors = {names[name]: torch.as_tensor(stored[name]) for name in stored}
+        for name, tensor in tensors.items():
+            numbers = tensor.is_floating_point() or tensor.dim() < 2
+            refuse(not numbers, f"{path}: {name} is of {tensor.dtype}: {model_loaders.UNQUANTISED}")
+        return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 # ---- What each format means, in the words of SAELens's cfg.json --------------------------------
@@ -99,7 +103,8 @@ UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = source.json("cfg.json", needed=True)
-    cfg = {"hook_name": cfg.get("hook_point"), **(cfg.get("metadata") or {}), **cfg}
+    cfg = {**(cfg.get("metadata") or {}), **cfg}
+    cfg["hook_name"] = cfg.get("hook_name") or cfg.get("hook_point")
     cfg["layer"] = cfg.get("hook_layer", cfg.get("hook_point_layer"))
     architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
     k = cfg.get("k")
@@ -302,7 +307,9 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
         found = list(t[name].shape)
         refuse(found != shape, f"its {name} is {found}, its W_enc {[D, F]}")
     if "topk" in architecture:
-        number = type(k) is int or (type(k) is float and architecture == "batchtopk")
+        number = type(k) is int or (
+            type(k) is float and (k % 1 == 0 or architecture == "batchtopk")
+        )
         refuse(not number or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
     if cfg.get("rescale_acts_by_decoder_norm"):  # norms weigh z, and divide f again
         norms = t["W_dec"].norm(dim=1).clamp_min(1e-8)

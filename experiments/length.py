@@ -11,7 +11,6 @@ OUT/length.json as they come, the SAEs to folders beside it: the same command go
 cut. OUT/length.png needs matplotlib.
 """
 
-import argparse
 import contextlib
 import json
 import re
@@ -28,8 +27,10 @@ from compare import run as finished
 
 import saeft
 from model_loaders import (
+    Parser,
     count,
     exit_status,
+    flags_of,
     progress,
     read_json,
     refuse,
@@ -46,7 +47,9 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 def held_out(run: saeft.Run) -> list[tuple[torch.Tensor, float]]:
     """Parts of the held-out text, and the variance of x in each relative to that in the whole."""
-    lm, parts, limit = run.lm, run.stream.validation().tensor_split(PARTS), run.done.limit
+    lm, tokens, limit = run.lm, run.stream.validation(), run.done.limit
+    refuse(len(tokens) < PARTS, f"--eval-tokens: {len(tokens)} sequences, for {PARTS} parts")
+    parts = tokens.tensor_split(PARTS)
     xs = [saeft.collect(lm, part.to(limit.device), run.config) for part in parts]
     xs = [x[saeft.content(x, lm.n_skip, limit)].double() for x in xs]
     variance, *variances = (x.var(0, correction=0).sum().item() for x in (torch.cat(xs), *xs))
@@ -213,8 +216,15 @@ def draw(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def step_of(config: saeft.Config, lengths: list[int]) -> int:
+    """The tokens of a step, which no length may fall below."""
+    step = config.kl_batch * config.context
+    refuse(min(lengths) < step, f"--lengths {min(lengths)}: a step has {step} tokens")
+    return step
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--start", nargs="+")
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -224,9 +234,13 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     starts = args.start or []
     refuse(args.seeds < 1 or not min(args.rates) > 0, "--seeds and --rates are above 0")
+    given = vars(flags_of(saeft.Config, "").parse_args(flags)).keys()
+    own = given & {"name", "method", "kl_tokens", "kl_lr", "seed"}
+    refuse(own, f"{', '.join(sorted(own))}: --lengths, --rates and --seeds say that here")
     for seed in range(0 if args.start else args.seeds):
         usual = saeft.parse(flags)
         refuse(len(usual.k) > 1, f"--k {usual.k}: give one")
+        step_of(usual, args.lengths)
         tokens = args.tokens or str(usual.tokens - usual.kl_tokens)
         once = ["--tokens", tokens, "--kl-tokens", "0", "--seed", str(seed)]
         finished(args.out, f"seed{seed}", [*flags, *once])
@@ -239,8 +253,7 @@ def main() -> None:
     for start, key in keys.items():
         longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
-        step, todo = config.kl_batch * config.context, {}
-        refuse(min(args.lengths) < step, f"--lengths {min(args.lengths)}: a step has {step} tokens")
+        step, todo = step_of(config, args.lengths), {}
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in args.rates if (key, n, lr) not in cells]

@@ -11,7 +11,6 @@ those of the library's own module in the same place, before the fine-tune that w
 SAE, after it SAELens's. OUT keeps what is done: the same command goes on.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -183,7 +182,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--tokens", default="300k", help="that each library trains on")
     parser.add_argument("--out", type=Path, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)

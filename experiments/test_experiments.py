@@ -407,12 +407,13 @@ def saelens_1_standard(folder, t):
     cfg = {k: v for k, v in FLAT.items() if k not in ("hook_name", "activation_fn_str")}
     cfg |= {"hook_point": SAE_META["hook_name"], "activation_fn": "relu"}
     cfg |= {"normalize_activations": False, "finetuning_scaling_factor": False}
+    cfg |= {"hook_name": None}
     lens(folder, four(t) | {"scaling_factor": torch.ones(F_SAE)}, cfg)
     return formula(t, torch.relu)
 
 
 def saelens_5_topk(folder, t):
-    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": float(K)}}
     lens(folder, four(t), FLAT, architecture="standard", **changes)
     return formula(t, topk)
 
@@ -785,6 +786,7 @@ REFUSED = {
         tensors_of(lambda t: t | {"scaling_factor": 2 * torch.ones(F_SAE)}),
         "scaling_factor",
     ),
+    "quantised": (tensors_of(lambda t: four(t) | {"W_enc": t["W_enc"].char()}), "quantised"),
     "k missing": (tensors_of(four, architecture="topk"), "None"),
     "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
     "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
@@ -1787,6 +1789,28 @@ def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tm
 
 
 # ---- How short, and what is repaired -----------------------------------------------------------
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("length", "--method mse --name q", "method, name: --lengths"),
+        ("length", "--lengths 10", "--lengths 10: a step has 1024 tokens"),
+        ("length", "--lengths many", "--lengths"),
+        ("length", "--start SAE --eval-tokens 128 --context 64", "2 sequences, for 5 parts"),
+        ("compare", "--seeds 0", "--seeds 0"),
+        ("bench", "--repeats few", "--repeats"),
+    ],
+)
+def test_what_a_script_cannot_do_is_told_first(tmp_path, monkeypatch, script, flags, words):
+    sae = str(tmp_path / "sae")
+    metadata = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post"}
+    saeft.TopK(128, 64, k=4).save(sae, metadata | {"dataset_path": "tiny"})
+    line = [*flags.replace("SAE", sae).split(), "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *line])
+    with pytest.raises(model_loaders.UserError, match=words):
+        __import__(script).main()
+    assert not list(tmp_path.rglob("report.json"))
+
+
 def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     tmp_path, monkeypatch, capsys
 ):

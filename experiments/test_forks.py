@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
@@ -238,19 +240,65 @@ def test_any_model_runs_with_its_own_tokenizer(tmp_path):
     same_figures(tmp_path, report, flags=f"--model {folder}")
 
 
-@pytest.mark.parametrize("family", ["bert", "bloom"])
-def test_what_is_no_causal_decoder_of_blocks_is_refused(tmp_path, family):
-    """BERT looks ahead; in Bloom every block needs more than the one before puts out."""
-    fork, sizes = imported("any_model"), {**SIZES, "vocab_size": 64}
+def without_a_block(tensors):
+    return {name: t for name, t in tensors.items() if ".layers.1." not in name}
+
+
+def with_nan(tensors):
+    return {**tensors, "model.layers.1.mlp.up_proj.weight": torch.full((64, 32), torch.nan)}
+
+
+@pytest.mark.parametrize(
+    "family, change, sizes",
+    [
+        ("bert", dict, {}),  # it looks ahead
+        ("bloom", dict, {}),  # every block needs more than the one before puts out
+        ("opt", dict, {"word_embed_proj_dim": 16, "ffn_dim": 64}),
+        ("llama", without_a_block, {}),
+        ("llama", with_nan, {}),
+    ],
+)
+def test_what_is_no_whole_causal_decoder_of_blocks_is_refused(tmp_path, family, change, sizes):
+    fork, sizes = imported("any_model"), {**SIZES, "vocab_size": 64, **sizes}
     config = transformers.AutoConfig.for_model(family, **sizes, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         p.data.normal_(std=0.2)
     model.save_pretrained(tmp_path)
+    tensors = change(load_file(tmp_path / "model.safetensors"))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     lm = fork.AnyModel(model_loaders.load_config(str(tmp_path)))
     with pytest.raises(model_loaders.UserError) as error:
         lm.load(str(tmp_path), "cpu", torch.float32)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_any_model_s_tokenizer(tmp_path):
+    """Like Llama's, which writes no space that a text begins with."""
+    fork = imported("any_model")
+    own = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    replaced = tokenizers.normalizers.Replace(" ", "▁")
+    own.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), replaced]
+    )
+    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", "</s>", *of_bytes]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special)
+    own.train_from_iterator(["the cat sat on the mat, the cat sat on the hat"] * 9, trainer)
+    spaces = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()
+    ends = tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)
+    own.decoder = tokenizers.decoders.Sequence([*spaces, *ends])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>")
+    theirs.save_pretrained(tmp_path)
+    ours = fork.Tokenizer(str(tmp_path))
+    ids = ours.encode("the cat sat")
+    parts = [ours.decode([i]) for i in ids]
+    assert "".join(parts) == ours.decode(ids) == " the cat sat"
+    assert ours.encode("\ud800 cat") == ours.encode("\ufffd cat")  # half a character
+    assert (ours.bos_id, fork.Tokenizer(str(tmp_path), "yes").bos_id) == (None, ours.eos_id)
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    with pytest.raises(model_loaders.UserError, match="no tokenizer for"):
+        fork.Tokenizer(str(tmp_path / "slow"))
 
 
 def test_any_model_gives_saeft_s_own_figures(tmp_path):

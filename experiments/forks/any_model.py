@@ -22,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import model_loaders
 import saeft
+from model_loaders import refuse
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -52,20 +53,22 @@ class Tokenizer:
     def __init__(self, name: str, bos: str = "auto"):
         with model_loaders.user_errors(f"no tokenizer for {name}"):
             self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
-        adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        wanted = bos == "yes" or (bos == "auto" and adds_bos)
-        self.bos_id = self.tokenizer.bos_token_id if wanted else None
-        self.eos_id = self.tokenizer.eos_token_id
-        model_loaders.refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
-        self.n_vocab = len(self.tokenizer)
-        text = self.tokenizer.backend_tokenizer.to_str()
+            text = self.tokenizer.backend_tokenizer.to_str()
         self.fingerprint = self.vocabulary = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.n_vocab, self.eos_id = len(self.tokenizer), self.tokenizer.eos_token_id
+        refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
+        bos_id, first = self.tokenizer.bos_token_id, self.tokenizer("a").input_ids[0]
+        own = self.eos_id if bos_id is None else bos_id
+        self.bos_id = own if bos == "yes" or (bos == "auto" and first == bos_id) else None
 
     def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids)
+        # Behind another token, since some tokenizers drop the space that a text begins with.
+        before = self.encode("a")
+        return self.tokenizer.decode([*before, *ids])[len(self.tokenizer.decode(before)) :]
 
 
 class AnyModel(saeft.LanguageModel):
@@ -81,7 +84,7 @@ class AnyModel(saeft.LanguageModel):
         self.max_context = getattr(model.config, "max_position_embeddings", 2**20)
         n_layers = model.config.num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        model_loaders.refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
+        refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
         # In a dict, so that nothing is a submodule twice; the final norm may be anywhere.
         self.parts = {1: model.get_output_embeddings(), 2: lists[0], 3: None}
 
@@ -90,28 +93,31 @@ class AnyModel(saeft.LanguageModel):
 
     def load(self, name: str, device, dtype):
         with model_loaders.user_errors(f"cannot run {name} in two parts"):
-            self.use(AutoModelForCausalLM.from_pretrained(**named(name), dtype=dtype).to(device))
-            self.eval().requires_grad_(False)
+            options = {**named(name), "dtype": dtype, "output_loading_info": True}
+            model, report = AutoModelForCausalLM.from_pretrained(**options)
+            refuse(report["missing_keys"], f"{name} lacks {sorted(report['missing_keys'])[:3]}")
+            self.use(model.to(device).eval().requires_grad_(False))
             tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
-            whole, parts = self(tokens), self.unembed(self.suffix(self.prefix(tokens, 0), 0))
+            resid = self.prefix(tokens, 0)
+            whole, parts = self(tokens), self.unembed(self.suffix(resid, 0))
             off = max((whole - parts).abs().max(), (whole[0] - whole[1])[:-1].abs().max())
             limit = max(1e-4, 4 * torch.finfo(dtype).eps) * whole.abs().max()
-            model_loaders.refuse(off > limit, f"{name}: no decoder that runs in two parts")
+            fits = resid.shape[-1] == self.W_U.shape[1] and off <= limit  # False for nan
+            refuse(not fits, f"{name}: no decoder that runs in two parts")
         return self
 
     def compile(self):
-        model_loaders.refuse(True, "--compile: not here, where hooks leave a model's forward pass")
+        refuse(True, "--compile: not here, where hooks leave a model's forward pass")
 
     def forward(self, tokens):
-        meta = self.W_U.is_meta  # where masks cannot be made
-        return tokens if meta else self.model(tokens, use_cache=False).logits
+        # On the meta device masks cannot be made.
+        return tokens if self.W_U.is_meta else self.model(tokens, use_cache=False).logits
 
     def prefix(self, tokens, layer: int):
         return self.run(tokens, layer)
 
     def suffix(self, resid, layer: int):
-        last = len(self.blocks) - 1
-        return resid if layer == last else self.run(resid, last, layer + 1)
+        return self.run(resid, -1, layer + 1)
 
     def unembed(self, resid):
         # Rows as sequences of one token: a slice of them may be longer than the model's context.
