@@ -1657,9 +1657,10 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     config = settings(**{**preset, **told, **given})
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
-        unused = [name for name in ("lr", "warmup", "batch", "dead_after") if name in given]
+        of_phase_one = ("lr", "warmup", "batch", "buffer", "dead_after")
+        unused = ", ".join(name for name in of_phase_one if name in given)
         if unused:
-            say(f"note: --start has no phase one, which alone has {', '.join(unused)}")
+            say(f"note: --start has no phase one, which alone has {unused}")
         same = model_loaders.same_source(config.data, told.get("data"))
         config.tokens = config.kl_tokens + (told.get("tokens", 0) if same else 0)
     elif config.kl_tokens == config.tokens:
