@@ -103,7 +103,10 @@ UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = source.json("cfg.json", needed=True)
-    cfg = {**(cfg.get("metadata") or {}), **cfg}
+    metadata = cfg.get("metadata") or {}
+    twice = {key for key in metadata if cfg.get(key, metadata[key]) != metadata[key]}
+    refuse(twice, f"it says {sorted(twice)} twice, and not the same")
+    cfg = {**metadata, **cfg}
     cfg["hook_name"] = cfg.get("hook_name") or cfg.get("hook_point")
     cfg["layer"] = cfg.get("hook_layer", cfg.get("hook_point_layer"))
     architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
@@ -348,6 +351,7 @@ def convert(
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
     written = in_our_layout(cfg, L, found)
+    model_loaders.sae_settings({**written, "d_sae": len(tensors["b_enc"])})  # as --start will
     tensors["W_enc"] = tensors["W_enc"].T
     with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)

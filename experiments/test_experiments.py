@@ -786,6 +786,8 @@ REFUSED = {
         tensors_of(lambda t: t | {"scaling_factor": 2 * torch.ones(F_SAE)}),
         "scaling_factor",
     ),
+    "context as text": (flat(context_size="64"), "context_size = '64'"),
+    "two hooks": (flat(metadata={"hook_name": "blocks.4.hook_resid_post"}), "['hook_name'] twice"),
     "quantised": (tensors_of(lambda t: four(t) | {"W_enc": t["W_enc"].char()}), "quantised"),
     "k missing": (tensors_of(four, architecture="topk"), "None"),
     "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
