@@ -413,7 +413,7 @@ def saelens_1_standard(folder, t):
 
 
 def saelens_5_topk(folder, t):
-    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": float(K)}}
+    changes = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
     lens(folder, four(t), FLAT, architecture="standard", **changes)
     return formula(t, topk)
 
@@ -669,6 +669,12 @@ def test_layers(tmp_path, capsys):
     assert convert.main([str(tmp_path / "s"), str(tmp_path / "y"), "--layer", "7"]) == 0
     written = json.loads((tmp_path / "y" / "cfg.json").read_text())["metadata"]
     assert written["hook_name"] == "blocks.7.hook_resid_post"
+
+
+def test_k_may_be_a_whole_number_with_a_point(tmp_path):
+    lens(tmp_path / "s", four(random_sae()), architecture="topk", k=float(K))
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "out")]) == 0
+    assert saeft.SAE.load(tmp_path / "out").k == K
 
 
 def without(t, name):
