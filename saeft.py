@@ -863,7 +863,7 @@ def largest(pre, k: int):
         return pre.topk(k, sorted=False)
     maxima = pre.unflatten(1, (8, n // 8)).amax(1)  # of columns c, c + n / 8, c + 2 n / 8, ...
     first = largest(maxima, k)[1]
-    columns = (first[:, :, None] + torch.arange(0, n, n // 8)).flatten(1)  # [N, 8 k]
+    columns = (first[:, None] + torch.arange(0, n, n // 8)[:, None]).flatten(1)  # [N, 8 k]
     values, best = pre.gather(1, columns).topk(k, sorted=False)
     return values, columns.gather(1, best)
 
