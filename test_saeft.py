@@ -2456,7 +2456,8 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     assert settings_of(tmp_path, {}, k=None) == {"d_sae": 20}
     flat = ORIGIN | {"hook_point": ORIGIN["hook_name"], "hook_name": None}  # before SAELens 6
     assert settings_of(tmp_path, 7, **flat, hook_layer=3) == told
-    fails(["blocks.3.hook_mlp_out", "layer 4"], settings_of, tmp_path, ORIGIN, hook_layer=4)
+    other = functools.partial(settings_of, tmp_path, ORIGIN, hook_layer=4)
+    fails(["blocks.3.hook_mlp_out", "layer 4"], other)
     named = {"model_from_pretrained_kwargs": {"revision": "step8"}}
     assert settings_of(tmp_path, ORIGIN | named)["model"] == "o/m@step8"
     unnamed = {"model_from_pretrained_kwargs": {"checkpoint_index": 8}}
