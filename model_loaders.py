@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shutil
-import stat
 import sys
 import threading
 import time
@@ -57,9 +56,8 @@ def user_errors(what: str):
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(
-            f"{what}: {f'pip install {error.name}' if error.name else error}"
-        ) from error
+        advice = f"pip install {error.name}" if error.name else str(error)
+        raise UserError(f"{what}: {advice}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
         error = error.__context__ if isinstance(error.__context__, OSError) else error
         why = re.sub(r"(\\n|\\t|\s)+", " ", f"{type(error).__name__}: {error}")
@@ -336,7 +334,7 @@ SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 def open_file(path):
     """The bytes of a regular file; UserError for whatever goes wrong while it is open."""
     with user_errors(f"cannot read {path}"):
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("not a regular file")
         with open(path, "rb") as file:
             if file.peek().startswith(b"version https://git-lfs"):
@@ -503,13 +501,15 @@ SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_pos
 SAME_PLACE.update({"in": "resid_pre", "attention_out": "attn_out"})
 
 
-def read_hook(name: str) -> tuple[int, str]:
+def read_hook(name: str, layer: int | None = None) -> tuple[int, str]:
     """(block, place) of what an SAE reads, in any library's words: blocks.3.hook_resid_post is
     (3, "resid_post"), and so are blocks.4.hook_resid_pre and gpt_neox.layers.3;
-    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, and for what is not
-    understood."""
+    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, for what is not
+    understood, and where `layer`, what else is said of the block in that name, is another."""
     found = next(filter(None, (re.fullmatch(hook, str(name)) for hook in HOOKS)), None)
     refuse(not found, f"it reads {name!r:.80}, which is no hook that is known")
+    differs = layer is not None and str(layer) not in re.findall(r"\d+", name)
+    refuse(differs, f"it says both {name!r:.80} and layer {layer!r:.60}")
     block, place = int(found["block"]), (found["place"] or ".output").removeprefix("hook_")
     place = SAME_PLACE.get(place, place)
     if place == "resid_pre":  # the output of the block before
@@ -547,10 +547,8 @@ def sae_settings(cfg: dict) -> dict:
         refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
     hook = origin.get("hook_name") or origin.get("hook_point")  # the second before SAELens 3
     if hook is not None:
-        told["layer"], told["place"] = read_hook(hook)
         block = origin.get("hook_layer", origin.get("hook_point_layer"))
-        differs = block is not None and str(block) not in re.findall(r"\d+", hook)
-        refuse(differs, f"the SAE's cfg.json says both {hook!r:.80} and layer {block!r:.60}")
+        told["layer"], told["place"] = read_hook(hook, block)
     how = _dict(origin, "model_from_pretrained_kwargs")
     if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
         told["model"] = None
@@ -713,10 +711,9 @@ def _any_of(texts) -> re.Pattern:
 class Tokenizer:
     """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
     Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: ▁ is a space).
-    n_vocab: largest id + 1. vocabulary: a key of all tokens in order, fingerprint: of all that the
-    file says. eos_id: the token between documents, by default <|endoftext|>, <eos>
-    or </s>. bos_id: what it puts first; None if nothing. An exception for files that are not read
-    exactly."""
+    n_vocab: largest id + 1. fingerprint: a key of all that the file says. eos_id: the token between
+    documents, by default <|endoftext|>, <eos> or </s>. bos_id: what it puts first; None if nothing.
+    An exception for files that are not read exactly."""
 
     def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
@@ -753,11 +750,15 @@ class Tokenizer:
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
         self._ids_of_rank = list(units.values())
         self._bytes = {i: to_bytes(token) for token, i in ids.items()}
-        self.vocabulary = _key([self._bytes[i].hex() for i in range(self.n_vocab)])
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         late = {self._normalize(text): ids[text] for text in late}
         self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(late), ids | late
+
+    @property
+    def vocabulary(self) -> str:
+        """A key of the bytes of all tokens, in the order of their ids."""
+        return _key([self._bytes[i].hex() for i in range(self.n_vocab)])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
@@ -879,8 +880,8 @@ def source_files(data: str) -> list[tuple[str, int]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    other = [name for name in shown if re.search(OTHER, name)]
-    unread, read = (sum(found[name][1] for name in names) for names in (other, taken))
+    other = [name for name in shown if OTHER.search(name)]
+    unread, read = (sum(found[name][1] for name in some) for some in (other, taken))
     beside = unread > read and all(re.search(r"\.txt$", name, re.I) for name in taken)
     refuse(beside, f"{data!r} has {other[:1]}, which is not read, and less of .txt")
     if len(shown) > 1:
@@ -1138,8 +1139,7 @@ class TokenStream:
                 self._tokenise()
 
     def _tokenise(self):
-        """Both sides grow by the same pieces; `passed` counts batches of them. tiktoken works
-        outside the GIL."""
+        """Both sides grow by the same pieces; `passed` counts batches of them."""
         source, eos = pieces(self.place), [self.tokenizer.eos_id]
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in enumerate(batches, 1):
@@ -1147,7 +1147,7 @@ class TokenStream:
                 own = [[], []]  # ids of each side
                 texts, sides, ends = zip(*batch)
                 with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
-                    encoded = list(pool.map(self.tokenizer.encode, texts))
+                    encoded = list(pool.map(self.tokenizer.encode, texts))  # outside the GIL
                 for ids, side, end in zip(encoded, sides, ends):
                     if max(ids, default=0) < self.n_ids:
                         own[side] += ids + eos * end

@@ -263,13 +263,9 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     if not hook and layer is None:
         hook = hook_of_path(source.words)
     if hook:
-        L, place = model_loaders.read_hook(hook)
+        known, place = model_loaders.read_hook(hook, known)
         refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
-        written = re.findall(r"\d+", hook)
-        differs = known is not None and str(known) not in written
-        refuse(differs, f"it says both {hook!r:.80} and layer {known}")
-        known = L
-        if str(known) not in written:
+        if str(known) not in re.findall(r"\d+", hook):
             print(f"note: it reads {hook}, which is the output of block {known}")
     elif known is not None:
         print(f"note: it is taken to read the output of block {known}: no file says what")

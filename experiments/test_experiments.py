@@ -404,10 +404,9 @@ def saelens_scaled_checkpoint(folder, t):
 
 def saelens_1_standard(folder, t):
     """hook_point and a scaling_factor of ones, as before version 3."""
-    cfg = {k: v for k, v in FLAT.items() if k not in ("hook_name", "activation_fn_str")}
-    cfg |= {"hook_point": SAE_META["hook_name"], "activation_fn": "relu"}
+    cfg = {k: v for k, v in FLAT.items() if k != "activation_fn_str"}
+    cfg |= {"hook_name": None, "hook_point": SAE_META["hook_name"], "activation_fn": "relu"}
     cfg |= {"normalize_activations": False, "finetuning_scaling_factor": False}
-    cfg |= {"hook_name": None}
     lens(folder, four(t) | {"scaling_factor": torch.ones(F_SAE)}, cfg)
     return formula(t, torch.relu)
 
