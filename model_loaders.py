@@ -539,6 +539,8 @@ def sae_settings(cfg: dict) -> dict:
     model, data, bos, context, tokens (those of its data that it has seen), sink_norm, k, d_sae.
     UserError for a hook that is not understood, and for values of other types."""
     origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
+    twice = [key for key, value in cfg["metadata"].items() if cfg.get(key, value) != value]
+    refuse(twice, f"the SAE's cfg.json says {twice} twice, and not the same")
     beside = f"what was trained is the {origin.get('adapter')} beside this SAE"
     refuse("adapter" in origin, f"{beside}: load() of experiments/baselines.py reads both")
     for key, (name, kind) in ORIGIN.items():  # before SAELens 6 they stand among the rest

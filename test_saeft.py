@@ -2458,6 +2458,8 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     assert settings_of(tmp_path, 7, **flat, hook_layer=3) == told
     other = functools.partial(settings_of, tmp_path, ORIGIN, hook_layer=4)
     fails(["blocks.3.hook_mlp_out", "layer 4"], other)
+    other = functools.partial(settings_of, tmp_path, ORIGIN, hook_name="blocks.4.hook_resid_post")
+    fails(["['hook_name'] twice"], other)
     named = {"model_from_pretrained_kwargs": {"revision": "step8"}}
     assert settings_of(tmp_path, ORIGIN | named)["model"] == "o/m@step8"
     unnamed = {"model_from_pretrained_kwargs": {"checkpoint_index": 8}}

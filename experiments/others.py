@@ -8,7 +8,8 @@ Flags are saeft.py's; --tokens is what each library trains on, --kl-tokens the f
 that are installed take part. Each library's file goes through convert.py, the fine-tune, its
 control, and back: what saeft writes is SAELens's layout. Gap and FVU are saeft's; beside them
 those of the library's own module in the same place, before the fine-tune that which trained the
-SAE, after it SAELens's. OUT keeps what is done: the same command goes on.
+SAE, after it SAELens's. Then the gap with sinks, which SAELens does not leave out, and that of its
+own CE evaluation, on transformers' model. OUT keeps what is done: the same command goes on.
 """
 
 import contextlib
@@ -134,6 +135,30 @@ LIBRARIES = {
 }
 
 
+def gap_by_saelens(folder: Path, run: saeft.Run) -> float:
+    """What SAELens's own evaluation says of an SAE in its layout, on the run's held-out text: CE
+    with it less CE without, over all tokens but <bos>."""
+    from sae_lens import SAE
+    from sae_lens.evals import get_recons_loss
+    from sae_lens.load_model import load_model
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    place = model_loaders.long_name(run.config.model, model_loaders.MODELS)
+    body, _, blocks, *_ = run.lm.names
+    hook = f"{body}.{blocks}.{run.config.layer}"
+    options = {"dtype": torch.float32}
+    model = load_model("AutoModelForCausalLM", place, "cpu", options, hook_names=[hook])
+    sae, tokens, gaps = SAE.load_from_disk(folder), run.stream.validation(), []
+    for batch in tokens.split(8):
+        bos = [int(tokens[0, 0])] if run.lm.n_skip else None
+        settings = {"compute_kl": False, "compute_ce_loss": True, "ignore_tokens": bos}
+        with torch.no_grad():
+            ce = get_recons_loss(sae, model, ActivationScaler(), batch, hook_name=hook, **settings)
+        gap = ce["ce_loss_with_sae"] - ce["ce_loss_without_sae"]  # [B, T - 1]
+        gaps.append(gap[:, run.lm.n_skip :].double())
+    return torch.cat(gaps).mean().item()
+
+
 class Own(nn.Module):
     """A library's own function in the place of an SAE."""
 
@@ -166,17 +191,23 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
     tokens, limit = run.stream.validation(), run.done.limit
     _, rows = saeft.evaluate(run.lm, tokens, trainees, limit, run.config, f"{name} evaluates")
     row = dict(zip(("before", "before_own", "after", "after_own"), rows))
+    _, rows = saeft.evaluate(run.lm, tokens, trainees[::2], torch.inf, run.config, "with sinks")
+    for when, with_sinks, folder in zip(("before", "after"), rows, (ours, tuned)):
+        row[when]["gap_with_sinks"] = with_sinks["gap"]
+        row[f"{when}_own"]["gap_with_sinks"] = gap_by_saelens(folder, run)
     closed = {method: report["results"][method]["gap_closed"] for method in ("kl", "mse")}
     return {"library": name, "kind": report["sae"], **row, **closed}
 
 
 def print_table(rows: list[dict]) -> None:
-    print("\n| library, kind | | gap | its own | FVU | its own | L0 | closed | control |")
-    print("| --- " * 9 + "|")
+    heads = "| gap | its own | FVU | its own | gap with sinks | SAELens's | L0 | closed | control |"
+    print(f"\n| library, kind | {heads}")
+    print("| --- " * 11 + "|")
+    names = ("gap", "fvu", "gap_with_sinks")
     for row in rows:
         for when, closed in (("before", ""), ("after", f"{row['kl']:.1%} | {row['mse']:.1%}")):
             ours, own = row[when], row[f"{when}_own"]
-            figures = [f"{r[name]:.4f}" for name in ("gap", "fvu") for r in (ours, own)]
+            figures = [f"{r[name]:.4f}" for name in names for r in (ours, own)]
             head = f"| {row['library']}, {row['kind']} | {when} | {' | '.join(figures)}"
             print(f"{head} | {ours['l0']:.1f} | {closed or '|'} |")
 

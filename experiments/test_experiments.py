@@ -1,5 +1,6 @@
 """The experiments: other fine-tunes, conversion of public SAEs, the page of features, SAEBench."""
 
+import contextlib
 import copy
 import functools
 import html
@@ -1924,6 +1925,7 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
 
     monkeypatch.setattr(others, "LIBRARIES", {"plain": (train, own, "")})
     monkeypatch.setattr(others, "own_saelens", own)
+    monkeypatch.setattr(others, "gap_by_saelens", lambda folder, run: 0.25)
     flags = [*SMALL.split(), "--tokens", "6k", "--kl-tokens", "256", "--out", str(tmp_path)]
     others.main(flags)
     others.main(flags)
@@ -1936,3 +1938,16 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
     assert row["kl"] == report["results"]["kl"]["gap_closed"] > 0
     assert row["before"]["ce"] == pytest.approx(report["ce_mse"], rel=1e-3)
     assert capsys.readouterr().out.count("| plain, topk | after | ") == 2
+
+
+def test_saelens_evaluates_an_sae_as_we_do(tmp_path):
+    pytest.importorskip("sae_lens")
+    small_sae(k=4, d_model=128).save(tmp_path, {"hook_name": "blocks.2.hook_resid_post"})
+    flags = [*SMALL.split(), "--tokens", "6k", "--kl-tokens", "256", "--out", str(tmp_path)]
+    with contextlib.ExitStack() as closing:
+        run = saeft.Run(saeft.parse(flags))
+        run.prepare(closing)
+        trainee = saeft.Trainee(saeft.SAE.load(tmp_path), run.lm)
+        tokens = run.stream.validation()
+        _, (row,) = saeft.evaluate(run.lm, tokens, [trainee], torch.inf, run.config)
+        assert others.gap_by_saelens(tmp_path, run) == pytest.approx(row["gap"], rel=1e-4)
