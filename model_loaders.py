@@ -726,10 +726,9 @@ class Tokenizer:
         if self.bos_id not in (None, *ids.values()):
             raise ValueError(f"post_processor: it puts {self.bos_id!r:.60} first")
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
-        known = [ids[name] for name in names if name in ids]
-        if not known:
+        self.eos_id = next((ids[name] for name in names if name in ids), None)
+        if self.eos_id is None:
             raise ValueError(f"it has no end of text, {' or '.join(names)}")
-        self.eos_id = known[0]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
         letters = {*"".join(made)}
@@ -754,6 +753,7 @@ class Tokenizer:
         self._bytes = {i: to_bytes(token) for token, i in ids.items()}
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
+        self.added = {*raw, *late}  # tokens that are cut out of a text
         late = {self._normalize(text): ids[text] for text in late}
         self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(late), ids | late
 
@@ -784,17 +784,20 @@ def _text(token) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _check_beside(ids: dict[str, int], config: dict, added: dict):
+def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
     """ValueError where tokenizer_config.json or added_tokens.json, which transformers reads after
-    tokenizer.json, mean other ids."""
+    tokenizer.json, mean other ids, or cut other tokens out of a text than the added ones there."""
     decoder = config.get("added_tokens_decoder") or {}
+    strips = ("lstrip", "rstrip", "single_word")
+    other = [token for token in decoder.values() if any(map({**token}.get, strips))]
     added = {**added, **{_text(token): int(i) for i, token in decoder.items()}}
-    other = [text for text, i in added.items() if ids.get(text) != i]
+    other += [text for text, i in added.items() if tokenizer.ids.get(text) != i]
+    named = [config.get(f"{name}_token") for name in "bos eos unk sep pad cls mask".split()]
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        named = config.get(key) or []
-        texts = map(_text, named.values() if isinstance(named, dict) else named)
-        other += [text for text in texts if text not in ids]
-    other += ["add_prefix_space"] if config.get("add_prefix_space") else []
+        more = config.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    other += {_text(token) for token in named if token} - tokenizer.added
+    other += [key for key in ("add_prefix_space", "split_special_tokens") if config.get(key)]
     if other:
         raise ValueError(f"files beside it say otherwise of {other[:3]!r:.200}")
 
@@ -811,7 +814,7 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
     with user_errors(f"cannot read {path}"):
         tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
-        _check_beside(tokenizer.ids, config, says.get("added_tokens.json", {}))
+        _check_beside(tokenizer, config, says.get("added_tokens.json", {}))
         if bos == "yes" and tokenizer.bos_id is None:
             tokenizer.bos_id = tokenizer.ids.get(_text(config.get("bos_token")), tokenizer.eos_id)
     if bos == "no":
@@ -838,11 +841,6 @@ BATCH = 64  # pieces tokenised at a time
 RULES = 5  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
-
-
-def usual_data(tokenizer: Tokenizer) -> str:
-    """The source of tokens where none is given: the vocabulary's own, or c4."""
-    return OWN_DATA.get(tokenizer.vocabulary, "c4")
 
 
 def held_out(text: str) -> bool:

@@ -261,7 +261,8 @@ class SAE(nn.Module):
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
         kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
-        with user_errors(f"{source}: not what an SAE of kind {kind.kind} has"):
+        advice = f"python experiments/convert.py {source} FOLDER"
+        with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
             numbers = {name: cfg.get(name, own.get(name, 0.0)) for name in kind.numbers}
             fits = all(0 <= n < 2**31 for n in numbers.values())
             refuse(not fits, f"{source} has {numbers!r:.80}")
@@ -1130,9 +1131,10 @@ class PythiaMLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(c.hidden_size, c.intermediate_size)
         self.dense_4h_to_h = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.approximate = "tanh" if c.hidden_act == "gelu_fast" else "none"
 
     def forward(self, x):
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.approximate))
 
 
 class PythiaBlock(nn.Module):
@@ -1162,7 +1164,7 @@ class Pythia(LanguageModel):
     names = ("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out")
     numbers = {**LanguageModel.numbers, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
     numbers["layer_norm_eps"] = 1e-5
-    choices = {"hidden_act": ["gelu"], "use_parallel_residual": [True, False]}
+    choices = {"hidden_act": ["gelu", "gelu_fast"], "use_parallel_residual": [True, False]}
     choices["attention_bias"] = [True]
     choices["tie_word_embeddings"] = [False, True]
     eps = "layer_norm_eps"
@@ -1444,7 +1446,7 @@ class Run:
         say(f"{mse_tokens:,} tokens of MSE, {config.kl_tokens:,} of {', '.join(config.method)}")
         tokenizer = self.lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
-            config.data = model_loaders.usual_data(tokenizer)
+            config.data = model_loaders.OWN_DATA.get(tokenizer.vocabulary, "c4")
         progress("loading the model")
         self.lm.load(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
@@ -1678,6 +1680,11 @@ def told_by_sae(source: str, given: dict) -> dict:
         refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
+    origin = {**cfg, **cfg["metadata"]}
+    missing = [key for key in ("prepend_bos", "model_from_pretrained_kwargs") if key not in origin]
+    if missing:  # the second says whether x was centred, as it was in SAELens's first versions
+        taken = "x is taken as the model has it, <bos> as the tokenizer does"
+        model_loaders.say_once(f"note: {source} does not say {', '.join(missing)}: {taken}")
     place = told.get("place", "resid_post")
     others = f"{', '.join(PLACES)} (experiments/forks/place.py has more)"
     refuse(place not in PLACES, f"--start: that SAE reads {place}; there are {others}")

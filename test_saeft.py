@@ -908,6 +908,7 @@ PYTHIA_160M.update(num_hidden_layers=12, num_attention_heads=12)
 VARIANTS = {
     "pythia": ("pythia", {}),
     "pythia-sequential": ("pythia", {"use_parallel_residual": False}),
+    "pythia-gelu-fast": ("pythia", {"hidden_act": "gelu_fast"}),  # GPT-NeoX 20B
     "pythia-tied": ("pythia", {"tie_word_embeddings": True}),
     "pythia-rotary-half": ("pythia", {"rope_parameters": rope(1e4, partial_rotary_factor=0.5)}),
     "pythia-rotary-all": ("pythia", {"rope_parameters": rope(100.0, partial_rotary_factor=1.0)}),
@@ -1090,7 +1091,7 @@ BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and sho
     ("pythia", "num_hidden_layers", [0, -1, "3", 10**9, 2**70, None]),
     ("pythia", "num_attention_heads", [0, -4, "4"]),
     ("pythia", "rotary_pct", [-0.25, "0.25", float("inf")]),
-    ("pythia", "hidden_act", ["relu", None, 3]),
+    ("pythia", "hidden_act", ["relu", None, 3, "gelu_new"]),
     ("pythia", "use_parallel_residual", ["yes", 2, ["x"]]),
     ("pythia", "tie_word_embeddings", ["no", 7]),
     ("gemma2", "attn_logit_softcapping", ["50", 0, -5, [50]]),
@@ -3232,17 +3233,17 @@ def tokenizer_folder(folder, spec, **config):
 def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
     def usual(folder, spec):
         tokenizer = model_loaders.load_tokenizer(str(tokenizer_folder(tmp_path / folder, spec)))
-        return model_loaders.usual_data(tokenizer)
+        return model_loaders.OWN_DATA.get(tokenizer.vocabulary)
 
-    assert usual("home/pythia/gemma-2-2b", GEMMA_LIKE) == "c4"
-    assert usual("pythia-deduped", BYTE) == "c4"
-    assert model_loaders.usual_data(model_loaders.load_tokenizer("tiny")) == "tiny"
+    assert usual("home/pythia/gemma-2-2b", GEMMA_LIKE) is None
+    assert usual("pythia-deduped", BYTE) is None
+    assert model_loaders.OWN_DATA[model_loaders.load_tokenizer("tiny").vocabulary] == "tiny"
     if NEOX_FILE.exists():
         spec = json.loads(NEOX_FILE.read_text("utf-8"))
         assert usual("gemma-3-nano", spec) == "pythia"
         other = {"id": 50277, "content": "|||NAME|||"}  # as OLMo's, which is NeoX's with more
         added = [*spec["added_tokens"], spec["added_tokens"][0] | other]
-        assert usual("pythia-160m", spec | {"added_tokens": added}) == "c4"
+        assert usual("pythia-160m", spec | {"added_tokens": added}) is None
 
 
 SPLITS = [  # files that are read, and those that are left out
@@ -3369,6 +3370,8 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
             json.dumps({**spec, "post_processor": json.loads(post)})
         )
         assert load().bos_id == first
+    (eos,) = spec["added_tokens"]
+    rstrip = {"content": eos["content"], "rstrip": True}
     absent = puts_first("def", {**vocab, "def": -1})
     for post in (puts_first("def", vocab, ["self"]), {"type": "RobertaProcessing"}, absent):
         (folder / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": post}))
@@ -3379,6 +3382,11 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "def"}}}),
         ("tokenizer_config.json", {"extra_special_tokens": {"image": "<new>"}}),
         ("tokenizer_config.json", {"add_prefix_space": True}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": rstrip}}),
+        ("tokenizer_config.json", {"pad_token": "<pad>"}),
+        ("special_tokens_map.json", {"bos_token": {"content": "<s>"}}),
+        ("tokenizer_config.json", {"mask_token": "def"}),  # of the vocabulary: not cut out
         ("special_tokens_map.json", {"additional_special_tokens": ["<new>"]}),
         ("added_tokens.json", {"<new>": 2048}),
     ]:
@@ -3386,8 +3394,8 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
         fails(["files beside it say otherwise of"], load)
         (folder / name).unlink()
     beside = folder / "tokenizer_config.json"
-    beside.write_text('{"bos_token": "def"}')
-    assert load().bos_id is None and load("yes").bos_id == vocab["def"]
+    beside.write_text(json.dumps({"bos_token": eos["content"]}))
+    assert load().bos_id is None and load("yes").bos_id == eos["id"]
     beside.write_text('{"eos_token": ')
     fails(["tokenizer_config.json"], load)
     beside.unlink()

@@ -162,16 +162,12 @@ def factor_of_x(source: Source) -> float | None:
 
 CLASSES = {"AutoEncoder": "standard", "AutoEncoderNew": "standard", "AutoEncoderTopK": "topk"}
 CLASSES.update(BatchTopKSAE="batchtopk", MatryoshkaBatchTopKSAE="batchtopk")
-CLASSES.update(JumpReluAutoEncoder="jumprelu")
+CLASSES.update(JumpReluAutoEncoder="jumprelu", ReluSAE="standard")
 
 
 def dictionary_learning(tensors: dict, source: Source) -> dict:
     config = source.json("config.json") or source.json("../config.json")  # of a checkpoint
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
-    for key in ("activation_dim", "dict_size"):
-        sizes = {n for tensor in tensors.values() for n in tensor.shape}
-        other = trainer.get(key, None) not in {None, *sizes}
-        refuse(other, f"its config.json is of another SAE: {key} is {trainer.get(key)}")
     name = trainer.get("dict_class") or by_tensors(tensors, source.kind)
     k = [float(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(any(n % 1 for n in k), f"its k is {k}")
@@ -184,18 +180,24 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     io = buffer.get("io", "out")  # of the module
     cfg["hook_name"] = trainer.get("submodule_name") if io == "out" else io
     cfg.update(layer=trainer.get("layer"), context_size=buffer.get("ctx_len"))
+    cfg.update(d_in=trainer.get("activation_dim"), d_sae=trainer.get("dict_size"))
     return {**cfg, "model_name": trainer.get("lm_name"), **UNPROCESSED}
 
 
 def by_tensors(tensors: dict, kind: str | None) -> str:
-    """The class that tensors' names tell where no config.json does; TopK and BatchTopK differ in
-    nothing, and are asked for."""
-    clues = {"bias": "AutoEncoder", "decoder.bias": "AutoEncoderNew"}
-    clues |= {"gate_bias": "GatedAutoEncoder", "group_sizes": "MatryoshkaBatchTopKSAE"}
-    clues |= {"W_enc": "JumpReluAutoEncoder"}
+    """The class that tensors tell where no config.json does; where several have such tensors,
+    which is of this library or SAEBench's own, --kind is asked for."""
+    clues = {"bias": "AutoEncoder", "gate_bias": "GatedAutoEncoder"}
+    clues["group_sizes"] = "MatryoshkaBatchTopKSAE"
     name = next((clues[known] for known in clues if known in tensors), None)
-    name = name or {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE"}.get(kind)
-    refuse(not name, "no config.json, and its tensors may be of either: --kind topk or batchtopk")
+    if not name and "W_enc" in tensors and "k" not in tensors:
+        thresholds = tensors.get("threshold", torch.zeros(())).dim()
+        name = "JumpReluAutoEncoder" if thresholds else None
+    asked = {"topk": "AutoEncoderTopK", "batchtopk": "BatchTopKSAE", "relu": "ReluSAE"}
+    if "decoder.bias" in tensors:
+        asked = {"relu": "AutoEncoderNew"}
+    name = name or asked.get(kind)
+    refuse(not name, f"no config.json, and its tensors do not tell: --kind {' or '.join(asked)}")
     print(f"note: no config.json: it is taken for {name}")
     return name
 
@@ -234,7 +236,11 @@ def sparsify(tensors: dict, source: Source) -> dict:
     refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
     if hook:
         print(f"note: it reads {hook}, as its folder is called")
+    d_in, d_sae = cfg.get("d_in"), cfg.get("num_latents")
+    if d_in and not d_sae and "expansion_factor" in cfg:
+        d_sae = d_in * cfg["expansion_factor"]
     cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
+    cfg.update(d_in=d_in, d_sae=d_sae)
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
     if run.get("revision"):
         cfg["model_name"] += f"@{run['revision']}"
@@ -300,8 +306,8 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
     names += ["threshold"] if architecture in ("jumprelu", "batchtopk") else []
     refuse(t.keys() != set(names), f"it has {', '.join(stored)} in place of {', '.join(names)}")
     D, F = t["W_enc"].shape
-    said = cfg.get("d_in", D), cfg.get("d_sae", F)
-    refuse(said != (D, F), f"its W_enc is {[D, F]}, its cfg.json says {said}")
+    said = [cfg.get(key) or size for key, size in (("d_in", D), ("d_sae", F))]
+    refuse(said != [D, F], f"its W_enc is {[D, F]}, its configuration says {said}")
     for name, shape in {"b_enc": [F], "W_dec": [F, D], "b_dec": [D]}.items():
         found = list(t[name].shape)
         refuse(found != shape, f"its {name} is {found}, its W_enc {[D, F]}")
@@ -368,7 +374,7 @@ def in_our_layout(cfg: dict, layer: int | None, kind: str) -> dict:
     metadata["saeft"] = {"kind": kind, "k": cfg["k"]}
     written = {"architecture": {"batchtopk": "jumprelu"}.get(kind, cfg["architecture"])}
     if kind == "topk":
-        written.update(k=cfg["k"], rescale_acts_by_decoder_norm=False)
+        written.update(k=int(cfg["k"]), rescale_acts_by_decoder_norm=False)
     return {**written, "metadata": metadata}
 
 

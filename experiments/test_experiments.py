@@ -485,6 +485,29 @@ def dl_batchtopk_untrained_threshold(folder, t):
     return formula(t, torch.relu)
 
 
+def saebench_batchtopk(folder, t):
+    """SAEBench's own class: names as JumpReluAutoEncoder's, but x is centred."""
+    write(folder / "resid_post_layer_3", "ae.pt", four(t) | scalars(0.7))
+    return formula(t, jump(0.7))
+
+
+def saebench_topk(folder, t):
+    write(folder / "resid_post_layer_3", "ae.pt", four(t) | {"k": torch.tensor(K)})
+    return formula(t, topk)
+
+
+def saebench_relu(folder, t):
+    write(folder / "resid_post_layer_3", "ae.pt", four(t))
+    return formula(t, torch.relu)
+
+
+def dl_new_without_config(folder, t):
+    tensors = linear(t)
+    tensors["decoder.bias"] = tensors.pop("b_dec")
+    write(folder / "resid_post_layer_3", "ae.pt", tensors)
+    return formula(t, torch.relu, centred=False)
+
+
 def dl_matryoshka(folder, t):
     sizes = {"group_sizes": torch.tensor([10, 30])}
     dictionary(folder, four(t) | scalars(0.7) | sizes, "MatryoshkaBatchTopKSAE", k=K)
@@ -550,7 +573,7 @@ def gemma_scope_2_without_config(folder, t):
 
 
 SPARSIFY = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True}
-SPARSIFY |= {"num_latents": 0, "k": K, "multi_topk": False, "skip_connection": False, "d_in": D}
+SPARSIFY |= {"num_latents": F_SAE, "k": K, "multi_topk": False, "skip_connection": False, "d_in": D}
 
 
 def sparsify_run(folder, t):
@@ -564,7 +587,11 @@ def sparsify_run(folder, t):
 
 # No file of these says what they are.
 ASKED = {dl_topk_without_config: ["--kind", "topk"]}
-ASKED[dl_batchtopk_without_config] = ["--kind", "batchtopk"]
+ASKED.update(
+    {s: ["--kind", "batchtopk"] for s in (dl_batchtopk_without_config, saebench_batchtopk)}
+)
+ASKED.update({s: ["--kind", "relu"] for s in (saebench_relu, dl_new_without_config)})
+ASKED[saebench_topk] = ["--kind", "topk"]
 SAMPLES = [saelens_standard, saelens_uncentred, saelens_jumprelu, saelens_topk_float16]
 SAMPLES += [saelens_bfloat16_uncentred, saelens_topk_rescaled, saelens_batchtopk]
 SAMPLES += [saelens_rescale_that_jumprelu_ignores, saelens_batchtopk_checkpoint]
@@ -579,7 +606,8 @@ SAMPLES += [
     gemma_scope,
     gemma_scope_2,
 ]
-SAMPLES += [gemma_scope_2_without_config, sparsify_run]
+SAMPLES += [gemma_scope_2_without_config, sparsify_run, dl_new_without_config]
+SAMPLES += [saebench_batchtopk, saebench_topk, saebench_relu]
 
 
 def by_saelens(folder, x):
@@ -684,6 +712,10 @@ def without(t, name):
 def gated(t):
     bias = {"gate_bias": t["b_enc"], "mag_bias": t["b_enc"], "r_mag": t["b_enc"]}
     return without(linear(t), "b_dec") | bias | {"decoder_bias": t["b_dec"]}
+
+
+def biased(t):
+    return without(linear(t), "b_dec") | {"decoder.bias": t["b_dec"]}
 
 
 def nan(t, value=torch.nan):
@@ -806,6 +838,12 @@ REFUSED = {
     "skip connection": (sparse(skip_connection=True), "skip_connection"),
     "sparsify transcoder": (sparse(transcode=True), "transcode"),
     "signed": (sparse(signed=True), "signed"),
+    "sparsify latents": (sparse(num_latents=0, expansion_factor=9), f"[{D}, {9 * D}]"),
+    "sparsify width": (sparse(d_in=7), f"[7, {F_SAE}]"),
+    "dl latents": (dl("BatchTopKSAE", k=K, dict_size=D), f"says [{D}, {D}]"),
+    "saebench topk, no kind": (lambda f, t: write(f, "ae.pt", four(t) | scalars(0.7)), "--kind"),
+    "saebench relu, no kind": (lambda f, t: write(f, "ae.pt", four(t)), "--kind topk"),
+    "llama scope": (lambda f, t: write(f, "ae.pt", biased(t)), "--kind relu"),
     "sparsify, a key of an older version": (sparse(gram_lookup=True), "gram_lookup"),
     "dl k": (dl("AutoEncoderTopK", k=4.7), "its k is"),
     "lens head": (flat(hook_point_head_index=1), "hook_point_head_index"),
@@ -1453,7 +1491,7 @@ def test_a_config_of_another_sae_is_refused(tmp_path, capsys):
     for key in ("dict_size", "activation_dim"):
         other = {**config, "trainer": config["trainer"] | {key: 999}}
         (tmp_path / "source" / "config.json").write_text(json.dumps(other))
-        assert run_convert(tmp_path) == 2 and f"{key} is 999" in capsys.readouterr().err
+        assert run_convert(tmp_path) == 2 and "999" in capsys.readouterr().err
 
 
 def test_what_no_file_says_is_asked_for(tmp_path, capsys):
