@@ -84,8 +84,7 @@ class Parser(argparse.ArgumentParser):
 def count(text: str) -> int:
     """A whole number, also written 500M, 25M, 4k or 1e6."""
     unit = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    value = float(text[:-1] if unit > 1 else text) * unit
-    value = round(value, 4)  # 4.1M is not quite 4.1e6
+    value = round(float(text[:-1] if unit > 1 else text) * unit, 4)  # 4.1M is not quite 4.1e6
     if not value.is_integer():
         raise ValueError(text)
     return int(value)
@@ -98,10 +97,9 @@ def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **opt
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
-def flags_of(settings: type, description: str) -> Parser:
+def flags_of(settings: type, about: str) -> Parser:
     """A parser of the flags that the fields of a dataclass are; it leaves out what is not given."""
-    absent = argparse.SUPPRESS
-    parser = Parser(description=description, argument_default=absent, allow_abbrev=False)
+    parser = Parser(description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
         default, kind = f.default_factory(), getattr(f.type, "__name__", f.type)
@@ -167,7 +165,7 @@ MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b
 # Buffers of old GPT-NeoX checkpoints, and the part of Gemma 3 that sees: no parameters of ours.
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 BLOCK = 1 << 22  # bytes, or numbers, at a time
-LARGE = 1 << 32  # bytes that take seconds to read
+LARGE = 1 << 30  # bytes that take a second to read
 commits = {}  # (repository, revision) -> commit: all files that a process reads are of one
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
 
@@ -202,9 +200,12 @@ def long_name(name: str, short_names: dict) -> str:
     short, at, revision = name.partition("@")
     if short not in short_names:
         return name
+    full = short_names[short]
     if os.path.exists(name):
-        say_once(f"{name} is {short_names[short]}; the file or folder here would be ./{name}")
-    return short_names[short] + at + revision
+        say_once(f"{name} is {full}; the file or folder here would be ./{name}")
+    hidden = full.count("/") == 1 and os.path.exists(full)
+    refuse(hidden, f"{name} is {full} on the Hub, which is a folder here: ./{full}, or move it")
+    return full + at + revision
 
 
 def fetch(name: str, filename: str) -> Path:
@@ -243,27 +244,27 @@ def files_key(paths: list, top) -> str:
     """The identity of files: their names below `top`, and contents; of more than LARGE bytes in all
     sizes and times in place of contents, of which a copy keeps all but the last."""
     paths = sorted(map(str, paths))
-    seen = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
+    seen = _stats(paths)
     if sum(size for size, *_ in seen) <= LARGE:
         seen = map(_digest, paths)
     return _key([(os.path.relpath(path, top), what) for path, what in zip(paths, seen)])
 
 
+def _stats(paths) -> list[tuple]:
+    return [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
+
+
 def _digest(path: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with open_file(path) as file:
-        for block in iter(partial(file.read, BLOCK), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.blake2b(file.read()).hexdigest()
 
 
-def note_changes(run, settings: dict, identity: dict):
-    """Says which of model and data are not those of the run in a folder, if it is a run's."""
-    path = Path(run).expanduser() / "report.json"
-    was = _dict(read_json(path) if path.exists() else {}, "identity")
-    for part in ("model", "data"):
-        if was.get(part, identity[part]) != identity[part]:
-            say(f"note: the {part}, {settings[part]}, is not what {run} was made with")
+def note_changes(source, settings: dict, identity: dict):
+    """Says which of model and data are not those that an SAE was made with, where it says that."""
+    metadata = _dict(read_json(_sae_file(source, SAE_FILES[0])), "metadata")
+    for part, was in _dict(metadata, "identity").items():
+        if identity.get(part, was) != was:
+            say(f"note: the {part}, {settings[part]}, is not what {source} was made with")
 
 
 def _key(content) -> str:
@@ -565,12 +566,11 @@ def sae_settings(cfg: dict) -> dict:
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
-def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict:
-    """What cfg.json says about the origin of an SAE, for SAELens and for `sae_settings`;
+def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int, identity: dict) -> dict:
+    """What cfg.json says about the origin of an SAE, for SAELens, `sae_settings`, `note_changes`;
     first_sequence: that of its data from which on it has seen none."""
-    model = settings["model"]
     return {
-        "model_name": model if model == "tiny" else MODELS.get(model, model),
+        "model_name": {**MODELS, "tiny": "tiny"}.get(settings["model"], settings["model"]),
         "hook_name": hook_name(settings["layer"], settings["place"]),
         "context_size": settings["context"],
         "prepend_bos": prepend_bos,
@@ -578,6 +578,7 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int) -> dict
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "first_sequence": first_sequence,
         "sink_norm": float(settings["sink_norm"]),
+        "identity": {part: identity[part] for part in ("model", "data")},
     }
 
 
@@ -868,10 +869,11 @@ def source_files(data: str) -> list[tuple[str, int]]:
     says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
 
     They are the split `train` where there is one; else all that are of no held-out split; else
-    all. A split is a whole word in the name of a folder or a file."""
+    all; never files of a run's folder. A split is a whole word in the name of a folder or file."""
     place = data if data.startswith("hf://") else _place(data)
     found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
-    shown = [name for name in found if not re.search(r"(^|/)\.", name)]
+    runs = tuple(name[: -len(MARK)] for name in found if f"/{name}".endswith(f"/{MARK}"))
+    shown = [n for n in found if not (re.search(r"(^|/)\.", n) or n.startswith(runs))]
     names = [name for name in shown if TEXT.search(name) or IDS.search(name)]
     forms = f".txt, .jsonl, .bin, owner/name on the Hub, {', '.join(DATASETS)}"
     refuse(not names, f"no text in {data!r}: give one of {forms}")
@@ -939,12 +941,7 @@ def pieces(data: str):
             blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
             texts = codecs.iterdecode(blocks, "utf-8-sig")
             plain = TEXT.search(path)[1].lower() == "txt"
-            if plain:
-                first = next(texts, "")
-                named = f"{path} holds JSON Lines: call it .jsonl"
-                refuse(re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', first), named)
-                texts = chain([first], texts)
-            for text in _plain_texts(texts, longest) if plain else _json_texts(texts, path):
+            for text in _plain_texts(texts, path, longest) if plain else _json_texts(texts, path):
                 held, n = held_out(text), len(text) if text.strip() else 0
                 for start in range(0, n, LONGEST):
                     yield text[start : start + LONGEST], held, start + LONGEST >= n
@@ -982,11 +979,14 @@ def _json_texts(blocks, path: str):
                 yield text
 
 
-def _plain_texts(blocks, longest: int):
+def _plain_texts(blocks, path: str, longest: int):
     """Yields what stands between marks <|endoftext|>; a text without them in documents of at most
     `longest` characters, which end with a line if they can."""
     rest = ""
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        refuse(block.count("\0") > len(block) // 4, f"{path} is UTF-16: convert it to UTF-8")
+        lines = not number and re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', block)
+        refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
         *whole, rest = re.split(r"<\|endoftext\|>\n?", rest + block)
         yield from whole
         longest = WHOLE if whole else longest
@@ -1049,8 +1049,7 @@ class TokenStream:
         self.asked = [train, val]  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-        wanted = f"ids of this tokenizer, under {self.n_ids:,}, or text"
-        self.advice = f"give {self.dtype.name} {wanted}"  # where a .bin holds something else
+        self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
         self.place, version, folder = source_now(data, cache)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
@@ -1118,25 +1117,24 @@ class TokenStream:
         return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
 
     def _run(self):
-        """The thread."""
+        """The thread: until no side lacks tokens, or the source has ended."""
+        if not self.lacks(TRAIN, VAL):
+            return
         try:
-            if self.lacks(TRAIN, VAL):
-                self._grow()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
+                self.load_meta()
+                files = source_files(self.place)
+                self.paths = [path for path, _ in files if not path.startswith("hf://")]
+                self.found = _stats(self.paths)
+                if IDS.search(files[0][0]):
+                    self._copy_ids(files)
+                else:
+                    self._tokenise()
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception
             self.failure = error
-
-    def _grow(self):
-        """Until no side lacks tokens, or the source has ended."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
-            self.load_meta()
-            files = source_files(self.place)
-            if IDS.search(files[0][0]):
-                self._copy_ids(files)
-            else:
-                self._tokenise()
 
     def _tokenise(self):
         """Both sides grow by the same pieces; `passed` counts batches of them."""
@@ -1201,6 +1199,8 @@ class TokenStream:
     def _append(self, side: int, ids: np.ndarray, passed: int):
         """Ids to a side's file, then meta.json. <bos> that stands in a text is dropped, but not
         where it is the end of text as well."""
+        changed = _stats(self.paths) != self.found
+        refuse(changed, f"{self.data} changed while it was read: start again")
         if self.tokenizer.bos_id != self.tokenizer.eos_id:
             ids = ids[ids != self.tokenizer.bos_id]
         with open(self.files[side], "ab") as file:
@@ -1255,10 +1255,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             foreign = not (path / MARK).exists() and any(path.iterdir())
             refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
-            unfinished = (path / "checkpoint.pt").exists()
-            advice = f"{path} holds an unfinished run: pass --resume, or --overwrite"
-            refuse(unfinished and not (overwrite or resume), advice)
-            kept = any(path.glob("**/report.json")) and not (overwrite or resume and unfinished)
+            unfinished = (path / "checkpoint.pt").exists() and not overwrite
+            refuse(unfinished and not resume, f"{path} holds an unfinished run: pass --resume")
+            kept = any(path.glob("**/report.json")) and not (overwrite or unfinished)
             refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
             try:
                 self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
@@ -1267,7 +1266,7 @@ class RunFolder:
 
     def clear(self):
         """Remove what a run writes, and nothing else."""
-        saes = [self.path, *self.path.glob("k[0-9]*")]
+        saes = [self.path, *(k for k in self.path.iterdir() if re.fullmatch(r"k\d+", k.name))]
         for folder in [sae / part for sae in saes for part in self.parts] + saes[::-1]:
             for file in chain(*map(folder.glob, WRITTEN)):
                 file.unlink()
@@ -1320,20 +1319,21 @@ class RunFolder:
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
-        identity: the keys of "model" and "data". UserError if that run has other settings, or one
-        of these has changed since."""
-        may_differ = {"resume", "overwrite", "out", "checkpoint_minutes"}
+        identity: the keys of "model", "data" and "start", whatever their names. UserError if that
+        run has other settings, or one of these is another."""
+        may_differ = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
         was = saved["config"]
         for part, key in identity.items():
-            changed = saved.get("identity", {}).get(part) != key and was.get(part) == settings[part]
-            refuse(changed, f"--resume: the {part} of {settings[part]} changed since: --overwrite")
-        for name in sorted(settings.keys() - may_differ):
+            changed = saved.get("identity", {}).get(part) != key
+            refuse(changed, f"--resume: {part} {settings[part]} is not what it was: --overwrite")
+        for name in sorted(settings.keys() - may_differ - identity.keys()):
             differs = f"--{name.replace('_', '-')} was {was.get(name)}, is {settings[name]}"
             refuse(was.get(name) != settings[name], f"--resume: {differs}")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
-                os.truncate(self.path / "metrics.jsonl", saved["logged"])
+                path = self.path / "metrics.jsonl"
+                os.truncate(path, min(saved["logged"], path.stat().st_size))
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""

@@ -171,13 +171,14 @@ def counts(f):
 
 
 class SAE(nn.Module):
-    """x_hat = f W_dec + b_dec, f = activation((x - b_dec) W_enc' + b_enc).
+    """x_hat = f W_dec + b_dec, f = activation((x - b_dec) W_enc' + b_enc) >= 0.
 
     W_enc and W_dec are both [F, D], a row for each latent. A kind of SAE is a subclass, known by
     `kind` to --sae, that states its difference: which pre-activations stay (`select`, or all of
     `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
-    parameters and buffers are saved in SAELens's layout, as SAELens's `architecture`; `numbers`,
-    which its constructor takes, in cfg.json."""
+    parameters and buffers are saved in SAELens's layout, as the `architecture` there that gives the
+    same f (default: its own name, which SAELens refuses); `numbers`, which its constructor takes,
+    in cfg.json."""
 
     kind = architecture = ""
     numbers = ("k",)
@@ -187,7 +188,7 @@ class SAE(nn.Module):
     l0_target = None  # in phase two, the L0 of phase one
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
-        cls.kind, cls.architecture = kind, architecture or cls.architecture
+        cls.kind, cls.architecture = kind, architecture or kind
         KINDS[kind] = cls
 
     def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
@@ -308,7 +309,7 @@ class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
         super().start(x, config)
 
 
-class BatchTopK(JumpReLU, kind="batchtopk"):
+class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
     """The K N largest of N tokens (of each GPU) in training, later those above a `threshold`, one
     for all latents, that leaves K a token on average (arXiv 2412.06410)."""
 
@@ -557,8 +558,17 @@ class Trainee:
         refuse(not self.parameters, "--method: nothing to train; are there blocks after --layer?")
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
+    def rate(self, step: int, steps: int, config: Config) -> float:
+        """The learning rate of a step of phase two: it falls linearly to 0. If this is all of the
+        training (end to end), it is phase one's."""
+        end_to_end = config.kl_tokens == config.tokens and not config.start
+        given = config.peak_lr if end_to_end else config.kl_lr
+        first = next(lr for lr in (self.lr, given, finetune_lr(self.sae, steps)) if lr is not None)
+        warmup, decay = (config.warmup, 0.2) if end_to_end else (0, 1.0)
+        return first * lr_factor(step, steps, warmup, decay)
+
     def loss(self, kl, mse, beta, penalty):
-        """Of phase two; beta = MSE / KL."""
+        """Of phase two; beta = MSE / KL, and the penalty is that of the kind, over D as the MSE."""
         return (beta * kl + mse) / 2 + penalty
 
     def splice(self, tokens, resid, x, keep, config: Config):
@@ -642,10 +652,12 @@ def update(t: Trainee, lr: float):
         p.grad = mean_over_ranks(p.grad)
     if unit_norm:
         t.sae.project_gradient()
+    refuse(not t.optimizer.defaults.get("fused"), "the optimizer of a Trainee is a fused one")
     norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
     t.optimizer.grad_scale = norm.clamp_min(1.0)  # the fused kernel divides by it,
     t.optimizer.found_inf = (~norm.isfinite()).float()  # and does nothing where this is 1
-    t.optimizer.param_groups[0]["lr"] = lr
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr
     t.optimizer.step()
     t.optimizer.zero_grad()
     if unit_norm:
@@ -689,15 +701,9 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
 def finetune(
     phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step: Callable
 ):
-    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all q.
-    The rate falls linearly to 0; if this is all of the training (end to end), it is phase one's."""
+    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all
+    q."""
     d_model = lm.W_U.shape[1]
-    end_to_end = config.kl_tokens == config.tokens and not config.start
-    warmup, decay = (config.warmup, 0.2) if end_to_end else (0, 1.0)
-    given, lrs = config.peak_lr if end_to_end else config.kl_lr, []
-    for t in phase.trainees:
-        choices = t.lr, given, finetune_lr(t.sae, phase.steps)
-        lrs.append(next(lr for lr in choices if lr is not None))
     divergence = phase.trainees[0].divergence  # of one method: the same for all
     by_mse = divergence is None  # no later block runs
     if config.compile and not by_mse:
@@ -738,9 +744,8 @@ def finetune(
             figures.append({name: value.detach() for name, value in row.items()})
         sum(losses).backward()  # each loss reaches its own SAE alone
 
-        factor = lr_factor(step, phase.steps, warmup, decay)
-        for t, lr, (_, _, f, _), row in zip(phase.trainees, lrs, passes, figures):
-            update(t, lr * factor)
+        for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
+            update(t, t.rate(step, phase.steps, config))
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1
@@ -1356,10 +1361,12 @@ def join_processes(name: str) -> torch.device:
     name = f"cuda:{local or 0}" if name == "cuda" else name
     with user_errors(f"--device {name} is not there"):
         device = torch.zeros((), device=name).device
-        refuse(device.type == "meta", "it holds no numbers")
+        refuse(device.type == "meta", "--device meta holds no numbers")
     if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
+        with user_errors("LOCAL_RANK is set, but what else torchrun sets is not right"):
+            hours = timedelta(days=1)  # that tokenising may take
+            dist.init_process_group(backend, timeout=hours)
     return device
 
 
@@ -1541,7 +1548,8 @@ class Run:
         if trained or name != "MSE":
             parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
             seen = self.n_mse if name == "MSE" else self.n
-            metadata = model_loaders.sae_metadata(asdict(config), self.lm.n_skip > 0, seen)
+            origin = asdict(config), self.lm.n_skip > 0, seen, self.identity
+            metadata = model_loaders.sae_metadata(*origin)
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
                 t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
@@ -1580,7 +1588,7 @@ class Run:
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            say(f"{self.label(name):29}{figures}{row['fvu']:7.4f}{row['l0']:7.2f}")
+            say(f"{self.label(name):29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
 
     def after_step(self, phase: Phase, figures: list[dict]):
         """Figures to metrics.jsonl; a line for the reader; a checkpoint when it is time for one, or
@@ -1649,7 +1657,7 @@ class Run:
 def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
-    parser = model_loaders.flags_of(settings, __doc__.splitlines()[0])
+    parser = model_loaders.flags_of(settings, str(__doc__).splitlines()[0])
     given = vars(parser.parse_args(argv))
     told = told_by_sae(given["start"], given) if "start" in given else {}
     model = given.get("model", told.get("model", settings().model))
@@ -1664,7 +1672,10 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
         if unused:
             say(f"note: --start has no phase one, which alone has {unused}")
         same = model_loaders.same_source(config.data, told.get("data"))
-        config.tokens = config.kl_tokens + (told.get("tokens", 0) if same else 0)
+        seen = told.get("tokens", 0) if same else 0
+        if config.context != told.get("context"):  # fewer ids in a sequence, if one is <bos>
+            seen = math.ceil(seen / (config.context - 1)) * config.context
+        config.tokens = max(1, config.kl_tokens + seen)
     elif config.kl_tokens == config.tokens:
         refuse("kl_lr" in given, "--kl-lr: with no tokens for MSE before it, the rate is --lr")
     return config
@@ -1693,6 +1704,7 @@ def told_by_sae(source: str, given: dict) -> dict:
 
 def main(argv: list[str] | None = None, settings: type = Config) -> int:
     """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
@@ -1703,6 +1715,11 @@ def main(argv: list[str] | None = None, settings: type = Config) -> int:
         run.run()
     except UserError as error:
         print(f"saeft: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in f"{error}".lower():
+            raise
+        print("saeft: out of memory: lower --batch, --kl-batch, --buffer, --d-sae", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("saeft: interrupted; from a checkpoint on --resume goes on", file=sys.stderr)

@@ -270,6 +270,10 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     config = saeft.parse(line)
     assert (config.l1, config.sae, config.tokens) == (None, "relu", 187 * 64 + 5000)
     assert saeft.parse([*line, "--data", "c4"]).tokens == 5000
+    assert saeft.parse([*line, "--data", "c4", "--kl-tokens", "0"]).tokens == 1
+    for context in (16, 63, 96):  # of as many sequences as the ids seen fill, if each has a <bos>
+        seen = saeft.parse([*line, "--context", str(context)]).tokens - 5000
+        assert seen % context == 0 and 0 <= seen - 187 * 64 * context / (context - 1) < context
     saeft.parse([*line, "--batch", "9", "--lr", "1"])
     assert "note: --start has no phase one, which alone has lr, batch" in capsys.readouterr().out
 
@@ -338,7 +342,7 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
     assert command(line, tmp_path) == 0
     report, sae = report_of(tmp_path / "x"), SAE.load(tmp_path / "x")
     assert report["kl_final"] < report["kl_mse"] and report["ce_mse"] < report["ce_zero"]
-    assert type(sae) is fork and sae.gate not in (0, 1)
+    assert type(sae) is fork and sae.gate not in (0, 1) and fork.architecture == "mine"
     cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
     assert cfg["metadata"]["hook_name"] == "blocks.2.hook_mine"
     assert saeft.parse(["--start", str(tmp_path / "x")]).place == "mine"
@@ -639,6 +643,27 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     assert differences(tmp_path / "x", tmp_path / "y") == []
 
 
+def test_what_ends_a_run_is_a_line_or_a_traceback(tmp_path, capsys, monkeypatch):
+    """Too little memory is the user's to mend; so are torchrun's variables without torchrun."""
+    with monkeypatch.context() as patch:
+        for text in ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to"):
+            error = torch.OutOfMemoryError if text.startswith("CUDA") else RuntimeError
+
+            def fail(self, text=f"{text} allocate 2 GiB", error=error):
+                raise error(text)
+
+            patch.setattr(saeft.Run, "run", fail)
+            assert command("--name x", tmp_path) == 2
+            assert "out of memory: lower --batch" in capsys.readouterr().err
+        patch.setattr(saeft.Run, "run", lambda self: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(RuntimeError, match="size"):
+            command("--name x", tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("RANK", raising=False)
+    assert command("--name x", tmp_path) == 2
+    assert "LOCAL_RANK is set" in capsys.readouterr().err
+
+
 def test_a_kill_after_the_first_report_can_be_resumed(tmp_path, monkeypatch):
     def stop(self, i):
         report(self, i)
@@ -695,6 +720,11 @@ def test_an_ascii_locale_shows_other_names_escaped(tmp_path):
     process = spawn("--name größe-κ --out .", tmp_path, env=env)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, b"")
+    env["PYTHONOPTIMIZE"] = "2"  # no docstrings; nor a stdout
+    line = f"{SMALL} --name größe-κ --overwrite --out ."
+    words = ["bash", "-c", f"exec {sys.executable} {HERE / 'saeft.py'} {line} >&-"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, **env}, capture_output=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"")
     assert rb"gr\udc" in out and (tmp_path / "größe-κ" / "report.json").exists()
     assert b"\r" not in out and b"\033" not in out  # through a pipe: plain lines
     assert max(map(len, out.decode().splitlines())) <= 100
@@ -1836,6 +1866,17 @@ def test_the_finetunes_rate_is_a_trainees_own_or_the_flags_or_what_suits_the_sae
     assert saeft.finetune_lr(paper, steps) == pytest.approx(5e-5, rel=0.01)  # as published
 
 
+def test_all_groups_of_an_own_optimizer_have_the_rate_and_it_is_fused():
+    t = Trainee(TopK(8, 16, k=2), divergence=None)
+    step = functools.partial(saeft.mse_step, t, torch.randn(9, 8), 1e-3, 0, 9, Config())
+    groups = [{"params": t.parameters[:1], "lr": 99.0}, {"params": t.parameters[1:]}]
+    t.optimizer = torch.optim.AdamW(groups, fused=True)
+    step()
+    assert [group["lr"] for group in t.optimizer.param_groups] == [1e-3, 1e-3]
+    t.optimizer = torch.optim.AdamW(groups)
+    fails(["a fused one"], step)
+
+
 @pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
 def test_an_own_loop_on_own_activations_trains_saves_and_loads(kind, tmp_path):
     """As in a notebook: no language model, no run, default settings."""
@@ -2465,7 +2506,8 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     assert settings_of(tmp_path, ORIGIN | named)["model"] == "o/m@step8"
     unnamed = {"model_from_pretrained_kwargs": {"checkpoint_index": 8}}
     assert "model" not in settings_of(tmp_path, ORIGIN | unnamed)
-    back = model_loaders.sae_metadata(told, False, 9)
+    back = model_loaders.sae_metadata(told, False, 9, {"model": "1", "data": "2", "start": "3"})
+    assert back["identity"] == {"model": "1", "data": "2"}
     assert settings_of(tmp_path, back) == told
     odd = {"model_name": 7, "context_size": "long", "dataset_path": ["x"], "prepend_bos": [1]}
     odd |= {"hook_name": 5, "first_sequence": -1, "context_size": 8.0}
@@ -2992,6 +3034,7 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
         ("a.jsonl.gz", b"not gzip", "Not a gzipped file"),
         ("a.txt", "é".encode("latin-1") * 99, "can't decode .* invalid"),
         ("a.txt", "text".encode("utf-16"), "utf-8"),
+        ("a.txt", "text\n".encode("utf-16-le") * 99, "UTF-16: convert it to UTF-8"),
         ("a.txt", b'{"id": 1, "text": "x"}\n' * 9, "holds JSON Lines: call it .jsonl"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
@@ -3305,6 +3348,8 @@ def test_a_short_name_and_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
     assert told.startswith("tiny is ") and told.endswith("would be ./tiny\n")
     assert model_loaders.load_config("./tiny") == {}
     assert model_loaders.load_config("./pythia-70m") == {"mine": 1}
+    (tmp_path / "EleutherAI" / "pythia-14m").mkdir(parents=True)
+    fails(["is a folder here: ./Eleu"], model_loaders.load_config, "pythia-14m")
     assert model_loaders.load_config(str(tmp_path / "pythia-70m")) == {"mine": 1}
     assert capsys.readouterr().out == ""
     (tmp_path / "pile").mkdir()
@@ -3440,14 +3485,23 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     folder.go_on(saved, settings, identity, 1)
     for part in identity:
         other = identity | {part: "x"}
-        words = [f"the {part} of {settings[part]} changed since"]
+        words = [f"{part} {settings[part]} is not what it was"]
         fails(words, folder.go_on, saved, settings, other, 1)
     fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
+    folder.go_on(saved, settings | {"data": "/abs/d", "log_every": 5, "name": "n"}, identity, 1)
+    (tmp_path / "metrics.jsonl").write_text("1\n2\n")
+    saved["logged"] = 9
+    folder.go_on(saved, settings, identity, 1)  # nothing is filled up with zeros
+    assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
+    for name in ("k4", "k4-best"):
+        model_loaders.write_text(tmp_path / name / "cfg.json", "{}")
+    folder.clear()
+    assert [path.name for path in tmp_path.glob("k*")] == ["k4-best"]
 
 
 def test_what_changed_since_a_run_is_told(tmp_path, capsys):
     settings, now = {"model": "./m", "data": "./d"}, {"model": "1", "data": "2"}
-    for report, told in [
+    for metadata, told in [
         (None, []),
         ({}, []),
         ({"identity": "x"}, []),
@@ -3455,11 +3509,37 @@ def test_what_changed_since_a_run_is_told(tmp_path, capsys):
         ({"identity": {**now, "model": "0"}}, ["the model, ./m, is not what"]),
         ({"identity": {"data": "0"}}, ["the data, ./d, is not what"]),
     ]:
-        if report is not None:
-            (tmp_path / "report.json").write_text(json.dumps(report))
+        (tmp_path / "cfg.json").write_text(json.dumps({"metadata": metadata}))
         model_loaders.note_changes(str(tmp_path), settings, now)
         out = capsys.readouterr().out
         assert out.count("\n") == len(told) and all(words in out for words in told)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, lines_file, stream):
+    """And what was read before stays: the file as it was gives the same ids as ever."""
+    lines_file.write_bytes(content := jsonl(lines := texts(3000)))
+
+    class Slow(Bytes):
+        def encode(self, text):
+            if text == lines[1500]:
+                lines_file.with_name("new").write_bytes(jsonl(texts(3000, seed=1)))
+                lines_file.with_name("new").replace(lines_file)
+            return super().encode(text)
+
+    with pytest.raises(UserError, match="changed while it was read: start again"):
+        stream(lines_file, Slow(), train=100_000).train(6000, 1)
+    lines_file.write_bytes(content)
+    whole = stream(lines_file, train=100_000)
+    assert ids(whole.train(0, 6250)) == joined(lines, False)[:100_000]
+
+
+def test_files_of_runs_are_no_data(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
+    before = model_loaders.source_files(str(tmp_path))
+    for name in (".saeft", "metrics.jsonl", "k4/metrics.jsonl"):
+        model_loaders.write_text(tmp_path / "runs" / "x" / name, "")
+    assert model_loaders.source_files(str(tmp_path)) == before
+    fails(["no text in"], model_loaders.source_files, str(tmp_path / "runs" / "x"))
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -115,7 +115,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))

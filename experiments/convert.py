@@ -379,7 +379,7 @@ def in_our_layout(cfg: dict, layer: int | None, kind: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", help="folder, file, or owner/name[@revision]:path on the Hub")
     parser.add_argument("folder", help="what to write; new, or empty")
     parser.add_argument("--layer", type=int, help="block whose output the SAE reads")

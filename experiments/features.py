@@ -170,7 +170,7 @@ def write_page(data: dict, title: str, path: Path) -> int:
 
 def parse(argv: list[str] | None):
     """The flags; model, layer, data, ... from the SAE's metadata unless given."""
-    parser = model_loaders.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
     parser.add_argument("--model", help="short name, Hub name or folder")
     parser.add_argument("--layer", type=int, help="the block whose output the SAE reads")

@@ -126,7 +126,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
-            metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n)
+            metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n, now)
             for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
                 t.save(out / f"{name}-{method}-{n}-{lr:g}", metadata)
                 share, error = closed(before, after)
@@ -224,7 +224,7 @@ def step_of(config: saeft.Config, lengths: list[int]) -> int:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--start", nargs="+")
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)

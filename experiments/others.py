@@ -213,7 +213,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = model_loaders.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("--tokens", default="300k", help="that each library trains on")
     parser.add_argument("--out", type=Path, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)

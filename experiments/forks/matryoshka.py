@@ -30,11 +30,13 @@ class Nested:
         return total
 
 
-class Matryoshka(Nested, saeft.TopK, kind="matryoshka"):
+class Matryoshka(Nested, saeft.TopK, kind="matryoshka", architecture="topk"):
     pass
 
 
-class MatryoshkaBatchTopK(Nested, saeft.BatchTopK, kind="matryoshka-batchtopk"):
+class MatryoshkaBatchTopK(
+    Nested, saeft.BatchTopK, kind="matryoshka-batchtopk", architecture="jumprelu"
+):
     pass
 
 
