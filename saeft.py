@@ -17,7 +17,7 @@
         p     = softmax(logits of the model)
         q     = softmax(logits with x_hat in place of x)
         MSE   = ||x - x_hat||^2 / D
-        beta  = MSE / KL(p || q)                             # a constant, new for every batch
+        beta  = MSE / KL(p || q)                             # detached, new for every batch
         step((beta KL(p || q) + MSE) / 2)                    # both halves weigh alike
     step(loss): the SAE alone trains; gradients along decoder directions are removed, the norm is
         clipped to 1, Adam steps, and decoder directions get back their unit norm (ReLU SAEs: free)
@@ -143,18 +143,18 @@ def single(x):
     return x.float() if x.element_size() < 4 else x
 
 
-def activate(pre, k, floor):
-    """f [N, F] of pre-activations [N, F]: ReLU of the K largest of each token or, without K, of
-    those that are at least `floor`, one number or one for each latent; all others 0."""
-    if k is None:
-        return pre.relu() * (pre >= floor)
-    top = pre.relu().topk(k, sorted=False)
+def activate(pre, which):
+    """f [N, F] of pre-activations [N, F]: ReLU of those that stay, all others 0. which: K, an int,
+    for the K largest of each token; else a floor, one number or [F], for those that reach it."""
+    if not isinstance(which, int):
+        return pre.relu() * (pre >= which)
+    top = pre.relu().topk(which, sorted=False)
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
 def encode(x, b_dec, W_enc, b_enc, select, keep=None):
     """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre, number kept) says which
-    pre-activations stay, as K and floor of `activate`. On the CPU f is a `SparseRows`."""
+    pre-activations stay (see `activate`). On the CPU f is a `SparseRows`, of the same values."""
     refuse(x.dim() != 2, f"x has the shape {[*x.shape]}: give [N, D], as x.flatten(0, -2) is")
     if FAST and x.is_cpu:
         return sparse_encode(x, b_dec, W_enc, b_enc, select, keep)
@@ -162,7 +162,7 @@ def encode(x, b_dec, W_enc, b_enc, select, keep=None):
     if keep is None:
         keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
     pre = pre.masked_fill(~keep[:, None], -torch.inf)
-    return activate(pre, *select(pre.detach(), keep.sum()))
+    return activate(pre, select(pre.detach(), keep.sum()))
 
 
 def counts(f):
@@ -212,8 +212,8 @@ class SAE(nn.Module):
         return encode(x, self.b_dec, self.W_enc, self.b_enc, self.select, keep)
 
     def select(self, pre, n):
-        """Which pre-activations [N, F] of n kept tokens stay: K, or a floor."""
-        return None, 0.0
+        """Which pre-activations [N, F] of n kept tokens stay: K, an int, or a floor."""
+        return 0.0
 
     @torch.no_grad()
     def start(self, x, config: Config):
@@ -283,7 +283,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
         super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre, n):
-        return int(self.k), None
+        return int(self.k)
 
     def cfg(self):
         return {**super().cfg(), "k": int(self.k), "rescale_acts_by_decoder_norm": False}
@@ -301,7 +301,7 @@ class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
         self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
     def select(self, pre, n):
-        return None, torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
+        return torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     def start(self, x, config):
         new = self.kind == "jumprelu" and not config.start
@@ -321,7 +321,7 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
         k = self.l0_target or self.k  # a published threshold may leave another L0 than K
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
-        return None, largest.gather(0, last[None])[0]  # indexing would wait for the device
+        return largest.gather(0, last[None])[0]  # indexing would wait for the device
 
     @torch.no_grad()
     def after_step(self, f, l0, step):
@@ -390,7 +390,7 @@ def auxk_loss(sae: SAE, x, error):
     its reconstruction e_hat, without bias, by the D/2 most active dead latents."""
     e, dead = error.detach(), sae.dead
     k = min(x.shape[1] // 2, len(dead))
-    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: (k, None))
+    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: k)
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
     return (e - f @ sae.W_dec[dead]).pow(2).sum() / mean_over_ranks(variance)
 
@@ -874,13 +874,13 @@ def largest(pre, k: int):
     return values, columns.gather(1, best)
 
 
-def active_entries(pre, k, floor):
-    """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach `floor`."""
-    if k is None:
-        tokens, latents = ((pre > 0) & (pre >= floor)).nonzero(as_tuple=True)
+def active_entries(pre, which):
+    """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach a floor."""
+    if not isinstance(which, int):
+        tokens, latents = ((pre > 0) & (pre >= which)).nonzero(as_tuple=True)
         return pre[tokens, latents], tokens, latents
-    values, latents = largest(pre, k)
-    tokens = torch.arange(len(pre)).repeat_interleave(k)
+    values, latents = largest(pre, which)
+    tokens = torch.arange(len(pre)).repeat_interleave(which)
     return values.relu().flatten(), tokens, latents.flatten()
 
 
@@ -941,7 +941,7 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
             n = keep.sum()
-        values, rows, columns = active_entries(pre, *select(pre, n))
+        values, rows, columns = active_entries(pre, select(pre, n))
         f = SparseRows(single(values), rows, columns, pre.shape)
     if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
@@ -1665,6 +1665,10 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     shape = (*lm.W_U.shape, len(lm.blocks))
     preset = vars(parser.parse_args(f"{lm.preset} {PRESETS.get(shape, '')}".split()))
     config = settings(**{**preset, **told, **given})
+    numbers = KINDS[config.sae].numbers
+    unused = [name for name in ("k", "l1") if name in given and name not in numbers]
+    if unused:
+        say(f"note: --{unused[0]} changes nothing: SAEs of kind {config.sae} have none")
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
         of_phase_one = ("lr", "warmup", "batch", "buffer", "dead_after")

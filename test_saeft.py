@@ -274,6 +274,13 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     for context in (16, 63, 96):  # of as many sequences as the ids seen fill, if each has a <bos>
         seen = saeft.parse([*line, "--context", str(context)]).tokens - 5000
         assert seen % context == 0 and 0 <= seen - 187 * 64 * context / (context - 1) < context
+    capsys.readouterr()
+    saeft.parse(["--sae", "relu", "--k", "4"])
+    saeft.parse(["--sae", "topk", "--l1", "4"])
+    notes = [f"note: --{flag} changes nothing" for flag in ("k", "l1")]
+    assert all(map(str.startswith, capsys.readouterr().out.splitlines(), notes))
+    saeft.parse(["--sae", "batchtopk", "--k", "4"])
+    assert capsys.readouterr().out == ""
     saeft.parse([*line, "--batch", "9", "--lr", "1"])
     assert "note: --start has no phase one, which alone has lr, batch" in capsys.readouterr().out
 
@@ -1211,10 +1218,10 @@ def test_missing_settings_are_named(configs):
 
 # ---- The SAE: plain, fast, and by its equations --------------------------------------------------
 SELECT = {  # what `encode` is told to keep
-    "topk": lambda pre, n: (5, None),
-    "relu": lambda pre, n: (None, 0.0),
-    "threshold": lambda pre, n: (None, 0.7),
-    "thresholds": lambda pre, n: (None, torch.linspace(0, 1, pre.shape[1], dtype=pre.dtype)),
+    "topk": lambda pre, n: 5,
+    "relu": lambda pre, n: 0.0,
+    "threshold": lambda pre, n: 0.7,
+    "thresholds": lambda pre, n: torch.linspace(0, 1, pre.shape[1], dtype=pre.dtype),
     "batchtopk": lambda pre, n: BatchTopK(2, 2, k=3).train().select(pre, n),
 }
 
