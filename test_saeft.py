@@ -372,9 +372,13 @@ def test_a_parameter_of_ones_own_is_saved_and_asked_for(tmp_path, capsys, fork):
     x = torch.randn(9, 128)
     assert SAE.load(tmp_path).gate == 3.0 and torch.equal(SAE.load(tmp_path)(x)[0], sae(x)[0])
     del saeft.KINDS["mine"]  # as where the fork is not imported
-    assert saeft.main(["--start", str(tmp_path), "--out", str(tmp_path), "--name", "x"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "gate" in err and not (tmp_path / "x").exists()
+    line = ["--start", str(tmp_path), "--out", str(tmp_path), "--name", "x"]
+    for architecture, words in (("mine", "architecture 'mine'"), ("topk", "gate")):
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "architecture": architecture}))
+        assert saeft.main(line) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err and not (tmp_path / "x").exists()
 
 
 # ---- The README ---------------------------------------------------------------------------------
