@@ -1688,6 +1688,8 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
 def told_by_sae(source: str, given: dict) -> dict:
     """The settings that an SAE tells of itself. UserError where `given` ones contradict it, or do
     not say what it lacks."""
+    several = sorted(str(path.parent) for path in Path(source).expanduser().glob("k*/cfg.json"))
+    refuse(several, f"--start {source} has an SAE for each K: give {' or '.join(several)}")
     _, cfg = model_loaders.read_sae(source)
     told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
     for name in ("layer", "place", "k", "sae", "d_sae"):

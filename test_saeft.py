@@ -252,11 +252,13 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     assert command("--sae relu --l1 0.03 --name own", tmp_path) == 0
     line = ["--start", str(tmp_path / "own"), "--out", str(tmp_path), "--kl-tokens", "5k"]
     TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
+    TopK(64, 96, k=4).save(tmp_path / "several" / "k4", TOLD)
     start = ["--name", "x", "--eval-tokens", "2k", "--start"]
     for flags, words in [
         (["--name", "x", "--tokens", "1M"], "--tokens: with --start"),
         (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
         ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
+        ([*start, str(tmp_path / "several")], f"give {tmp_path / 'several' / 'k4'}"),
     ]:
         assert saeft.main([*line, *flags]) == 2
         err = capsys.readouterr().err
