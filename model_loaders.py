@@ -1199,15 +1199,15 @@ class TokenStream:
     def _append(self, side: int, ids: np.ndarray, passed: int):
         """Ids to a side's file, then meta.json. <bos> that stands in a text is dropped, but not
         where it is the end of text as well."""
-        changed = _stats(self.paths) != self.found
-        refuse(changed, f"{self.data} changed while it was read: start again")
+        refuse(_stats(self.paths) != self.found, f"{self.data} changed meanwhile: start again")
         if self.tokenizer.bos_id != self.tokenizer.eos_id:
             ids = ids[ids != self.tokenizer.bos_id]
         with open(self.files[side], "ab") as file:
             end = self.tokens[side] * self.dtype.itemsize
             if file.tell() < end:
                 raise OSError("cut off by another program")
-            file.truncate(end)
+            if file.tell() > end:
+                file.truncate(end)
             file.write(ids.astype(self.dtype).tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)

@@ -3539,7 +3539,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, lines_file,
                 lines_file.with_name("new").replace(lines_file)
             return super().encode(text)
 
-    with pytest.raises(UserError, match="changed while it was read: start again"):
+    with pytest.raises(UserError, match="changed meanwhile: start again"):
         stream(lines_file, Slow(), train=100_000).train(6000, 1)
     lines_file.write_bytes(content)
     whole = stream(lines_file, train=100_000)
