@@ -701,8 +701,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
 def finetune(
     phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step: Callable
 ):
-    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for p and all
-    q."""
+    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
     divergence = phase.trainees[0].divergence  # of one method: the same for all
     by_mse = divergence is None  # no later block runs
@@ -1678,7 +1677,7 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
         same = model_loaders.same_source(config.data, told.get("data"))
         seen = told.get("tokens", 0) if same else 0
         if config.context != told.get("context"):  # fewer ids in a sequence, if one is <bos>
-            seen = math.ceil(seen / (config.context - 1)) * config.context
+            seen = math.ceil(seen / max(config.context - 1, 1)) * config.context
         config.tokens = max(1, config.kl_tokens + seen)
     elif config.kl_tokens == config.tokens:
         refuse("kl_lr" in given, "--kl-lr: with no tokens for MSE before it, the rate is --lr")

@@ -256,6 +256,7 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     start = ["--name", "x", "--eval-tokens", "2k", "--start"]
     for flags, words in [
         (["--name", "x", "--tokens", "1M"], "--tokens: with --start"),
+        (["--name", "x", "--context", "1"], "--context 1 is not from 2"),
         (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
         ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
         ([*start, str(tmp_path / "several")], f"give {tmp_path / 'several' / 'k4'}"),
