@@ -909,6 +909,7 @@ def edit(folder, tensors=lambda t: t, drop=(), **changes):
 
 @pytest.fixture(autouse=True)
 def seed():
+    torch.set_grad_enabled(True)  # SAEBench leaves it off
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
 

@@ -1389,9 +1389,9 @@ def test_features_are_not_of_what_a_model_lacks(page_run, flags, capsys):
 
 
 def test_a_page_says_that_the_model_is_another_now(page_run, capsys):
-    report = {"identity": {"model": "0" * 16}, "gap_mse": 2, "gap_final": 1}
-    report.update(fvu_mse=0.2, fvu_final=0.1)
-    (page_run / "report.json").write_text(json.dumps(report))
+    cfg = json.loads((page_run / "cfg.json").read_text())
+    cfg["metadata"]["identity"] = {"model": "0" * 16}
+    (page_run / "cfg.json").write_text(json.dumps(cfg))
     assert features.main([str(page_run), "--tokens", "2k"]) == 0
     assert "note: the model, tiny, is not what" in capsys.readouterr().out
 
