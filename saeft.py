@@ -1689,8 +1689,12 @@ def told_by_sae(source: str, given: dict) -> dict:
     not say what it lacks."""
     several = sorted(str(path.parent) for path in Path(source).expanduser().glob("k*/cfg.json"))
     refuse(several, f"--start {source} has an SAE for each K: give {' or '.join(several)}")
-    _, cfg = model_loaders.read_sae(source)
+    tensors, cfg = model_loaders.read_sae(source)
     told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
+    threshold = tensors.get("threshold", torch.zeros(0))
+    if told["sae"] == "jumprelu" and len(threshold.unique()) == 1:
+        one = "one threshold for all latents, which stays; convert.py knows BatchTopK's"
+        model_loaders.say_once(f"note: {source} has {one}")
     for name in ("layer", "place", "k", "sae", "d_sae"):
         differs = name in told and given.get(name, told[name]) != told[name]
         refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")

@@ -265,6 +265,12 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+    published = saeft.JumpReLU(128, 96)
+    for thresholds, notes in (([0.5] * 96, 1), ([0.5] * 95 + [0.6], 0)):
+        published.threshold.copy_(torch.tensor(thresholds))
+        published.save(tmp_path / f"jump{notes}", TOLD)
+        saeft.parse(["--start", str(tmp_path / f"jump{notes}")])
+        assert capsys.readouterr().out.count("has one threshold for all latents") == notes
     before = weights_of(tmp_path / "own")
     for start in (tmp_path / "own", tmp_path / "own" / "before"):
         assert saeft.main([*line, "--name", "own", "--overwrite", "--start", str(start)]) == 2
