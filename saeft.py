@@ -1364,8 +1364,7 @@ def join_processes(name: str) -> torch.device:
     if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with user_errors("LOCAL_RANK is set, but what else torchrun sets is not right"):
-            hours = timedelta(days=1)  # that tokenising may take
-            dist.init_process_group(backend, timeout=hours)
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
     return device
 
 
