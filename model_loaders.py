@@ -1331,8 +1331,8 @@ class RunFolder:
             refuse(was.get(name) != settings[name], f"--resume: {differs}")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
-            with user_errors(f"cannot write {self.path / 'metrics.jsonl'}"):
-                path = self.path / "metrics.jsonl"
+            path = self.path / "metrics.jsonl"
+            with user_errors(f"cannot write {path}"):
                 os.truncate(path, min(saved["logged"], path.stat().st_size))
 
     def finish(self):

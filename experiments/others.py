@@ -135,9 +135,9 @@ LIBRARIES = {
 }
 
 
-def gap_by_saelens(folder: Path, run: saeft.Run) -> float:
-    """What SAELens's own evaluation says of an SAE in its layout, on the run's held-out text: CE
-    with it less CE without, over all tokens but <bos>."""
+def gaps_by_saelens(folders: list[Path], run: saeft.Run) -> list[float]:
+    """What SAELens's own evaluation says of SAEs in its layout, on the run's held-out text: CE with
+    each less CE without, over all tokens but <bos>."""
     from sae_lens import SAE
     from sae_lens.evals import get_recons_loss
     from sae_lens.load_model import load_model
@@ -148,15 +148,19 @@ def gap_by_saelens(folder: Path, run: saeft.Run) -> float:
     hook = f"{body}.{blocks}.{run.config.layer}"
     options = {"dtype": torch.float32}
     model = load_model("AutoModelForCausalLM", place, "cpu", options, hook_names=[hook])
-    sae, tokens, gaps = SAE.load_from_disk(folder), run.stream.validation(), []
-    for batch in tokens.split(8):
-        bos = [int(tokens[0, 0])] if run.lm.n_skip else None
-        settings = {"compute_kl": False, "compute_ce_loss": True, "ignore_tokens": bos}
-        with torch.no_grad():
-            ce = get_recons_loss(sae, model, ActivationScaler(), batch, hook_name=hook, **settings)
-        gap = ce["ce_loss_with_sae"] - ce["ce_loss_without_sae"]  # [B, T - 1]
-        gaps.append(gap[:, run.lm.n_skip :].double())
-    return torch.cat(gaps).mean().item()
+    tokens, means = run.stream.validation(), []
+    bos = [int(tokens[0, 0])] if run.lm.n_skip else None
+    settings = {"compute_kl": False, "compute_ce_loss": True, "ignore_tokens": bos}
+    settings.update(activation_scaler=ActivationScaler(), hook_name=hook)
+    for sae in map(SAE.load_from_disk, folders):
+        gaps = []
+        for batch in tokens.split(8):
+            with torch.no_grad():
+                ce = get_recons_loss(sae, model, batch_tokens=batch, **settings)
+            gap = ce["ce_loss_with_sae"] - ce["ce_loss_without_sae"]  # [B, T - 1]
+            gaps.append(gap[:, run.lm.n_skip :].double())
+        means.append(torch.cat(gaps).mean().item())
+    return means
 
 
 class Own(nn.Module):
@@ -192,9 +196,10 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
     _, rows = saeft.evaluate(run.lm, tokens, trainees, limit, run.config, f"{name} evaluates")
     row = dict(zip(("before", "before_own", "after", "after_own"), rows))
     _, rows = saeft.evaluate(run.lm, tokens, trainees[::2], torch.inf, run.config, "with sinks")
-    for when, with_sinks, folder in zip(("before", "after"), rows, (ours, tuned)):
+    by_saelens = gaps_by_saelens([ours, tuned], run)
+    for when, with_sinks, gap in zip(("before", "after"), rows, by_saelens):
         row[when]["gap_with_sinks"] = with_sinks["gap"]
-        row[f"{when}_own"]["gap_with_sinks"] = gap_by_saelens(folder, run)
+        row[f"{when}_own"]["gap_with_sinks"] = gap
     closed = {method: report["results"][method]["gap_closed"] for method in ("kl", "mse")}
     return {"library": name, "kind": report["sae"], **row, **closed}
 

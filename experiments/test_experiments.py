@@ -1963,7 +1963,7 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
 
     monkeypatch.setattr(others, "LIBRARIES", {"plain": (train, own, "")})
     monkeypatch.setattr(others, "own_saelens", own)
-    monkeypatch.setattr(others, "gap_by_saelens", lambda folder, run: 0.25)
+    monkeypatch.setattr(others, "gaps_by_saelens", lambda folders, run: [0.25, 0.25])
     flags = [*SMALL.split(), "--tokens", "6k", "--kl-tokens", "256", "--out", str(tmp_path)]
     others.main(flags)
     others.main(flags)
@@ -1988,4 +1988,4 @@ def test_saelens_evaluates_an_sae_as_we_do(tmp_path):
         trainee = saeft.Trainee(saeft.SAE.load(tmp_path), run.lm)
         tokens = run.stream.validation()
         _, (row,) = saeft.evaluate(run.lm, tokens, [trainee], torch.inf, run.config)
-        assert others.gap_by_saelens(tmp_path, run) == pytest.approx(row["gap"], rel=1e-4)
+        assert others.gaps_by_saelens([tmp_path], run) == [pytest.approx(row["gap"], rel=1e-4)]
