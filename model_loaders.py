@@ -35,7 +35,6 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import logging as hub_logging
 
 # ---- The command line and the terminal ---------------------------------------------------------
-QUIET = 30  # seconds after which a long phase says something on a pipe, too
 
 
 class UserError(Exception):
@@ -64,18 +63,11 @@ def user_errors(what: str):
         raise UserError(f"{what} ({why:.300})") from error
 
 
-def exit_status(program: str, main) -> int:
-    """Runs main(): 0, or 2 after a UserError, which gets a line on stderr."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
+    """Flags of a program with this docstring, none abbreviated; errors are UserErrors."""
+
+    def __init__(self, doc: str | None, **options):
+        super().__init__(description=str(doc).partition("\n")[0], allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
@@ -97,9 +89,9 @@ def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **opt
     return field(default_factory=lambda: copy.copy(default), metadata=metadata)
 
 
-def flags_of(settings: type, about: str) -> Parser:
+def flags_of(settings: type, doc: str | None = None) -> Parser:
     """A parser of the flags that the fields of a dataclass are; it leaves out what is not given."""
-    parser = Parser(description=about, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(doc, argument_default=argparse.SUPPRESS)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
         default, kind = f.default_factory(), getattr(f.type, "__name__", f.type)
@@ -138,18 +130,15 @@ def say(text: str, end: str = "\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@cache
-def say_once(text: str):
-    """A line that is said once, however often it is true."""
-    say(text)
+say_once = cache(say)  # for what is said once, however often it is true
 
 
 def progress(text: str, now: bool = False):
     """Call it often. On a terminal the line, cut to its width, gives way to the next; on a pipe it
-    is printed if it must be seen `now`, or after QUIET seconds without a line."""
+    is printed if it must be seen `now`, or after 30 seconds without a line."""
     if sys.stdout.isatty():
         say(text[: shutil.get_terminal_size().columns - 1], end="")
-    elif now or time.monotonic() - _last_line >= QUIET:
+    elif now or time.monotonic() - _last_line >= 30:
         say(text)
 
 
@@ -244,14 +233,15 @@ def files_key(paths: list, top) -> str:
     """The identity of files: their names below `top`, and contents; of more than LARGE bytes in all
     sizes and times in place of contents, of which a copy keeps all but the last."""
     paths = sorted(map(str, paths))
-    seen = _stats(paths)
+    seen = list(map(_stat, paths))
     if sum(size for size, *_ in seen) <= LARGE:
         seen = map(_digest, paths)
     return _key([(os.path.relpath(path, top), what) for path, what in zip(paths, seen)])
 
 
-def _stats(paths) -> list[tuple]:
-    return [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, paths)]
+def _stat(path) -> tuple:
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def _digest(path: str) -> str:
@@ -261,8 +251,8 @@ def _digest(path: str) -> str:
 
 def note_changes(source, settings: dict, identity: dict):
     """Says which of model and data are not those that an SAE was made with, where it says that."""
-    metadata = _dict(read_json(_sae_file(source, SAE_FILES[0])), "metadata")
-    for part, was in _dict(metadata, "identity").items():
+    cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
+    for part, was in _dict(cfg, "identity").items():
         if identity.get(part, was) != was:
             say(f"note: the {part}, {settings[part]}, is not what {source} was made with")
 
@@ -461,14 +451,12 @@ def sae_key(source) -> str:
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     """What `write_sae` was given: every tensor of an SAE for raw activations, floating ones in
-    float32, and its cfg.json, in which `metadata` and its `saeft` are dicts. `source`: a folder in
+    float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder in
     SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
     what our equations cannot express, whatever the architecture."""
-    cfg = read_json(_sae_file(source, SAE_FILES[0]))
-    metadata = _dict(cfg, "metadata")
-    cfg["metadata"] = {**metadata, "saeft": _dict(metadata, "saeft")}
-    origin = {**cfg, **metadata}
-    says = {**_dict(origin, "model_from_pretrained_kwargs"), **metadata, **cfg}
+    cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
+    cfg["saeft"] = _dict(cfg, "saeft")
+    says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
     for key, accepted in SAE_SETTINGS.items():
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
@@ -484,6 +472,14 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         sound = numbers and tensor.isfinite().all()
         refuse(not sound, f"{path}: {name} is not of finite numbers")
     return {**tensors, "W_enc": tensors["W_enc"].T}, cfg
+
+
+def merged(cfg: dict) -> dict:
+    """A cfg.json, what is in its metadata beside the rest. UserError where they contradict."""
+    metadata = _dict(cfg, "metadata")
+    twice = sorted(key for key in metadata if cfg.get(key, metadata[key]) != metadata[key])
+    refuse(twice, f"the SAE's cfg.json says {twice} twice, and not the same")
+    return {**metadata, **cfg}
 
 
 def _dict(parent: dict, key: str) -> dict:
@@ -539,20 +535,18 @@ def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
     model, data, bos, context, tokens (those of its data that it has seen), sink_norm, k, d_sae.
     UserError for a hook that is not understood, and for values of other types."""
-    origin, told = {**cfg, **cfg["metadata"]}, {"d_sae": cfg["d_sae"]}
-    twice = [key for key, value in cfg["metadata"].items() if cfg.get(key, value) != value]
-    refuse(twice, f"the SAE's cfg.json says {twice} twice, and not the same")
-    beside = f"what was trained is the {origin.get('adapter')} beside this SAE"
-    refuse("adapter" in origin, f"{beside}: load() of experiments/baselines.py reads both")
-    for key, (name, kind) in ORIGIN.items():  # before SAELens 6 they stand among the rest
-        value = told[name] = origin.get(key)
+    told = {"d_sae": cfg["d_sae"]}
+    beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
+    refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
+    for key, (name, kind) in ORIGIN.items():
+        value = told[name] = cfg.get(key)
         natural = type(value) is kind and (kind is not int or value >= 0)
         refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
-    hook = origin.get("hook_name") or origin.get("hook_point")  # the second before SAELens 3
+    hook = cfg.get("hook_name") or cfg.get("hook_point")  # the second before SAELens 3
     if hook is not None:
-        block = origin.get("hook_layer", origin.get("hook_point_layer"))
+        block = cfg.get("hook_layer", cfg.get("hook_point_layer"))
         told["layer"], told["place"] = read_hook(hook, block)
-    how = _dict(origin, "model_from_pretrained_kwargs")
+    how = _dict(cfg, "model_from_pretrained_kwargs")
     if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
         told["model"] = None
     if told["model"] and how.get("revision"):
@@ -560,7 +554,7 @@ def sae_settings(cfg: dict) -> dict:
     told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
     if told["tokens"] is not None:
         told["tokens"] *= told["context"] or 0
-    k = cfg.get("k") or cfg["metadata"]["saeft"].get("k")
+    k = cfg.get("k") or cfg["saeft"].get("k")
     refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
     told["k"] = [k] if k else None
     return {name: value for name, value in told.items() if value not in (None, "")}
@@ -864,9 +858,9 @@ def same_source(data: str | None, other: str | None) -> bool:
     return one == two
 
 
-def source_files(data: str) -> list[tuple[str, int]]:
-    """(path, bytes) of the files that a source is read from, all of text or all of ids; a line
-    says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
+def source_files(data: str) -> list[tuple[str, tuple]]:
+    """(path, `_stat`) of the files that a source is read from, all of text or all of ids; a
+    line says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
 
     They are the split `train` where there is one; else all that are of no held-out split; else
     all; never files of a run's folder. A split is a whole word in the name of a folder or file."""
@@ -883,7 +877,7 @@ def source_files(data: str) -> list[tuple[str, int]]:
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
     other = [name for name in shown if OTHER.search(name)]
-    unread, read = (sum(found[name][1] for name in some) for some in (other, taken))
+    unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
     beside = unread > read and all(re.search(r"\.txt$", name, re.I) for name in taken)
     refuse(beside, f"{data!r} has {other[:1]}, which is not read, and less of .txt")
     if len(shown) > 1:
@@ -894,26 +888,26 @@ def source_files(data: str) -> list[tuple[str, int]]:
     return [found[name] for name in taken]
 
 
-def _hub_files(place: str) -> dict[str, tuple[str, int]]:
-    """{name in the repository: (path, bytes)} of a Hub dataset's files."""
+def _hub_files(place: str) -> dict[str, tuple[str, tuple]]:
+    """{name in the repository: (path, its size in a tuple)} of a Hub dataset's files."""
     repo = place.removeprefix("hf://")
     folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
     with hub_errors(repo):
         found = sorted(hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True).items())
-        return {path.split("/", 3)[-1]: (f"hf://{path}", about["size"]) for path, about in found}
+        return {path.split("/", 3)[-1]: (f"hf://{path}", (f["size"],)) for path, f in found}
 
 
-def _local_files(root: str) -> dict[str, tuple[str, int]]:
-    """{name in the folder: (path, bytes)} of its regular files, or of the one file. UserError for
-    a link to a folder, which would be left out, or to nothing."""
+def _local_files(root: str) -> dict[str, tuple[str, tuple]]:
+    """{name in the folder: (path, `_stat`)} of its regular files, or of the one file. UserError
+    for a link to a folder, which would be left out, or to nothing."""
     if os.path.isfile(root):
-        return {os.path.basename(root): (root, os.path.getsize(root))}
+        return {os.path.basename(root): (root, _stat(root))}
     below = sorted(Path(root).rglob("*")) if os.path.isdir(root) else []
     for path in below:
         link = path.is_symlink() and not path.is_file() and not path.name.startswith(".")
         refuse(link, f"{path} is a link, but to no file: name the folder itself, or remove it")
     files = {path.relative_to(root).as_posix(): path for path in below if path.is_file()}
-    return {name: (str(path), path.stat().st_size) for name, path in files.items()}
+    return {name: (str(path), _stat(path)) for name, path in files.items()}
 
 
 @contextmanager
@@ -930,21 +924,28 @@ def opened(path: str):
             yield file
 
 
-def pieces(data: str):
+def pieces(data: str, files: list | None = None):
     """Yields (piece, whether its document is held out, whether that ends here) of a file or folder
     of .txt, .jsonl (.gz, .zst), or a Hub dataset, always in the same order; a piece has at most
-    LONGEST characters, and all of a document are on one side. Raises UserError."""
-    files = source_files(data)
+    LONGEST characters. files: its `source_files`, as they must be still. Raises UserError."""
+    files = files or source_files(data)
     longest = PIECE if len(files) < FEW else WHOLE
-    for path, _ in files:
+    for path, was in files:
         with opened(path) as file:
-            blocks = _unpacked(io.BufferedReader(file, BLOCK), path.lower())
-            texts = codecs.iterdecode(blocks, "utf-8-sig")
+            blocks = chain(_unpacked(io.BufferedReader(file, BLOCK), path.lower()), [b""])
+            texts = codecs.iterdecode(map(partial(_unchanged, path, was), blocks), "utf-8-sig")
             plain = TEXT.search(path)[1].lower() == "txt"
             for text in _plain_texts(texts, path, longest) if plain else _json_texts(texts, path):
                 held, n = held_out(text), len(text) if text.strip() else 0
                 for start in range(0, n, LONGEST):
                     yield text[start : start + LONGEST], held, start + LONGEST >= n
+
+
+def _unchanged(path: str, was: tuple, block: bytes) -> bytes:
+    """A block that was read of a file, if that is as it was; on the Hub a commit's always are."""
+    changed = not path.startswith("hf://") and _stat(path) != was
+    refuse(changed, f"{path} changed meanwhile: start again")
+    return block
 
 
 def _unpacked(file, path: str):
@@ -1121,24 +1122,22 @@ class TokenStream:
         if not self.lacks(TRAIN, VAL):
             return
         try:
+            files = source_files(self.place)
             self.folder.mkdir(parents=True, exist_ok=True)
             with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
                 self.load_meta()
-                files = source_files(self.place)
-                self.paths = [path for path, _ in files if not path.startswith("hf://")]
-                self.found = _stats(self.paths)
                 if IDS.search(files[0][0]):
                     self._copy_ids(files)
                 else:
-                    self._tokenise()
+                    self._tokenise(files)
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception
             self.failure = error
 
-    def _tokenise(self):
+    def _tokenise(self, files: list[tuple[str, tuple]]):
         """Both sides grow by the same pieces; `passed` counts batches of them."""
-        source, eos = pieces(self.place), [self.tokenizer.eos_id]
+        source, eos = pieces(self.place, files), [self.tokenizer.eos_id]
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in enumerate(batches, 1):
             if number > min(self.passed):
@@ -1158,13 +1157,13 @@ class TokenStream:
             if not self.lacks(TRAIN, VAL):
                 break
 
-    def _copy_ids(self, files: list[tuple[str, int]]):
+    def _copy_ids(self, files: list[tuple[str, tuple]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut
         there. Training: all before it. `passed` counts ids."""
-        for path, size in files:
+        for path, (size, *_) in files:
             uneven = size % self.dtype.itemsize
             refuse(uneven, f"{path}: {size:,} bytes are no whole {self.dtype.name}: {self.advice}")
-        *before, (last, end) = [(path, size // self.dtype.itemsize) for path, size in files]
+        *before, (last, end) = [(file, file[1][0] // self.dtype.itemsize) for file in files]
         begin = 0
         if not before:
             begin = end * 19 // 20
@@ -1172,24 +1171,26 @@ class TokenStream:
             ends = self._ids_at(last, begin, min(BLOCK, end - begin)) == self.tokenizer.eos_id
             begin += ends.argmax() + 1 if ends.any() else 0
         self._copy(VAL, [(last, begin, end)])
-        self._copy(TRAIN, [(path, 0, size) for path, size in before])
+        self._copy(TRAIN, [(file, 0, end) for file, end in before])
 
-    def _copy(self, side: int, spans: list[tuple[str, int, int]]):
-        """The ids of spans (path, begin, end), from where an earlier run has stopped."""
+    def _copy(self, side: int, spans: list[tuple[tuple, int, int]]):
+        """The ids of spans (file, begin, end), from where an earlier run has stopped."""
         skip = self.passed[side]
-        for path, begin, end in spans:
+        for file, begin, end in spans:
             at = min(begin + skip, end)
             skip -= at - begin
             while at < end and self.lacks(side):
                 missing = self.need[side] - self.tokens[side]
-                ids = self._ids_at(path, at, min(missing, BLOCK, end - at))
+                ids = self._ids_at(file, at, min(missing, BLOCK, end - at))
                 at += len(ids)
                 self._append(side, ids, self.passed[side] + len(ids))
 
-    def _ids_at(self, path: str, start: int, count: int) -> np.ndarray:
-        with opened(path) as file:
-            file.seek(start * self.dtype.itemsize)
-            ids = np.frombuffer(file.read(count * self.dtype.itemsize), self.dtype)
+    def _ids_at(self, file: tuple[str, tuple], start: int, count: int) -> np.ndarray:
+        path, was = file
+        with opened(path) as stored:
+            stored.seek(start * self.dtype.itemsize)
+            data = _unchanged(path, was, stored.read(count * self.dtype.itemsize))
+        ids = np.frombuffer(data, self.dtype)
         largest, kind, advice = ids.max(initial=0), self.dtype.name, self.advice
         wider = len(ids) > 15 and ids.any() and not ids[1::2].any()
         refuse(wider, f"{path}: as {kind} every second id is 0, so they are wider: {advice}")
@@ -1199,7 +1200,6 @@ class TokenStream:
     def _append(self, side: int, ids: np.ndarray, passed: int):
         """Ids to a side's file, then meta.json. <bos> that stands in a text is dropped, but not
         where it is the end of text as well."""
-        refuse(_stats(self.paths) != self.found, f"{self.data} changed meanwhile: start again")
         if self.tokenizer.bos_id != self.tokenizer.eos_id:
             ids = ids[ids != self.tokenizer.bos_id]
         with open(self.files[side], "ab") as file:

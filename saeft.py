@@ -261,7 +261,7 @@ class SAE(nn.Module):
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        kind, own = kind_of(cfg, source), cfg["metadata"]["saeft"]
+        kind, own = kind_of(cfg, source), cfg["saeft"]
         advice = f"python experiments/convert.py {source} FOLDER"
         with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
             numbers = {name: cfg.get(name, own.get(name, 0.0)) for name in kind.numbers}
@@ -373,10 +373,10 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 
 
 def kind_of(cfg: dict, source="") -> type[SAE]:
-    """The class of a parsed cfg.json: what wrote it, where that is known here, else whatever has
+    """The class of a cfg of `read_sae`: what wrote it, where that is known here, else whatever has
     SAELens's architecture. UserError for others."""
     architecture = str(cfg.get("architecture", "standard"))
-    kind = KINDS.get(str(cfg["metadata"]["saeft"].get("kind")))
+    kind = KINDS.get(str(cfg["saeft"].get("kind")))
     if kind is None or kind.architecture != architecture:
         kind = KINDS.get("relu" if architecture == "standard" else architecture)
     known = ", ".join(sorted({cls.architecture for cls in KINDS.values()}))
@@ -1429,6 +1429,8 @@ class Run:
 
     def run(self):
         """The whole run."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
         with contextlib.ExitStack() as closing:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
@@ -1458,6 +1460,8 @@ class Run:
         few = config.context < self.lm.n_skip + 2
         refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
         if config.compile:
+            with user_errors("--compile does not run here"):  # for want of a C++ compiler, say
+                torch.compile(torch.neg)(torch.zeros(2, device=self.device))
             self.lm.compile()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         self.stream = TokenStream(*source, n_rows=len(self.lm.W_U))
@@ -1572,9 +1576,6 @@ class Run:
         before = results["MSE"]
         final = results.get(config.method[0], {**before, "gap_closed": 0.0})
         out = {**asdict(config), "k": config.k[i], **done.model_figures, **final}
-        for name in ("ce", "gap", "fvu", "kl"):
-            out[f"{name}_mse"] = before[name]
-            out[f"{name}_final"] = final[name]
         out.update(seconds=done.seconds, identity=self.identity, results=results)
         if rank() == 0:
             model_loaders.write_text(folder / "report.json", json.dumps(out, indent=2) + "\n")
@@ -1655,7 +1656,7 @@ class Run:
 def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     """Settings from the command line: Config's defaults, the model's preset, what the SAE of
     --start tells, then the flags. UserError also where the last two contradict each other."""
-    parser = model_loaders.flags_of(settings, str(__doc__).splitlines()[0])
+    parser = model_loaders.flags_of(settings, __doc__)
     given = vars(parser.parse_args(argv))
     told = told_by_sae(given["start"], given) if "start" in given else {}
     model = given.get("model", told.get("model", settings().model))
@@ -1699,8 +1700,7 @@ def told_by_sae(source: str, given: dict) -> dict:
         refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
-    origin = {**cfg, **cfg["metadata"]}
-    missing = [key for key in ("prepend_bos", "model_from_pretrained_kwargs") if key not in origin]
+    missing = [key for key in ("prepend_bos", "model_from_pretrained_kwargs") if key not in cfg]
     if missing:  # the second says whether x was centred, as it was in SAELens's first versions
         taken = "x is taken as the model has it, <bos> as the tokenizer does"
         model_loaders.say_once(f"note: {source} does not say {', '.join(missing)}: {taken}")
@@ -1710,29 +1710,33 @@ def told_by_sae(source: str, given: dict) -> dict:
     return told
 
 
-def main(argv: list[str] | None = None, settings: type = Config) -> int:
-    """The command line. Exit status: 0; 2 for a user's mistake; 130 or 143 after a signal."""
+def exit_status(program: str, run: Callable) -> int:
+    """Runs a program. 0; 2 after a user's mistake, or where memory is short, which gets a line on
+    stderr; 130 or 143 after a signal."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
     try:
-        run = Run(parse(argv, settings))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run.on_signal)
-        run.run()
+        run()
     except UserError as error:
-        print(f"saeft: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in f"{error}".lower():
             raise
-        print("saeft: out of memory: lower --batch, --kl-batch, --buffer, --d-sae", file=sys.stderr)
+        advice = "lower --batch, --kl-batch, --buffer, --d-sae"
+        print(f"{program}: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print("saeft: interrupted; from a checkpoint on --resume goes on", file=sys.stderr)
+        print(f"{program}: interrupted; from a checkpoint on --resume goes on", file=sys.stderr)
         return 128 + (*interrupt.args, signal.SIGINT)[0]
     return 0
+
+
+def main(argv: list[str] | None = None, settings: type = Config) -> int:
+    """The command line; returns its `exit_status`."""
+    return exit_status("saeft", lambda: Run(parse(argv, settings)).run())
 
 
 if __name__ == "__main__":

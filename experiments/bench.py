@@ -260,7 +260,7 @@ def measure(steps: dict, n_tokens: int, args) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0])
+    parser = model_loaders.Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--plain", action="store_const", const=PLAIN, default={})
@@ -294,4 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(model_loaders.exit_status("bench", main))
+    sys.exit(saeft.exit_status("bench", main))

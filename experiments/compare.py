@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import Parser, exit_status, flags_of, model_key, read_json, refuse
+from model_loaders import Parser, flags_of, model_key, read_json, refuse
 
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
@@ -28,7 +28,7 @@ def run(out: Path, name: str, flags: list[str]) -> dict:
         status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
-    given = vars(flags_of(baselines.Settings, "").parse_args(line))
+    given = vars(flags_of(baselines.Settings).parse_args(line))
     kept = read_json(out / name / "config.json")
     for flag in given.keys() - {"out", "name", "resume"}:
         differs = given[flag] != kept.get(flag)
@@ -115,7 +115,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("compare", main))
+    sys.exit(saeft.exit_status("compare", main))

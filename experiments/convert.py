@@ -32,7 +32,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
-from model_loaders import Parser, UserError, exit_status, fetch, refuse
+import saeft
+from model_loaders import Parser, UserError, fetch, merged, refuse
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -102,11 +103,7 @@ UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}
 
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
-    cfg = source.json("cfg.json", needed=True)
-    metadata = cfg.get("metadata") or {}
-    twice = {key for key in metadata if cfg.get(key, metadata[key]) != metadata[key]}
-    refuse(twice, f"it says {sorted(twice)} twice, and not the same")
-    cfg = {**metadata, **cfg}
+    cfg = merged(source.json("cfg.json", needed=True))
     cfg["hook_name"] = cfg.get("hook_name") or cfg.get("hook_point")
     cfg["layer"] = cfg.get("hook_layer", cfg.get("hook_point_layer"))
     architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
@@ -353,7 +350,8 @@ def convert(
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
     written = in_our_layout(cfg, L, found)
-    model_loaders.sae_settings({**written, "d_sae": len(tensors["b_enc"])})  # as --start will
+    told = merged({**written, "d_sae": len(tensors["b_enc"])})
+    model_loaders.sae_settings(told)  # as --start will
     tensors["W_enc"] = tensors["W_enc"].T
     with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +377,7 @@ def in_our_layout(cfg: dict, layer: int | None, kind: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("source", help="folder, file, or owner/name[@revision]:path on the Hub")
     parser.add_argument("folder", help="what to write; new, or empty")
     parser.add_argument("--layer", type=int, help="block whose output the SAE reads")
@@ -387,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = ["topk", "batchtopk", "relu", "jumprelu"]
     parser.add_argument("--kind", choices=kinds, help="what it is, where no file says it")
     parser.add_argument("--context", dest="context_size", type=int, help="tokens in a sequence")
-    return exit_status("convert", lambda: print(convert(**vars(parser.parse_args(argv)))))
+    return saeft.exit_status("convert", lambda: print(convert(**vars(parser.parse_args(argv)))))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model_loaders
 import saeft
-from model_loaders import UserError, exit_status, refuse
+from model_loaders import UserError, refuse, user_errors
 from saeft import SAE
 
 BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the rest of its range
@@ -170,7 +170,7 @@ def write_page(data: dict, title: str, path: Path) -> int:
 
 def parse(argv: list[str] | None):
     """The flags; model, layer, data, ... from the SAE's metadata unless given."""
-    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(__doc__)
     parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
     parser.add_argument("--model", help="short name, Hub name or folder")
     parser.add_argument("--layer", type=int, help="the block whose output the SAE reads")
@@ -190,7 +190,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--fork", help="a file that adds kinds, places or models, to import first")
     args = parser.parse_args(argv)
     if args.fork:
-        with model_loaders.user_errors(f"--fork {args.fork}"):
+        with user_errors(f"--fork {args.fork}"):
             spec = importlib.util.spec_from_file_location("fork", args.fork)
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
     own = model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])
@@ -243,8 +243,8 @@ def make_page(args) -> str:
     if (folder / "report.json").exists():
         report = model_loaders.read_json(folder / "report.json")
         for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
-            was, now = report.get(f"{name}_mse"), report.get(f"{name}_final")
-            refuse(None in (was, now), f"{folder / 'report.json'} is no report of saeft")
+            with user_errors(f"{folder / 'report.json'} is no report of saeft"):
+                was, now = report["results"]["MSE"][name], report[name]
             data["facts"] += f" {words} {was:.4f} before the fine-tune, {now:.4f} after."
     out = Path(args.out or folder / "features.html")
     size = write_page(data, f"Latents of {folder.resolve().name}", out)
@@ -252,7 +252,7 @@ def make_page(args) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_status("features", lambda: print(make_page(parse(argv))))
+    return saeft.exit_status("features", lambda: print(make_page(parse(argv))))
 
 
 if __name__ == "__main__":

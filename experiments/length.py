@@ -29,7 +29,6 @@ import saeft
 from model_loaders import (
     Parser,
     count,
-    exit_status,
     flags_of,
     progress,
     read_json,
@@ -224,7 +223,7 @@ def step_of(config: saeft.Config, lengths: list[int]) -> int:
 
 
 def main() -> None:
-    parser = Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--start", nargs="+")
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -234,7 +233,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     starts = args.start or []
     refuse(args.seeds < 1 or not min(args.rates) > 0, "--seeds and --rates are above 0")
-    given = vars(flags_of(saeft.Config, "").parse_args(flags)).keys()
+    given = vars(flags_of(saeft.Config).parse_args(flags)).keys()
     own = given & {"name", "method", "kl_tokens", "kl_lr", "seed"}
     refuse(own, f"{', '.join(sorted(own))}: --lengths, --rates and --seeds say that here")
     for seed in range(0 if args.start else args.seeds):
@@ -266,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("length", main))
+    sys.exit(saeft.exit_status("length", main))

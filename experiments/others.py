@@ -28,7 +28,7 @@ from compare import run as finished
 
 import model_loaders
 import saeft
-from model_loaders import exit_status, refuse, say, write_text
+from model_loaders import refuse, say, write_text
 
 
 def activations(run: saeft.Run):
@@ -218,7 +218,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(__doc__)
     parser.add_argument("--tokens", default="300k", help="that each library trains on")
     parser.add_argument("--out", type=Path, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)
@@ -237,4 +237,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("others", main))
+    sys.exit(saeft.exit_status("others", main))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import features
 
 import saeft
-from model_loaders import exit_status, progress, refuse
+from model_loaders import progress, refuse
 
 SEEN = 1_000_000  # training tokens that tell how frequent each is
 FREQUENT = 100  # the most frequent tokens
@@ -110,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("repaired", main))
+    sys.exit(saeft.exit_status("repaired", main))

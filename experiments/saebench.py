@@ -188,7 +188,7 @@ def table(figures: dict[tuple[str, str], dict]) -> str:
 
 # ---- The command line ---------------------------------------------------------------------------
 def parse(argv: list[str] | None):
-    parser = model_loaders.Parser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    parser = model_loaders.Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs or of SAEs")
     parser.add_argument("--evals", nargs="+", choices=EVALS, help="default: all that can run")
     parser.add_argument("--data", type=Path, help="labelled text: a subfolder or file a class")
@@ -234,7 +234,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return model_loaders.exit_status("saebench", lambda: run(argv))
+    return saeft.exit_status("saebench", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1974,7 +1974,7 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
             assert row[when][name] == pytest.approx(row[f"{when}_own"][name], rel=1e-5), name
     report = report_of(tmp_path / "plain" / "tuned")
     assert row["kl"] == report["results"]["kl"]["gap_closed"] > 0
-    assert row["before"]["ce"] == pytest.approx(report["ce_mse"], rel=1e-3)
+    assert row["before"]["ce"] == pytest.approx(report["results"]["MSE"]["ce"], rel=1e-3)
     assert capsys.readouterr().out.count("| plain, topk | after | ") == 2
 
 
