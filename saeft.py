@@ -1664,16 +1664,14 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     shape = (*lm.W_U.shape, len(lm.blocks))
     preset = vars(parser.parse_args(f"{lm.preset} {PRESETS.get(shape, '')}".split()))
     config = settings(**{**preset, **told, **given})
-    numbers = KINDS[config.sae].numbers
-    unused = [name for name in ("k", "l1") if name in given and name not in numbers]
+    of_phase_one = {"lr", "warmup", "batch", "buffer", "dead_after"} if config.start else set()
+    unused = given.keys() & ({"k", "l1"} - {*KINDS[config.sae].numbers} | of_phase_one)
     if unused:
-        say(f"note: --{unused[0]} changes nothing: SAEs of kind {config.sae} have none")
+        flags = ", --".join(sorted(unused)).replace("_", "-")
+        what = f"{config.sae} SAE of --start" if config.start else f"new {config.sae} SAE"
+        say(f"note: a {what} has no use of --{flags}")
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
-        of_phase_one = ("lr", "warmup", "batch", "buffer", "dead_after")
-        unused = ", ".join(name for name in of_phase_one if name in given)
-        if unused:
-            say(f"note: --start has no phase one, which alone has {unused}")
         same = model_loaders.same_source(config.data, told.get("data"))
         seen = told.get("tokens", 0) if same else 0
         if config.context != told.get("context"):  # fewer ids in a sequence, if one is <bos>
