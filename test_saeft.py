@@ -2159,6 +2159,8 @@ class PretendedCuda(Operators):
             raise RuntimeError(f"{func}: some tensors are on cuda:0 and some on the CPU")
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             here, kwargs["device"] = True, torch.device("cpu")
+        if func.overloadpacket.__name__ == "zeros" and torch._C._current_graph_task_id() >= 0:
+            here = True  # autograd's own, for topk in torch 2.6, on the device that C++ sees
         out = func(*tree_map(values_of, args), **tree_map(values_of, kwargs))
         if func.overloadpacket.__name__ == "copy_":
             return args[0]
