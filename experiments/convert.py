@@ -350,8 +350,8 @@ def convert(
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
     written = in_our_layout(cfg, L, found)
-    told = merged({**written, "d_sae": len(tensors["b_enc"])})
-    model_loaders.sae_settings(told)  # as --start will
+    # As --start will read it.
+    model_loaders.sae_settings(merged({**written, "d_sae": len(tensors["b_enc"])}))
     tensors["W_enc"] = tensors["W_enc"].T
     with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
