@@ -1610,6 +1610,7 @@ class Run:
         if stop or due:
             self.checkpoint(phase)
         if stop:
+            say(f"a checkpoint is saved: --resume goes on from step {phase.step} of {phase.name}")
             raise KeyboardInterrupt(self.stopping or signal.SIGTERM)
 
     def log(self, phase: Phase, figures: list[dict]):
@@ -1708,9 +1709,9 @@ def told_by_sae(source: str, given: dict) -> dict:
     return told
 
 
-def exit_status(program: str, run: Callable) -> int:
-    """Runs a program. 0; 2 after a user's mistake, or where memory is short, which gets a line on
-    stderr; 130 or 143 after a signal."""
+def exit_status(program: str, run: Callable, advice: str = "give it less at once") -> int:
+    """Runs a program. 0; 2 after a user's mistake, or where memory is short (`advice`), which gets
+    a line on stderr; 130 or 143 after a signal."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
@@ -1723,18 +1724,18 @@ def exit_status(program: str, run: Callable) -> int:
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in f"{error}".lower():
             raise
-        advice = "lower --batch, --kl-batch, --buffer, --d-sae"
         print(f"{program}: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"{program}: interrupted; from a checkpoint on --resume goes on", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 128 + (*interrupt.args, signal.SIGINT)[0]
     return 0
 
 
 def main(argv: list[str] | None = None, settings: type = Config) -> int:
     """The command line; returns its `exit_status`."""
-    return exit_status("saeft", lambda: Run(parse(argv, settings)).run())
+    advice = "lower --batch, --kl-batch, --buffer, --d-sae"
+    return exit_status("saeft", lambda: Run(parse(argv, settings)).run(), advice)
 
 
 if __name__ == "__main__":
