@@ -264,7 +264,7 @@ class SAE(nn.Module):
         kind, own = kind_of(cfg, source), cfg["saeft"]
         advice = f"python experiments/convert.py {source} FOLDER"
         with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
-            numbers = {name: cfg.get(name, own.get(name, 0.0)) for name in kind.numbers}
+            numbers = {name: cfg.get(name, own.get(name)) or 0.0 for name in kind.numbers}
             fits = all(0 <= n < 2**31 for n in numbers.values())
             refuse(not fits, f"{source} has {numbers!r:.80}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
@@ -1699,7 +1699,8 @@ def told_by_sae(source: str, given: dict) -> dict:
         refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
-    missing = [key for key in ("prepend_bos", "model_from_pretrained_kwargs") if key not in cfg]
+    silent = ("prepend_bos", "model_from_pretrained_kwargs")
+    missing = [key for key in silent if cfg.get(key) in (None, {})]
     if missing:  # the second says whether x was centred, as it was in SAELens's first versions
         taken = "x is taken as the model has it, <bos> as the tokenizer does"
         model_loaders.say_once(f"note: {source} does not say {', '.join(missing)}: {taken}")

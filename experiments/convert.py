@@ -194,8 +194,9 @@ def by_tensors(tensors: dict, kind: str | None) -> str:
     if "decoder.bias" in tensors:
         asked = {"relu": "AutoEncoderNew"}
     name = name or asked.get(kind)
-    refuse(not name, f"no config.json, and its tensors do not tell: --kind {' or '.join(asked)}")
-    print(f"note: no config.json: it is taken for {name}")
+    silent = "no config.json beside it names a dict_class"
+    refuse(not name, f"{silent}, and its tensors do not tell: --kind {' or '.join(asked)}")
+    print(f"note: {silent}: it is taken for {name}")
     return name
 
 
@@ -212,19 +213,26 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
     if "gemma-2" in model or "270m" in model:
         model = model.removesuffix("-pt")  # its name on the Hub
     architecture = config.get("architecture", "jump_relu").replace("_", "")
-    architecture = "transcoder" if "hf_hook_point_out" in config else architecture
+    into, what = config.get("hf_hook_point_in"), config.get("type", "sae")
+    out = config.get("hf_hook_point_out", into)
+    if what != "sae" or out != into:
+        architecture = f"{what} to {out}"
     cfg = {"architecture": architecture, "apply_b_dec_to_input": False, "prepend_bos": True}
-    cfg.update(hook_name=config.get("hf_hook_point_in"), context_size=1024)
+    cfg.update(hook_name=into, context_size=1024, d_sae=config.get("width"))
     return {**cfg, "model_name": f"google/{model}" if model else None, **UNPROCESSED}
 
 
 SPARSIFY = ("activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "d_in")
-SPARSIFY += ("multi_topk",)  # of the loss
+SPARSIFY += ("multi_topk", "lookup_max_order")  # of the loss, and of gram_lookup
 
 
 def sparsify(tensors: dict, source: Source) -> dict:
-    cfg, folder = source.json("cfg.json", needed=True), source.words[-1]
-    run = source.json("../config.json") if source.folder else {}  # of all layers
+    cfg, words, above = source.json("cfg.json", needed=True), [*source.words], "../"
+    if re.fullmatch(r"seed\d+", words[-1]):  # of a run with several of them
+        above += "../"
+        words.pop()
+    folder = words[-1]
+    run = source.json(f"{above}config.json") if source.folder else {}  # of all layers
     refused = [key for key, value in cfg.items() if value and key not in SPARSIFY]
     refused += ["transcode"] if run.get("transcode") else []
     architecture = refused[0] if refused else cfg.get("activation", "topk")

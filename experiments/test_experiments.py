@@ -559,8 +559,10 @@ def small_letters(t):
 
 
 def gemma_scope_2(folder, t):
-    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt"}
-    config |= {"hf_hook_point_in": "model.layers.13.output", "width": F_SAE}
+    hook = "model.layers.13.output"
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "width": F_SAE}
+    config |= {"hf_hook_point_in": hook, "hf_hook_point_out": hook, "type": "sae", "l0": 60}
+    config["affine_connection"] = False
     folder = folder / "resid_post" / "layer_13_width_16k_l0_medium"
     write(folder, "params.safetensors", small_letters(t), config_json=config)
     return formula(t, jump(t["threshold"]), centred=False)
@@ -574,6 +576,7 @@ def gemma_scope_2_without_config(folder, t):
 
 SPARSIFY = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True}
 SPARSIFY |= {"num_latents": F_SAE, "k": K, "multi_topk": False, "skip_connection": False, "d_in": D}
+SPARSIFY |= {"gram_lookup": False, "lookup_max_order": 4}
 
 
 def sparsify_run(folder, t):
@@ -747,8 +750,18 @@ def sparse(**changes):
     return make
 
 
+def sparse_seed(**run):
+    def make(folder, t):
+        sparse()(folder / "layers.3", t)
+        (folder / "layers.3" / "layers.3").rename(folder / "layers.3" / "seed1")
+        (folder / "config.json").write_text(json.dumps(run))
+
+    return make
+
+
 def scope2(**changes):
-    config = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.3.output"} | changes
+    hook = "model.layers.3.output"
+    config = {"hf_hook_point_in": hook, "hf_hook_point_out": hook, "type": "sae"} | changes
     return lambda folder, t: write(folder, "params.safetensors", t, config_json=config)
 
 
@@ -794,6 +807,7 @@ def transposed(t):
     return t | {"W_enc": t["W_enc"].T}
 
 
+MLP_HOOKS = dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.3.mlp.output")
 REFUSED = {
     "gated": (flat(architecture="gated"), "gated"),
     "transcoder": (lens6(architecture="jumprelu_transcoder"), "jumprelu_transcoder"),
@@ -844,16 +858,17 @@ REFUSED = {
     "saebench topk, no kind": (lambda f, t: write(f, "ae.pt", four(t) | scalars(0.7)), "--kind"),
     "saebench relu, no kind": (lambda f, t: write(f, "ae.pt", four(t)), "--kind topk"),
     "llama scope": (lambda f, t: write(f, "ae.pt", biased(t)), "--kind relu"),
-    "sparsify, a key of an older version": (sparse(gram_lookup=True), "gram_lookup"),
+    "sparsify, a lookup of n-grams": (sparse(gram_lookup=True), "gram_lookup"),
+    "sparsify, one of several seeds": (sparse_seed(transcode=True), "transcode"),
     "dl k": (dl("AutoEncoderTopK", k=4.7), "its k is"),
     "lens head": (flat(hook_point_head_index=1), "hook_point_head_index"),
     "sparsify mlp": (in_folder("layers.3.mlp"), "layers.3.mlp"),
     "sparsify embedding": (in_folder("embed_tokens"), "embed_tokens"),
-    "scope transcoder": (scope2(hf_hook_point_out="model.layers.3.output"), "transcoder"),
-    "scope mlp": (
-        scope2(hf_hook_point_in="model.layers.3.mlp.output"),
-        "model.layers.3.mlp.output",
-    ),
+    "scope 2 transcoder": (scope2(type="transcoder"), "transcoder to model.layers.3.output"),
+    "scope 2 crosscoder": (scope2(type="crosscoder", hf_hook_point_in=["x"]), "crosscoder"),
+    "scope 2 to elsewhere": (scope2(hf_hook_point_in="model.layers.2.output"), "layers.3.output"),
+    "scope 2 mlp": (scope2(**MLP_HOOKS), "model.layers.3.mlp.output"),
+    "scope 2 latents": (scope2(width=16384), "16384"),
     "scope 1 mlp": (mlp_scope, "gemma-scope-2b-pt-mlp"),
     "pickle": (pickled({"k": Harmful()}), "pickle"),
     "no dictionary": (pickled([1, 2]), "ae.pt"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
+from experiments import convert
 from saeft import KINDS, METHODS, PLACES, Config
 
 transformers = pytest.importorskip("transformers")
@@ -120,6 +121,12 @@ def test_jumprelu_and_its_gradients(tmp_path):
     torch.testing.assert_close(saeft.SAE.load(tmp_path / "run")(imported_x)[0], x_hat)
     cfg = json.loads((tmp_path / "run" / "cfg.json").read_text())
     assert cfg["architecture"] == "jumprelu"
+    # What convert.py wrote of it, and of any JumpReLU SAE, the fork starts from as well.
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "converted")]) == 0
+    KINDS["jumprelu"] = fork.JumpReLU
+    torch.testing.assert_close(saeft.SAE.load(tmp_path / "converted")(imported_x)[0], x_hat)
+    line = f"--start {tmp_path / 'converted'} --out {tmp_path} --name from-converted"
+    assert saeft.main(f"{line} --kl-tokens 4k --eval-tokens 4k --kl-batch 4".split()) == 0
     if lens := pytest.importorskip("sae_lens", reason="SAELens is not installed"):
         theirs = lens.SAE.load_from_disk(tmp_path / "run")(imported_x)
         torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-4)
@@ -194,6 +201,14 @@ DECODERS = {
     "gemma3_text": {"head_dim": 8},
     "phi3": {"pad_token_id": 0},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    # Whose blocks put out tuples.
+    "gpt_neo": {
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local", "local"], 1]],
+    },
+    "falcon": {"num_kv_heads": 4, "alibi": False},
+    "bloom": {"n_layer": 3, "n_head": 4},
 }
 
 
@@ -214,7 +229,11 @@ def test_any_model_is_the_library_s_to_the_last_bit(family):
     rows = lm.suffix(x, 1).flatten(0, 1)
     torch.testing.assert_close(lm.unembed(rows), own.flatten(0, 1))
     changed = torch.randn_like(x).requires_grad_()
-    with lm.blocks[1].register_forward_hook(lambda module, args, out: changed):
+
+    def change(module, args, out):
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    with lm.blocks[1].register_forward_hook(change):
         expected = lm.model(tokens).logits
     spliced = lm.unembed(lm.suffix(changed, 1))
     assert torch.equal(spliced, expected)
@@ -248,11 +267,14 @@ def with_nan(tensors):
     return {**tensors, "model.layers.1.mlp.up_proj.weight": torch.full((64, 32), torch.nan)}
 
 
+OLD_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+
+
 @pytest.mark.parametrize(
     "family, change, sizes",
     [
         ("bert", dict, {}),  # it looks ahead
-        ("bloom", dict, {}),  # every block needs more than the one before puts out
+        ("openai-gpt", dict, OLD_GPT),  # its blocks put out a list
         ("opt", dict, {"word_embed_proj_dim": 16, "ffn_dim": 64}),
         ("llama", without_a_block, {}),
         ("llama", with_nan, {}),

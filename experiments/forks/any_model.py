@@ -5,7 +5,7 @@
 
 The library's own forward pass runs, with its own masks and positions. Up to block L nothing is
 changed, and it is left there. From block L + 1 on it starts with what block L is to have put out.
-A model that looks ahead, or whose blocks pass on more than one tensor, is refused.
+A model that looks ahead, or whose blocks need more of each other than one tensor, is refused.
 Its own tokenizer serves, too. Families that saeft has itself stay saeft's, which are faster.
 """
 
@@ -73,7 +73,8 @@ class Tokenizer:
 
 class AnyModel(saeft.LanguageModel):
     load_tokenizer = Tokenizer
-    names = ("head",)  # that there is one apart is the library's to know
+    names = ("parts", 1, 2, 3, "head")  # the last is the library's to know
+    width = 0  # of the tuple that a block puts out, the stream first; 0: the stream alone
 
     def __init__(self, config: dict):
         nn.Module.__init__(self)
@@ -87,9 +88,6 @@ class AnyModel(saeft.LanguageModel):
         refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
         # In a dict, so that nothing is a submodule twice; the final norm may be anywhere.
         self.parts = {1: model.get_output_embeddings(), 2: lists[0], 3: None}
-
-    def part(self, i: int):
-        return self.parts[i]
 
     def load(self, name: str, device, dtype):
         with model_loaders.user_errors(f"cannot run {name} in two parts"):
@@ -128,15 +126,18 @@ class AnyModel(saeft.LanguageModel):
         """From block `first` on, of which `given` is the input (tokens, if it is 0), to the output
         of block `last`, or to the logits."""
         tokens = given if first == 0 else given.new_zeros(given.shape[:2], dtype=torch.long)
+        whole = (given, *[None] * (self.width - 1)) if self.width else given
         with ExitStack() as stack:
             for block in self.blocks[:first]:
-                stack.enter_context(patch.object(block, "forward", lambda *a, **b: given))
+                stack.enter_context(patch.object(block, "forward", lambda *a, **b: whole))
             if last is not None:
                 stack.callback(self.blocks[last].register_forward_hook(leave).remove)
             try:
                 return self.model(tokens, use_cache=False).logits
             except Reached as reached:
-                return reached.args[0]
+                out = reached.args[0]
+                self.width = len(out) if isinstance(out, tuple) else 0
+                return out[0] if self.width else out
 
 
 mine = dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AnyModel)
