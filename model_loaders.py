@@ -486,29 +486,15 @@ def _dict(parent: dict, key: str) -> dict:
     return parent[key] if isinstance(parent.get(key), dict) else {}
 
 
-# What an SAE reads, as SAELens (TransformerLens) says it; a block's own name, as in transformers
-# and sparsify, for its output; in dictionary_learning's words.
-HOOKS = [
-    r"blocks\.(?P<block>[0-9]+)\.(?P<place>\w[\w.]*)",
-    r"(?:(?:gpt_neox|transformer|language_model|model)\.)*"
-    r"(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
-    r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
-]
-SAME_PLACE = dict.fromkeys((".output", "output", "out", "resid_out"), "resid_post")
-SAME_PLACE.update({"in": "resid_pre", "attention_out": "attn_out"})
-
-
 def read_hook(name: str, layer: int | None = None) -> tuple[int, str]:
-    """(block, place) of what an SAE reads, in any library's words: blocks.3.hook_resid_post is
-    (3, "resid_post"), and so are blocks.4.hook_resid_pre and gpt_neox.layers.3;
-    blocks.3.hook_mlp_out is (3, "mlp_out"). UserError for the embedding, for what is not
-    understood, and where `layer`, what else is said of the block in that name, is another."""
-    found = next(filter(None, (re.fullmatch(hook, str(name)) for hook in HOOKS)), None)
+    """(block, place) of what an SAE reads, in SAELens's words: blocks.3.hook_resid_post is
+    (3, "resid_post"), and so is blocks.4.hook_resid_pre; blocks.3.hook_mlp_out is (3, "mlp_out").
+    UserError for the embedding, for what is not understood, and where `layer`, what else is said of
+    the block in that name, is another."""
+    found = re.fullmatch(r"blocks\.([0-9]+)\.(?:hook_)?(\w[\w.]*)", str(name))
     refuse(not found, f"it reads {name!r:.80}, which is no hook that is known")
-    differs = layer is not None and str(layer) not in re.findall(r"\d+", name)
-    refuse(differs, f"it says both {name!r:.80} and layer {layer!r:.60}")
-    block, place = int(found["block"]), (found["place"] or ".output").removeprefix("hook_")
-    place = SAME_PLACE.get(place, place)
+    block, place = int(found[1]), {"out": "resid_post", "in": "resid_pre"}.get(found[2], found[2])
+    refuse(layer not in (None, block), f"it says both {name!r:.80} and layer {layer!r:.60}")
     if place == "resid_pre":  # the output of the block before
         refuse(block == 0, f"it reads {name}, the embedding: no block's output")
         return block - 1, "resid_post"

@@ -267,6 +267,25 @@ OTHER = {"mlp", "mlps", "att", "attn", "attention", "mid", "z", "embed", "embedd
 OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders"}
 
 
+# What an SAE reads, in other words than SAELens's: a block's own name, as in transformers and
+# sparsify, for its output; dictionary_learning's.
+HOOKS = [
+    r"(?:(?:gpt_neox|transformer|language_model|model)\.)*"
+    r"(?:layers|h|blocks)\.(?P<block>[0-9]+)(?P<place>\.output)?",
+    r"(?:(?P<place>resid_(?:post|out|pre)|(?:mlp|attn|attention)_out)_)?layer_?(?P<block>[0-9]+)",
+]
+SAME_PLACE = {".output": "resid_post", "resid_out": "resid_post", "attention_out": "attn_out"}
+
+
+def saelens_hook(name) -> str:
+    """A hook in SAELens's words; what is in none of these stays as it is."""
+    found = next(filter(None, (re.fullmatch(hook, str(name)) for hook in HOOKS)), None)
+    if not found:
+        return str(name)
+    place = found["place"] or "resid_post"
+    return f"blocks.{found['block']}.hook_{SAME_PLACE.get(place, place)}"
+
+
 def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     """L, where the SAE reads the output of block L. UserError where it reads something else."""
     hook, known = cfg.get("hook_name"), cfg.get("layer")
@@ -274,7 +293,7 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
     if not hook and layer is None:
         hook = hook_of_path(source.words)
     if hook:
-        known, place = model_loaders.read_hook(hook, known)
+        known, place = model_loaders.read_hook(saelens_hook(hook), known)
         refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
         if str(known) not in re.findall(r"\d+", hook):
             print(f"note: it reads {hook}, which is the output of block {known}")
@@ -290,7 +309,7 @@ def hook_of_path(words: tuple) -> str | None:
     hooks, others = [], []
     for word in words:
         hook = re.sub(r"^(layer_\d+)_width_\w+$", r"\1", word)
-        if any(re.fullmatch(known, hook) for known in model_loaders.HOOKS):
+        if saelens_hook(hook).startswith("blocks."):
             hooks.append(hook)
         elif {*re.split(r"[\W_]+", word.lower())} & OTHER:
             others.append(word)

@@ -1490,7 +1490,7 @@ def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
     assert convert.block({}, source, 7) == 7 and convert.block({}, source, None) == 2
     for cfg in ({"hook_name": "resid_post_layer_2", "layer": 3}, {"layer": -1}, {"layer": 3.0}):
         fails(["layer"], convert.block, cfg, source, None)
-    fails(["'layer_2' and layer 5"], convert.block, {"layer": 5}, source, None)
+    fails(["'blocks.2.hook_resid_post' and layer 5"], convert.block, {"layer": 5}, source, None)
     source.words = ("mine",)
     assert convert.block({"layer": 5}, source, None) == 5
     source.words = ("mlp_out_layer5",)
@@ -2004,3 +2004,26 @@ def test_saelens_evaluates_an_sae_as_we_do(tmp_path):
         tokens = run.stream.validation()
         _, (row,) = saeft.evaluate(run.lm, tokens, [trainee], torch.inf, run.config)
         assert others.gaps_by_saelens([tmp_path], run) == [pytest.approx(row["gap"], rel=1e-4)]
+
+
+OTHER_WORDS = {
+    "blocks.3": (3, "resid_post"),
+    "gpt_neox.layers.3": (3, "resid_post"),
+    "model.layers.3.output": (3, "resid_post"),
+    "transformer.h.3": (3, "resid_post"),
+    "layers.3": (3, "resid_post"),
+    "resid_post_layer_3": (3, "resid_post"),
+    "resid_pre_layer_3": (2, "resid_post"),
+    "layer_3": (3, "resid_post"),
+    "mlp_out_layer_3": (3, "mlp_out"),
+    "attention_out_layer_3": (3, "attn_out"),
+}
+NO_HOOKS = ["resid_pre_layer_0", "model.layers.3.mlp", "layers.3.self_attn.output", "my_layer_3"]
+
+
+def test_hooks_in_other_words_than_saelens():
+    for name, expected in OTHER_WORDS.items():
+        assert model_loaders.read_hook(convert.saelens_hook(name)) == expected
+    for name in NO_HOOKS:
+        with pytest.raises(model_loaders.UserError, match="it reads"):
+            model_loaders.read_hook(convert.saelens_hook(name))
