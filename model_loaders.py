@@ -323,7 +323,14 @@ SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 @contextmanager
 def open_file(path):
-    """The bytes of a regular file; UserError for whatever goes wrong while it is open."""
+    """The bytes of a regular file, or of one on the Hub (hf://..), which is read by ranges without
+    a cache, so that no cut passes for the end. UserError for whatever fails while it is open."""
+    if str(path).startswith("hf://"):
+        parts = path.split("/")
+        with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
+            with hf.HfFileSystem().open(path, cache_type="none") as file:
+                yield file
+        return
     with user_errors(f"cannot read {path}"):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("not a regular file")
@@ -896,20 +903,6 @@ def _local_files(root: str) -> dict[str, tuple[str, tuple]]:
     return {name: (str(path), _stat(path)) for name, path in files.items()}
 
 
-@contextmanager
-def opened(path: str):
-    """The bytes of a file on the disk or the Hub; whatever fails meanwhile is a UserError."""
-    if not path.startswith("hf://"):
-        with open_file(path) as file:
-            yield file
-        return
-    parts = path.split("/")
-    with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
-        # Without a cache it is read by ranges, so that no cut passes for the end.
-        with hf.HfFileSystem().open(path, cache_type="none") as file:
-            yield file
-
-
 def pieces(data: str, files: list | None = None):
     """Yields (piece, whether its document is held out, whether that ends here) of a file or folder
     of .txt, .jsonl (.gz, .zst), or a Hub dataset, always in the same order; a piece has at most
@@ -917,7 +910,7 @@ def pieces(data: str, files: list | None = None):
     files = files or source_files(data)
     longest = PIECE if len(files) < FEW else WHOLE
     for path, was in files:
-        with opened(path) as file:
+        with open_file(path) as file:
             blocks = chain(_unpacked(io.BufferedReader(file, BLOCK), path.lower()), [b""])
             texts = codecs.iterdecode(map(partial(_unchanged, path, was), blocks), "utf-8-sig")
             plain = TEXT.search(path)[1].lower() == "txt"
@@ -1173,7 +1166,7 @@ class TokenStream:
 
     def _ids_at(self, file: tuple[str, tuple], start: int, count: int) -> np.ndarray:
         path, was = file
-        with opened(path) as stored:
+        with open_file(path) as stored:
             stored.seek(start * self.dtype.itemsize)
             data = _unchanged(path, was, stored.read(count * self.dtype.itemsize))
         ids = np.frombuffer(data, self.dtype)

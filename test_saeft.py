@@ -3833,7 +3833,7 @@ def ask(call, name, what, token):
     if call == "fetch": return [L.fetch(name, what).read_text()]
     if call == "weights": return sorted(L.load_weights(name, "cpu", torch.float32))
     if call == "sae": return sorted(L.read_sae(name)[0])
-    with L.opened(f"hf://datasets/{name}/{what}") as file:
+    with L.open_file(f"hf://datasets/{name}/{what}") as file:
         return [file.seek(50_000), len(file.read(1000))]
 answers = []
 for case in json.load(open(sys.argv[1])):
