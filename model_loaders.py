@@ -1196,7 +1196,7 @@ class TokenStream:
 # ---- A run's folder ---------------------------------------------------------------------------
 MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
 WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
-WRITTEN += ["metrics.jsonl", "report.json", "checkpoint*.pt", ".*.part"]
+WRITTEN += ["metrics.jsonl", "report.json", "checkpoint", "checkpoint*.pt", ".*.part"]
 
 
 def run_path(settings: dict) -> Path:
@@ -1234,7 +1234,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             foreign = not (path / MARK).exists() and any(path.iterdir())
             refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
-            unfinished = (path / "checkpoint.pt").exists() and not overwrite
+            unfinished = (path / "checkpoint").exists() and not overwrite
             refuse(unfinished and not resume, f"{path} holds an unfinished run: pass --resume")
             kept = any(path.glob("**/report.json")) and not (overwrite or unfinished)
             refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
@@ -1267,34 +1267,31 @@ class RunFolder:
             with user_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines)
 
-    def save_state(self, state: dict, tag: str = ""):
-        """A checkpoint. Of several processes each writes its own, under a tag; the first one's,
-        which says which of the others' are valid, comes last."""
+    def save_state(self, state: dict, tag: str):
+        """A checkpoint. Each process writes a file of its own; when all are whole, the first one
+        writes their tag to the file `checkpoint`, and removes what came before."""
         _wait_for_all_processes()  # the first one may be removing an earlier run's
-        name = f"checkpoint{self.rank}{tag}.pt"
         if self.rank == 0:
-            logged = (self.path / "metrics.jsonl").stat().st_size
-            name, state = "checkpoint.pt", {**state, "tag": tag, "logged": logged}
-            _wait_for_all_processes()
-        with replacing(self.path / name) as file:
+            state = {**state, "logged": (self.path / "metrics.jsonl").stat().st_size}
+        with replacing(self.path / f"checkpoint-{tag}-{self.rank}.pt") as file:
             torch.save(state, file)
-        if self.rank > 0:
-            _wait_for_all_processes()
         _wait_for_all_processes()
-        for file in self.path.glob(f"checkpoint{self.rank}-*.pt"):
-            if tag not in file.name:
-                file.unlink(missing_ok=True)
+        if self.rank == 0:
+            write_text(self.path / "checkpoint", tag)
+            for file in self.path.glob("checkpoint-*.pt"):
+                if not file.name.startswith(f"checkpoint-{tag}-"):
+                    file.unlink()
 
     def load_state(self, device) -> dict | None:
         """The last checkpoint, if there is one."""
-        name, saved = "checkpoint.pt", None
+        if not (self.path / "checkpoint").exists():
+            return None
         with user_errors(f"cannot read a checkpoint in {self.path}: --overwrite starts anew"):
-            if (self.path / name).exists():
-                saved = torch.load(self.path / name, map_location=device, weights_only=True)
-            if saved and 0 < self.rank < saved["world"]:
-                name = f"checkpoint{self.rank}{saved['tag']}.pt"
-                saved = torch.load(self.path / name, map_location=device, weights_only=True)
-        return saved
+            tag = (self.path / "checkpoint").read_text()
+            path = self.path / f"checkpoint-{tag}-{self.rank}.pt"
+            if not path.exists():  # there were fewer processes, which `go_on` says
+                path = self.path / f"checkpoint-{tag}-0.pt"
+            return torch.load(path, map_location=device, weights_only=True)
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
@@ -1316,8 +1313,8 @@ class RunFolder:
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""
-        for file in self.path.glob("checkpoint*.pt") if self.rank == 0 else ():
-            file.unlink(missing_ok=True)
+        for file in sorted(self.path.glob("checkpoint*")) if self.rank == 0 else ():
+            file.unlink()  # `checkpoint` first
 
     def leave(self):
         """Give it back; remove it where there is nothing to keep, and nothing else in it."""

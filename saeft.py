@@ -1631,7 +1631,7 @@ class Run:
         """Saves all that `restore` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
-        self.folder.save_state(state, f"-{len(self.done.results)}-{phase.step if phase else 0}")
+        self.folder.save_state(state, f"{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
 
     def restore(self) -> bool:

@@ -655,7 +655,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
     }.items():
         assert command(f"--name x {line}", tmp_path) == 2
         assert words in capsys.readouterr().err and snapshot(tmp_path / "x") == before
-    checkpoint = tmp_path / "x" / "checkpoint.pt"
+    (checkpoint,) = (tmp_path / "x").glob("checkpoint-*.pt")
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:5000])
     assert command("--name x --resume", tmp_path) == 2
@@ -704,7 +704,7 @@ def test_a_kill_after_the_first_report_can_be_resumed(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert command("--name x --k 4 8 --method kl --resume", tmp_path) == 0
     assert report_of(tmp_path / "x" / "k8")["l0"] > 4
-    assert not (tmp_path / "x" / "checkpoint.pt").exists()
+    assert not (tmp_path / "x" / "checkpoint").exists()
 
 
 # ---- Signals and streams, in processes of their own ----------------------------------------------
@@ -741,7 +741,7 @@ def test_ctrl_c_and_sigterm_end_in_a_checkpoint_and_one_line(tmp_path):
         err = process.stderr.read().decode()
         assert process.wait(60) == status
         assert err == "saeft: interrupted\n"
-        assert (tmp_path / name / "checkpoint.pt").exists()
+        assert (tmp_path / name / "checkpoint").exists()
 
 
 def test_an_ascii_locale_shows_other_names_escaped(tmp_path):
@@ -3504,7 +3504,7 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     settings, identity = {"model": "./m", "data": "./d", "k": 3}, {"model": "1", "data": "2"}
     folder = model_loaders.RunFolder(tmp_path, [])
     folder.begin(settings)
-    folder.save_state({"config": settings, "identity": identity, "world": 1})
+    folder.save_state({"config": settings, "identity": identity, "world": 1}, "0-0")
     saved = folder.load_state("cpu")
     folder.go_on(saved, settings, identity, 1)
     for part in identity:

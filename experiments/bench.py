@@ -216,8 +216,9 @@ class Stages:
         with tempfile.TemporaryDirectory() as path:
             folder = model_loaders.RunFolder(Path(path), [])
             folder.begin({})
-            save, load = partial(folder.save_state, state), partial(folder.load_state, self.device)
-            yield 256_000, {"checkpoint": save, "restore": load}
+            save = partial(folder.save_state, state, "0")
+            restore = partial(folder.load_state, self.device)
+            yield 256_000, {"checkpoint": save, "restore": restore}
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> float:

@@ -213,7 +213,7 @@ def test_killed_runs_that_are_resumed_end_byte_equal(kind, tmp_path):
 
     def whole(name):
         folder = tmp_path / name
-        return (folder / "report.json").exists() and not (folder / "checkpoint.pt").exists()
+        return (folder / "report.json").exists() and not (folder / "checkpoint").exists()
 
     def finish(process, name):
         process.join()
