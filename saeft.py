@@ -110,7 +110,6 @@ class Config:
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
-    compile: bool = flag(False, "torch.compile the blocks and the loss")
     eval_tokens: int = flag(1_000_000, "held-out tokens of the evaluation", 1)
     out: str = flag("runs", "where run folders go")
     name: str | None = flag(None, "folder under --out (default: model, layer, kind, K, seed)")
@@ -705,8 +704,6 @@ def finetune(
     d_model = lm.W_U.shape[1]
     divergence = phase.trainees[0].divergence  # of one method: the same for all
     by_mse = divergence is None  # no later block runs
-    if config.compile and not by_mse:
-        divergence = torch.compile(divergence)
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
@@ -1063,10 +1060,6 @@ class LanguageModel(nn.Module):
         with user_errors(f"{name}: weights do not fit config.json"):
             self.load_state_dict(weights, assign=True)
         return self.eval().requires_grad_(False)
-
-    def compile(self):
-        for block in self.blocks:
-            block.compile(fullgraph=True)
 
     def part(self, i: int) -> nn.Module:
         """1: the embedding; 2: the blocks; 3: the final norm."""
@@ -1459,10 +1452,6 @@ class Run:
         self.lm.n_skip = int(tokenizer.bos_id is not None)
         few = config.context < self.lm.n_skip + 2
         refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
-        if config.compile:
-            with user_errors("--compile does not run here"):  # for want of a C++ compiler, say
-                torch.compile(torch.neg)(torch.zeros(2, device=self.device))
-            self.lm.compile()
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         self.stream = TokenStream(*source, n_rows=len(self.lm.W_U))
         closing.callback(self.stream.close)

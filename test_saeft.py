@@ -59,8 +59,7 @@ torch.set_num_threads(1)
 
 # ---- Whole runs, from the command line -----------------------------------------------------------
 HERE = Path(saeft.__file__).parent
-HOMES = ["HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"]
-HOMES += ["HYPOTHESIS_STORAGE_DIRECTORY"]
+HOMES = ["HOME", "XDG_CACHE_HOME", "HF_HOME", "HYPOTHESIS_STORAGE_DIRECTORY"]
 SMALL = (
     "--tokens 12k --kl-tokens 5k --eval-tokens 2k --context 64 --d-sae 64 --k 4 --batch 256"
     " --kl-batch 2 --buffer 40 --warmup 5 --log-every 5"
@@ -668,8 +667,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
 
 
 def test_what_ends_a_run_is_a_line_or_a_traceback(tmp_path, capsys, monkeypatch):
-    """Too little memory is the user's to mend; so is a missing compiler, so are torchrun's
-    variables without torchrun."""
+    """Too little memory is the user's to mend; so are torchrun's variables without torchrun."""
     with monkeypatch.context() as patch:
         for text in ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to"):
             error = torch.OutOfMemoryError if text.startswith("CUDA") else RuntimeError
@@ -683,10 +681,6 @@ def test_what_ends_a_run_is_a_line_or_a_traceback(tmp_path, capsys, monkeypatch)
         patch.setattr(saeft.Run, "run", lambda self: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             command("--name x", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", lambda f: functools.partial(fail, f))
-        assert command("--compile --name x", tmp_path) == 2
-        assert "--compile does not run here (" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("RANK", raising=False)
     assert command("--name x", tmp_path) == 2
@@ -2288,7 +2282,7 @@ def test_host_waits_for_the_tokens_alone(cuda, kind, family):
     assert count_step(cuda, kind, "kl", family)[0] == ["_to_copy"]  # of the tokens
 
 
-# ---- Memory, and --compile ---------------------------------------------------------------------
+# ---- Memory ---------------------------------------------------------------------------------
 def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
     shape = {"model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304}
     shape.update(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
@@ -2308,26 +2302,6 @@ def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
         saeft.finetune(phase, lm, stream, config, lambda *_: None)
     print(f"peak of the KL step at Gemma-2-2B's shape: {memory.peak / 2**30:.2f} GiB")
     assert 5 * 2**30 < memory.peak < 16 * 2**30
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_parts_give_the_same(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before counts
-    shape = {"model_type": "gemma2", "num_hidden_layers": 2, "head_dim": 16}
-    lm = random_lm({**SHAPE, **shape, "final_logit_softcapping": 3.0})
-    resid, weight = torch.randn(2, 16, 32), torch.full((32,), 1 / 32)
-    p, next_token = lm.suffix(resid.roll(1), 0).flatten(0, 1), torch.arange(32)
-
-    def values(divergence):
-        x = resid.clone().requires_grad_()
-        q = lm.suffix(x, 0).flatten(0, 1)
-        kl = SlicedLoss.apply(lm, divergence, weight, next_token, p, q)
-        return kl.detach(), *torch.autograd.grad(kl.sum(), x)
-
-    plain = values(saeft.kl_divergence)
-    for block in lm.blocks:  # without generating code: that takes a minute
-        block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(values(torch.compile(saeft.kl_divergence)), plain)
 
 
 # ---- Safetensors, SAE files --------------------------------------------------------------------

@@ -104,9 +104,6 @@ class AnyModel(saeft.LanguageModel):
             refuse(not fits, f"{name}: no decoder that runs in two parts")
         return self
 
-    def compile(self):
-        refuse(True, "--compile: not here, where hooks leave a model's forward pass")
-
     def forward(self, tokens):
         # On the meta device masks cannot be made.
         return tokens if self.W_U.is_meta else self.model(tokens, use_cache=False).logits
