@@ -111,8 +111,11 @@ def check_ranges(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
         name = "--" + f.name.replace("_", "-")
         for one in value if isinstance(value, list) else [value]:
-            fits = low <= one <= high if isinstance(one, (int, float)) else one != ""
-            refuse(not fits, f"{name} {one!r} is not from {low:g} to {high:g}")
+            number = isinstance(one, (int, float))
+            refuse(
+                number and not low <= one <= high, f"{name} {one} is not from {low:g} to {high:g}"
+            )
+            refuse(one == "", f"{name} is empty")
 
 
 _last_line = time.monotonic()  # when the reader last heard something
@@ -250,11 +253,15 @@ def _digest(path: str) -> str:
 
 
 def note_changes(source, settings: dict, identity: dict):
-    """Says which of model and data are not those that an SAE was made with, where it says that."""
+    """Says which of model and data (with <bos>) are not those that an SAE was made with, where it
+    says that, and where those are its data under another name, which `parse` cannot tell."""
     cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
     for part, was in _dict(cfg, "identity").items():
         if identity.get(part, was) != was:
-            say(f"note: the {part}, {settings[part]}, is not what {source} was made with")
+            bos = " or its <bos>" if part == "data" else ""
+            say(f"note: the {part}, {settings[part]},{bos} is not what {source} was made with")
+        elif part == "data" and not same_source(cfg.get("dataset_path"), settings[part]):
+            say(f"note: {settings[part]} is {cfg.get('dataset_path')}, from its first token again")
 
 
 def _key(content) -> str:
@@ -461,6 +468,9 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder in
     SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
     what our equations cannot express, whatever the architecture."""
+    found = sorted(str(path.parent) for path in Path(source).expanduser().glob("*/cfg.json"))
+    around = found and not Path(source, "cfg.json").expanduser().exists()
+    refuse(around, f"{source} is no SAE: give {' or '.join(found[:9])}")
     cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
     cfg["saeft"] = _dict(cfg, "saeft")
     says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
@@ -549,7 +559,7 @@ def sae_settings(cfg: dict) -> dict:
         told["tokens"] *= told["context"] or 0
     k = cfg.get("k") or cfg["saeft"].get("k")
     refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
-    told["k"] = [k] if k else None
+    told["k"] = [int(k) if k % 1 == 0 else k] if k else None
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
@@ -826,7 +836,7 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 5  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 6  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -869,10 +879,9 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    other = [name for name in shown if OTHER.search(name)]
+    other = [name for name in shown if name not in words and OTHER.search(name)]
     unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
-    beside = unread > read and all(re.search(r"\.txt$", name, re.I) for name in taken)
-    refuse(beside, f"{data!r} has {other[:1]}, which is not read, and less of .txt")
+    refuse(unread > read, f"{data!r} has {other[:1]}, which is not read, and less that is")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")
@@ -967,7 +976,7 @@ def _plain_texts(blocks, path: str, longest: int):
         refuse(block.count("\0") > len(block) // 4, f"{path} is UTF-16: convert it to UTF-8")
         lines = not number and re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', block)
         refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
-        *whole, rest = re.split(r"<\|endoftext\|>\n?", rest + block)
+        *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n)?", rest + block)
         yield from whole
         longest = WHOLE if whole else longest
         start = 0
@@ -988,7 +997,7 @@ def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
         root = os.path.join(root, "saeft")
-    folder = Path(root, re.sub(r"\W+", "-", place)[-60:])
+    folder = Path(root, f"{re.sub(r'[^a-zA-Z0-9]+', '-', place)[-60:]}-{_key(place)}")
     if not place.startswith("hf://"):
         top = place if os.path.isdir(place) else os.path.dirname(place)
         return place, files_key([path for path, _ in source_files(place)], top or "."), folder
@@ -1211,6 +1220,7 @@ def run_path(settings: dict) -> Path:
         name = f"{called}-layer{settings['layer']}-{kind}"
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
     path = Path(settings["out"]).expanduser() / name
+    refuse((path.parent / MARK).exists(), f"--out {path.parent} is a run's own folder")
     source = Path(start or os.sep).expanduser().resolve()
     inside = path.resolve() in (source, *source.parents)
     refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
@@ -1238,15 +1248,17 @@ class RunFolder:
             refuse(unfinished and not resume, f"{path} holds an unfinished run: pass --resume")
             kept = any(path.glob("**/report.json")) and not (overwrite or unfinished)
             refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
-            try:
-                self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
-            except TimeoutError:
-                raise UserError(f"{path} is in use by a run that is going on") from None
+        with user_errors(f"{path} is in use by a run that is going on"):
+            self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
 
     def clear(self):
-        """Remove what a run writes, and nothing else."""
+        """Remove what a run writes, that of methods of other programs too, and nothing else."""
+        parts = {*self.parts}
+        with suppress(UserError, KeyError, TypeError):
+            was = read_json(self.path / "config.json")["method"]
+            parts |= {name for name in was if Path(name).name == name}
         saes = [self.path, *(k for k in self.path.iterdir() if re.fullmatch(r"k\d+", k.name))]
-        for folder in [sae / part for sae in saes for part in self.parts] + saes[::-1]:
+        for folder in [sae / part for sae in saes for part in parts] + saes[::-1]:
             for file in chain(*map(folder.glob, WRITTEN)):
                 file.unlink()
             if folder != self.path and folder.is_dir() and not any(folder.iterdir()):
@@ -1299,12 +1311,12 @@ class RunFolder:
         run has other settings, or one of these is another."""
         may_differ = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
         was = saved["config"]
-        for part, key in identity.items():
-            changed = saved.get("identity", {}).get(part) != key
-            refuse(changed, f"--resume: {part} {settings[part]} is not what it was: --overwrite")
         for name in sorted(settings.keys() - may_differ - identity.keys()):
             differs = f"--{name.replace('_', '-')} was {was.get(name)}, is {settings[name]}"
             refuse(was.get(name) != settings[name], f"--resume: {differs}")
+        for part, key in identity.items():
+            changed = saved.get("identity", {}).get(part) != key
+            refuse(changed, f"--resume: {part} {settings[part]} is not what it was: --overwrite")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             path = self.path / "metrics.jsonl"

@@ -234,12 +234,6 @@ class SAE(nn.Module):
         for name in self.scaled:
             getattr(self, name).mul_(scale)
 
-    @torch.no_grad()
-    def project_gradient(self):
-        """Removes from each W_dec.grad[i] the part along W_dec[i], of norm 1."""
-        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)  # [F]
-        self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
-
     def cfg(self) -> dict:
         """What SAELens's cfg.json says of this kind."""
         return {"architecture": self.architecture}
@@ -528,10 +522,6 @@ class ActivationBuffer:
         self.used += n
         return self.rows[self.used - n : self.used].float()
 
-    def state_dict(self) -> dict:
-        names = ("rows", "used", "next_sequence", "refills", "seconds")
-        return {name: getattr(self, name) for name in names}
-
 
 # ---- What both phases share --------------------------------------------------------------------
 @dataclass
@@ -619,7 +609,8 @@ class Phase:
 
     def state_dict(self) -> dict:
         trainees = [t.state_dict() for t in self.trainees]
-        buffer = self.buffer.state_dict() if self.buffer else {}
+        names = ("rows", "used", "next_sequence", "refills", "seconds") if self.buffer else ()
+        buffer = {name: getattr(self.buffer, name) for name in names}
         return {"name": self.name, "step": self.step, "trainees": trainees, "buffer": buffer}
 
     def load_state_dict(self, state: dict):
@@ -650,7 +641,9 @@ def update(t: Trainee, lr: float):
     for p in t.parameters:
         p.grad = mean_over_ranks(p.grad)
     if unit_norm:
-        t.sae.project_gradient()
+        W_dec, grad = t.sae.W_dec.data, t.sae.W_dec.grad
+        along = torch.linalg.vecdot(grad, W_dec)  # [F]
+        grad.addcmul_(along[:, None], W_dec, value=-1)
     refuse(not t.optimizer.defaults.get("fused"), "the optimizer of a Trainee is a fused one")
     norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
     t.optimizer.grad_scale = norm.clamp_min(1.0)  # the fused kernel divides by it,
@@ -660,7 +653,7 @@ def update(t: Trainee, lr: float):
     t.optimizer.step()
     t.optimizer.zero_grad()
     if unit_norm:
-        F.normalize(t.sae.W_dec.data, dim=-1, out=t.sae.W_dec.data)
+        F.normalize(W_dec, dim=-1, out=W_dec)
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
@@ -1366,6 +1359,9 @@ def check(config: Config) -> LanguageModel:
     """The model, without weights; config.layer where it is not given. UserError for settings that
     cannot be, with the value, before anything is loaded or written."""
     model_loaders.check_ranges(config)
+    refuse(
+        config.resume and config.overwrite, "--resume goes on, --overwrite begins anew: give one"
+    )
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     if config.layer is None:
@@ -1675,8 +1671,6 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
 def told_by_sae(source: str, given: dict) -> dict:
     """The settings that an SAE tells of itself. UserError where `given` ones contradict it, or do
     not say what it lacks."""
-    several = sorted(str(path.parent) for path in Path(source).expanduser().glob("k*/cfg.json"))
-    refuse(several, f"--start {source} has an SAE for each K: give {' or '.join(several)}")
     tensors, cfg = model_loaders.read_sae(source)
     told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
     threshold = tensors.get("threshold", torch.zeros(0))

@@ -258,7 +258,7 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
         (["--name", "x", "--context", "1"], "--context 1 is not from 2"),
         (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
         ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
-        ([*start, str(tmp_path / "several")], f"give {tmp_path / 'several' / 'k4'}"),
+        ([*start, str(tmp_path / "several")], f"is no SAE: give {tmp_path / 'several' / 'k4'}"),
     ]:
         assert saeft.main([*line, *flags]) == 2
         err = capsys.readouterr().err
@@ -442,7 +442,8 @@ MISTAKES = {
     "no such card": ("--device cuda:99", "--device cuda:99"),
     "no model": ("--model pythia-161m", "pythia-161m"),
     "no data": ("--data /nowhere/at/all", "/nowhere/at/all"),
-    "empty data": ("--data=", "--data"),
+    "empty data": ("--data=", "--data is empty"),
+    "two ways to go on": ("--resume --overwrite", "give one"),
     "more than there is": ("--tokens 90M", "90,000,000"),
     "context beyond the model": ("--context 4k", "--context 4000"),
     "lr nan": ("--lr nan", "--lr nan"),
@@ -855,7 +856,7 @@ def test_by_hand_a_step_of_phase_one(scale):
     # is -2/3 f e = -2/3 * 3 * (0, 1) = (0, -2); nothing of it lies along (1, 0). All gradients
     # together have a norm above 1; Adam's first step is the rate times the sign.
     sae = hand_sae()
-    buffer = SimpleNamespace(next_batch=lambda n: scale * HAND_X, state_dict=dict)
+    buffer = SimpleNamespace(next_batch=lambda n: scale * HAND_X)
     trainees = [Trainee(sae, divergence=None, decay=0.0)]
     phase = Phase("MSE", trainees, 1, torch.tensor(9.0), scale, buffer=buffer)
     seen = []
@@ -1986,7 +1987,7 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         sae.rescale(1 / SCALE)
         rows = torch.randn(30, 96, 32, generator=generator)
         rows = iter(SCALE * rows @ torch.randn(32, 32, generator=generator))
-        buffer = SimpleNamespace(next_batch=lambda n: next(rows)[rank::world], state_dict=dict)
+        buffer = SimpleNamespace(next_batch=lambda n: next(rows)[rank::world])
         config = replace(LOOP, batch=96 // world, dead_after=200)
         trainee = Trainee(sae, lm, divergence=None, decay=0.0)
         phase = Phase("MSE", [trainee], 30, infinite, SCALE, buffer=buffer)
@@ -2504,6 +2505,7 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     told |= {"context": 64, "tokens": 576, "sink_norm": 1.5, "k": [3], "d_sae": 20}
     assert settings_of(tmp_path, ORIGIN) == told
     assert settings_of(tmp_path, {}, k=None) == {"d_sae": 20}
+    assert repr(settings_of(tmp_path, {}, k=8.0)["k"]) == "[8]"  # as folders are called
     flat = ORIGIN | {"hook_point": ORIGIN["hook_name"], "hook_name": None}  # before SAELens 6
     assert settings_of(tmp_path, 7, **flat, hook_layer=3) == told
     other = functools.partial(settings_of, tmp_path, ORIGIN, hook_layer=4)
@@ -2938,7 +2940,9 @@ def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
 
 def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
     whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
-    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(whole))
+    ends = ["<|endoftext|>\n", "<|endoftext|>\r\n", "<|endoftext|>"]
+    text = "".join(text + end for text, end in zip(whole, [*ends, *ends[:2], ""]))
+    (tmp_path / "a.txt").write_text(text, newline="")
     found = list(model_loaders.pieces(str(tmp_path / "a.txt")))
     for document in whole:  # each piece is on the document's side, and the last one ends it
         own = []
@@ -3307,6 +3311,9 @@ def test_a_licence_is_not_the_data_that_are_not_read(tmp_path, other):
     (tmp_path / "LICENSE.txt").write_text("text")
     fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
     assert len(model_loaders.source_files(str(tmp_path / "LICENSE.txt"))) == 1
+    held_out = (tmp_path / "LICENSE.txt").rename(tmp_path / "validation.jsonl")
+    fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
+    held_out.rename(tmp_path / "LICENSE.txt")
     (tmp_path / "book.txt").write_text("text" * 9)  # what is not read is less than what is
     assert len(model_loaders.source_files(str(tmp_path))) == 2
 
@@ -3375,6 +3382,12 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     first = stream(lines_file)
     changed = [dict(bos_id=0), dict(bos_id=7), dict(eos_id=1), dict(n_vocab=300)]
     keys = {first.key, *(key(**change) for change in changed), key(fingerprint="x")}
+    names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
+    with monkeypatch.context() as patch:  # nor do datasets share what is remembered of each
+        patch.setattr(
+            model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c")
+        )
+        assert len({model_loaders.source_now(name, str(tmp_path))[2] for name in names}) == 5
     assert len(keys) == 6 and first.folder.name == first.key
     assert stream(lines_file, n_rows=200).key not in keys
     assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
@@ -3485,16 +3498,20 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
         other = identity | {part: "x"}
         words = [f"{part} {settings[part]} is not what it was"]
         fails(words, folder.go_on, saved, settings, other, 1)
-    fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, identity, 1)
+    fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, {"data": "x"}, 1)
     folder.go_on(saved, settings | {"data": "/abs/d", "log_every": 5, "name": "n"}, identity, 1)
     (tmp_path / "metrics.jsonl").write_text("1\n2\n")
     saved["logged"] = 9
     folder.go_on(saved, settings, identity, 1)  # nothing is filled up with zeros
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
-    for name in ("k4", "k4-best"):
+    for name in ("k4", "k4-best", "kl-only"):  # the last is of a method of another program
         model_loaders.write_text(tmp_path / name / "cfg.json", "{}")
+    model_loaders.write_text(tmp_path / "config.json", '{"method": ["kl-only", "../x"]}')
     folder.clear()
     assert [path.name for path in tmp_path.glob("k*")] == ["k4-best"]
+    run = {"name": "n", "start": None, "model": "./m", "out": str(tmp_path / "outer")}
+    model_loaders.write_text(tmp_path / "outer" / ".saeft", "")
+    fails(["outer is a run's own folder"], model_loaders.run_path, run)
 
 
 def test_what_changed_since_a_run_is_told(tmp_path, capsys):
@@ -3505,7 +3522,9 @@ def test_what_changed_since_a_run_is_told(tmp_path, capsys):
         ({"identity": "x"}, []),
         ({"identity": now}, []),
         ({"identity": {**now, "model": "0"}}, ["the model, ./m, is not what"]),
-        ({"identity": {"data": "0"}}, ["the data, ./d, is not what"]),
+        ({"identity": {"data": "0"}}, ["the data, ./d, or its <bos> is not what"]),
+        ({"identity": now, "dataset_path": "d"}, []),
+        ({"identity": now, "dataset_path": "e"}, ["./d is e, from its first token again"]),
     ]:
         (tmp_path / "cfg.json").write_text(json.dumps({"metadata": metadata}))
         model_loaders.note_changes(str(tmp_path), settings, now)
