@@ -82,6 +82,11 @@ def count(text: str) -> int:
     return int(value)
 
 
+def expanded(text: str) -> Path:
+    """A path of the command line: where ~ begins it, that is the home, as everywhere."""
+    return Path(text).expanduser()
+
+
 def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **options):
     """A dataclass's field that is also a flag of the command line; numbers are from low to high.
     `choices` may be a dict that grows later: it is looked at when the command line is."""

@@ -17,25 +17,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import Parser, flags_of, model_key, read_json, refuse
+from model_loaders import Parser, expanded, flags_of, model_key, read_json, refuse, say, write_text
 
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
-    """A run's report; of one that is finished with these flags and this model, as it is."""
-    path = out / name / "report.json"
-    line = [*flags, "--out", str(out), "--name", name, "--resume"]
-    if not path.exists():
+    """A run's report; of one that is finished with these flags and this model, as it is. The flags
+    are kept beside the run, since one that is not given any more is in no setting."""
+    done, kept = out / name / "report.json", out / f"{name}.flags.json"
+    given = vars(flags_of(baselines.Settings).parse_args(flags))
+    if not done.exists():
+        write_text(kept, json.dumps(given))
+        line = [*flags, "--out", str(out), "--name", name, "--resume"]
         status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
-    given = vars(flags_of(baselines.Settings).parse_args(line))
-    kept = read_json(out / name / "config.json")
-    for flag in given.keys() - {"out", "name", "resume"}:
-        differs = given[flag] != kept.get(flag)
-        refuse(differs, f"{path.parent} was made with {flag} {kept.get(flag)}: give another --out")
-    report = read_json(path)
-    changed = report.get("identity", {}).get("model") != model_key(kept["model"])
-    refuse(changed, f"the model of {path.parent} changed since: give another --out")
+    was = read_json(kept)
+    other = {key: was.get(key) for key in was.keys() | given if was.get(key) != given.get(key)}
+    refuse(other, f"{done.parent} was made with {other}: give another --out")
+    report = read_json(done)
+    changed = report["identity"]["model"] != model_key(report["model"])
+    refuse(changed, f"the model of {done.parent} changed since: give another --out")
     return report
 
 
@@ -47,6 +48,7 @@ def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]
     for name, label in methods.items():
         row = {"sae": report["sae"], "k": report["k"], "seed": report["seed"], "method": label}
         row.update(report["results"][name], ce_original=report["ce_original"])
+        row["data"] = report["identity"]["data"]
         row["seconds"] = report["seconds"].get(name, 0.0)
         row["cost"] = row["seconds"] / seconds
         if name != "MSE":
@@ -55,17 +57,12 @@ def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]
     return rows
 
 
-def without(flags: list[str], name: str) -> list[str]:
-    """The flags but for one and its value."""
-    at = flags.index(name) if name in flags else len(flags)
-    return flags[:at] + flags[at + 2 :]
-
-
-def compare(out: Path, ks: list[int], seed: int, flags: list[str]) -> list[dict]:
-    """All rows of one seed."""
-    flags, rows = [*flags, "--seed", str(seed)], []
-    tokens, kl_tokens = saeft.parse(flags).tokens, saeft.parse(flags).kl_tokens
-    rest = without(flags, "--tokens")  # --start tells how many tokens its SAE has seen
+def compare(out: Path, ks: list[int], tokens: list, rate: list, rest: list[str]) -> list[dict]:
+    """All rows of one seed. tokens: --tokens, which --start tells itself; rate: --kl-lr, which end
+    to end has no use of; rest: all other flags."""
+    flags, rows = [*rest, *rate, *tokens], []
+    usual = saeft.parse(flags)
+    kl_tokens, seed = usual.kl_tokens, usual.seed
     for k in ks:
         name, cell = f"k{k}-seed{seed}", [*flags, "--k", str(k)]
         full = k == ks[len(ks) // 2]
@@ -75,16 +72,17 @@ def compare(out: Path, ks: list[int], seed: int, flags: list[str]) -> list[dict]
         labels = {name: name for name in ["MSE", *methods]}
         labels.update({name: f"{name} r 16" for name in adapted})
         rows += rows_of(base, labels)
-        end = [*without(cell, "--kl-lr"), "--kl-tokens", str(tokens), "--method", "kl"]
+        end = [*rest, *tokens, "--k", str(k), "--kl-tokens", str(usual.tokens), "--method", "kl"]
         whole = run(out, f"{name}-end", end)
         rows += rows_of(whole, {"kl": "end to end"}, base)
         if full:
-            start = [*rest, "--start", str(out / name / "before"), "--kl-tokens", str(kl_tokens)]
+            start = [*rest, *rate, "--start", str(out / name / "before")]
+            start += ["--kl-tokens", str(kl_tokens)]
             lora = run(out, f"{name}-lora", [*start, "--method", "lora-sae", "--rank", "2"])
             rows += rows_of(lora, {"lora-sae": "lora-sae r 2"}, base)
             half = ["--kl-tokens", str(kl_tokens // 2)]
             run(out, f"{name}-half", [*start, *half, "--method", "kl"])
-            start = [*rest, "--start", str(out / f"{name}-half"), *half]
+            start = [*rest, *rate, "--start", str(out / f"{name}-half"), *half]
             then = run(out, f"{name}-then", [*start, "--method", "linear-adapter", "--rank", "16"])
             rows += rows_of(then, {"linear-adapter": "kl, then linear-adapter r 16"}, base)
     relu = run(out, f"relu-seed{seed}", [*flags, "--sae", "relu", "--method", "kl"])
@@ -97,11 +95,11 @@ MEANS = ("ce", "gap", "fvu", "l0")
 def print_table(rows: list[dict]) -> None:
     """Means over seeds, as a Markdown table, the share closed with its standard deviation; of
     seconds and cost the median, which other work on the machine moves less."""
-    print("\n| SAE, K | method | CE | gap | closed | ± | FVU | L0 | seconds | cost |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    say("\n| SAE, K | method | CE | gap | closed | ± | FVU | L0 | seconds | cost |")
+    say("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     groups = {}
     for row in rows:
-        kind = "ReLU" if row["sae"] == "relu" else f"TopK {row['k']}"
+        kind = "relu" if row["sae"] == "relu" else f"{row['sae']} {row['k']}"
         groups.setdefault((kind, row["method"]), []).append(row)
     for (kind, method), group in groups.items():
         mean = {key: statistics.mean(row[key] for row in group) for key in MEANS}
@@ -111,20 +109,30 @@ def print_table(rows: list[dict]) -> None:
         spread = f"{statistics.stdev(closed):.3f}" if len(closed) > 1 else ""
         share = f"{statistics.mean(closed):.1%}" if closed else ""
         figures = f"{mean['ce']:.3f} | {mean['gap']:.3f} | {share} | {spread} | {mean['fvu']:.3f}"
-        print(f"| {kind} | {method} | {figures} | {mean['l0']:.1f} | {seconds:.1f} | {cost:.2f} |")
+        say(f"| {kind} | {method} | {figures} | {mean['l0']:.1f} | {seconds:.1f} | {cost:.2f} |")
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--ks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    args, flags = parser.parse_known_args()
+    parser.add_argument("--tokens", help="as of saeft.py")
+    parser.add_argument("--kl-lr", help="as of saeft.py")
+    parser.add_argument("--out", type=expanded, default=Path("runs/compare"))
+    args, rest = parser.parse_known_args()
     refuse(args.seeds < 1, f"--seeds {args.seeds}: give 1 or more")
+    own = {"seed", "k", "method", "rank", "start", "name", "resume", "overwrite"}
+    own &= vars(flags_of(baselines.Settings).parse_args(rest)).keys()
+    refuse(own, f"{', '.join(sorted(own))}: --ks, --seeds and --out say that here")
+    tokens = ["--tokens", args.tokens] if args.tokens else []
+    rate = ["--kl-lr", args.kl_lr] if args.kl_lr else []
     rows = []
     for seed in range(args.seeds):
-        rows += compare(args.out, args.ks, seed, flags)
-        (args.out / "compare.json").write_text(json.dumps({"rows": rows}, indent=1))
+        ks = [*dict.fromkeys(args.ks)]
+        rows += compare(args.out, ks, tokens, rate, [*rest, "--seed", str(seed)])
+        mixed = len({row["data"] for row in rows}) > 1
+        refuse(mixed, f"{args.out} has runs of other data, too: give another --out")
+        write_text(args.out / "compare.json", json.dumps({"rows": rows}, indent=1))
     print_table(rows)
 
 

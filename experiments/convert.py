@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from model_loaders import Parser, UserError, fetch, merged, refuse
+from model_loaders import MODELS, Parser, UserError, fetch, merged, refuse, say
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def by_tensors(tensors: dict, kind: str | None) -> str:
     name = name or asked.get(kind)
     silent = "no config.json beside it names a dict_class"
     refuse(not name, f"{silent}, and its tensors do not tell: --kind {' or '.join(asked)}")
-    print(f"note: {silent}: it is taken for {name}")
+    say(f"note: {silent}: it is taken for {name}")
     return name
 
 
@@ -209,7 +209,7 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
         refuse(not name[1] and name[3] not in (None, "-res"), f"{name[0]}: not of the residual")
         if not model:
             model = f"gemma-{3 if name[1] else 2}-{name[2]}"
-            print(f"note: of {model}, as its path says")
+            say(f"note: of {model}, as its path says")
     if "gemma-2" in model or "270m" in model:
         model = model.removesuffix("-pt")  # its name on the Hub
     architecture = config.get("architecture", "jump_relu").replace("_", "")
@@ -240,7 +240,7 @@ def sparsify(tensors: dict, source: Source) -> dict:
     others = run.get("hookpoints") or [hook]
     refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
     if hook:
-        print(f"note: it reads {hook}, as its folder is called")
+        say(f"note: it reads {hook}, as its folder is called")
     d_in, d_sae = cfg.get("d_in"), cfg.get("num_latents")
     if d_in and not d_sae and "expansion_factor" in cfg:
         d_sae = d_in * cfg["expansion_factor"]
@@ -296,9 +296,9 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
         known, place = model_loaders.read_hook(saelens_hook(hook), known)
         refuse(place != "resid_post", f"it reads {hook!r:.80}, not the output of a block")
         if str(known) not in re.findall(r"\d+", hook):
-            print(f"note: it reads {hook}, which is the output of block {known}")
+            say(f"note: it reads {hook}, which is the output of block {known}")
     elif known is not None:
-        print(f"note: it is taken to read the output of block {known}: no file says what")
+        say(f"note: it is taken to read the output of block {known}: no file says what")
     refuse(None not in (layer, known) and layer != known, f"--layer {layer}: it says {known}")
     return known if layer is None else layer
 
@@ -316,7 +316,7 @@ def hook_of_path(words: tuple) -> str | None:
     refuse(others, f"its folder is {others}: --layer L if it reads the output of a block")
     refuse(len({*hooks}) > 1, f"its path says {' and '.join(hooks)}: --layer L")
     if hooks:
-        print(f"note: it reads {hooks[0]}, as its path says")
+        say(f"note: it reads {hooks[0]}, as its path says")
     return hooks[0] if hooks else None
 
 
@@ -372,7 +372,15 @@ def convert(
     refuse(not describe, f"{name} is none of {', '.join(FORMATS)}")
     with model_loaders.user_errors("it cannot be converted"):
         tensors = read_tensors(files.weights)
-        cfg = {"k": None, **describe(tensors, files), **told}
+        cfg = {"k": None, **describe(tensors, files)}
+        context = cfg.get("context_size")
+        other = told.get("context_size", context) != context and context is not None
+        refuse(other, f"--context {told.get('context_size')}: it says {context}")
+        model = cfg.get("model_name")
+        given = told.get("model_name", model)
+        if model and MODELS.get(given, given) != MODELS.get(model, model):
+            say(f"note: --model {given}, where it says {model}")
+        cfg.update(told)
         tensors, L = build(tensors, cfg), block(cfg, files, layer)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
@@ -412,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = ["topk", "batchtopk", "relu", "jumprelu"]
     parser.add_argument("--kind", choices=kinds, help="what it is, where no file says it")
     parser.add_argument("--context", dest="context_size", type=int, help="tokens in a sequence")
-    return saeft.exit_status("convert", lambda: print(convert(**vars(parser.parse_args(argv)))))
+    return saeft.exit_status("convert", lambda: say(convert(**vars(parser.parse_args(argv)))))
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ def parse(argv: list[str] | None):
     )
     parser.add_argument("--sink-norm", type=float, help="as of saeft.py")
     parser.add_argument("--seed", type=int, default=0, help="of the random sample")
-    parser.add_argument("--out", help="the page (default: features.html in the run's folder)")
+    page = "the page (default: features.html in the run's folder)"
+    parser.add_argument("--out", type=model_loaders.expanded, help=page)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--fork", help="a file that adds kinds, places or models, to import first")
     args = parser.parse_args(argv)
@@ -240,19 +241,20 @@ def make_page(args) -> str:
         data = describe(lm, tokenizer, sae, before, stream.validation(), args)
     if not data["latents"]:
         raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
-    if (folder / "report.json").exists():
-        report = model_loaders.read_json(folder / "report.json")
+    report = folder / "report.json"
+    report = model_loaders.read_json(report) if before and report.exists() else {}
+    if report.get("identity", {}).get("data") == stream.key:  # of the same text
         for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
             with user_errors(f"{folder / 'report.json'} is no report of saeft"):
                 was, now = report["results"]["MSE"][name], report[name]
             data["facts"] += f" {words} {was:.4f} before the fine-tune, {now:.4f} after."
-    out = Path(args.out or folder / "features.html")
+    out = args.out or folder / "features.html"
     size = write_page(data, f"Latents of {folder.resolve().name}", out)
     return f"{out}: {len(data['latents'])} latents, {size / 1e3:.0f} kB"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return saeft.exit_status("features", lambda: print(make_page(parse(argv))))
+    return saeft.exit_status("features", lambda: model_loaders.say(make_page(parse(argv))))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ cut. OUT/length.png needs matplotlib.
 
 import contextlib
 import json
-import re
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from model_loaders import (
     Parser,
     count,
     flags_of,
+    expanded,
     progress,
     read_json,
     refuse,
@@ -41,6 +41,7 @@ from model_loaders import (
 
 PARTS = 5  # of the held-out text
 LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k"]
+SAE = ("sae", "k", "layer", "d_sae")  # what rows have in common that are averaged
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
@@ -104,7 +105,7 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
 def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], out: Path):
     """Adds to `rows`, and yields after each length, the fine-tunes `todo` {tokens: rates} of the
     SAE of the run's --start, and the control at the same rates; saves them in folders of `out`."""
-    config, name = run.config, re.sub(r"\W+", "-", run.config.start).strip("-")
+    config = run.config
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         now = {part: run.identity[part] for part in ("model", "data")}
@@ -120,6 +121,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
             "key": run.identity["start"],
             "sae": config.sae,
             "k": sae.k,
+            "layer": config.layer,
+            "d_sae": config.d_sae,
         }
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
@@ -127,7 +130,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
             metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n, now)
             for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
-                t.save(out / f"{name}-{method}-{n}-{lr:g}", metadata)
+                t.save(out / f"{base['key']}-{method}-{n}-{lr:g}", metadata)
                 share, error = closed(before, after)
                 row = {**base, "method": method, "tokens": n, "lr": lr, **mean(after)}
                 rows.append({**row, "closed": share, "error": error})
@@ -136,18 +139,19 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
 
 
 def print_table(rows: list[dict]) -> None:
-    """A line for each kind, K and length: the share closed at each rate, mean and deviation over
+    """A line for each kind of SAE and length: the share closed at each rate, mean and deviation over
     SAEs (of one: the standard error); the control and the FVU at the rate that closes most."""
     lrs = sorted({row["lr"] for row in rows})
-    print("\n| SAE, K, FVU | tokens |", " | ".join(f"{lr:g}" for lr in lrs), "| control | FVU |")
-    print("| --- " * (len(lrs) + 4) + "|")
-    for (sae, k, tokens), group in grouped(rows, "sae", "k", "tokens").items():
+    rates = " | ".join(f"{lr:g}" for lr in lrs)
+    say(f"\n| SAE, K, layer, F, FVU | tokens | {rates} | control | FVU |")
+    say("| --- " * (len(lrs) + 4) + "|")
+    for (*what, tokens), group in grouped(rows, *SAE, "tokens").items():
         by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
         cells = [spread(by_lr.get((lr,), [])) for lr in lrs]
         best, control = at_best_rate(group)
-        sae = f"{sae} {k:g}, {average(group, 'fvu_before'):.3f}"
+        sae = "{} {:g}, {}, {}, ".format(*what) + f"{average(group, 'fvu_before'):.3f}"
         cells += [spread(control), f"{average(best, 'fvu'):.3f}"]
-        print(f"| {sae} | {tokens:,} |", " | ".join(cells), "|")
+        say(f"| {sae} | {tokens:,} | {' | '.join(cells)} |")
 
 
 def at_best_rate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -182,7 +186,7 @@ def draw(rows: list[dict], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("length: for a picture: pip install matplotlib")
+        say("length: for a picture: pip install matplotlib")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -229,7 +233,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", help="of phase one (default: as in a run of saeft.py)")
-    parser.add_argument("--out", type=Path, default=Path("runs/length"))
+    parser.add_argument("--out", type=expanded, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
     starts = args.start or []
     refuse(args.seeds < 1 or not min(args.rates) > 0, "--seeds and --rates are above 0")
@@ -244,9 +248,9 @@ def main() -> None:
         once = ["--tokens", tokens, "--kl-tokens", "0", "--seed", str(seed)]
         finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
-    path = args.out / "length.json"
-    kept = read_json(path) if path.exists() else {"flags": flags}
-    refuse(kept["flags"] != flags, f"{path} is of flags {' '.join(kept['flags'])}: other --out")
+    table = args.out / "length.json"
+    kept = read_json(table) if table.exists() else {"flags": flags}
+    refuse(kept["flags"] != flags, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
     keys = {start: sae_key(start) for start in starts}
     for start, key in keys.items():
@@ -255,13 +259,16 @@ def main() -> None:
         step, todo = step_of(config, args.lengths), {}
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
-            todo[n] = [lr for lr in args.rates if (key, n, lr) not in cells]
+            todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
         for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
-            write_text(path, json.dumps(kept, indent=1))
+            write_text(table, json.dumps(kept, indent=1))
     rows = [row for row in rows if row["key"] in keys.values()]
     print_table(rows)
-    draw(rows, args.out / "length.png")
+    groups = grouped(rows, *SAE)
+    for what, group in groups.items():
+        name = "-".join(map(str, ["length", *what])) if len(groups) > 1 else "length"
+        draw(group, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -206,33 +206,37 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
 
 def print_table(rows: list[dict]) -> None:
     heads = "| gap | its own | FVU | its own | gap with sinks | SAELens's | L0 | closed | control |"
-    print(f"\n| library, kind | {heads}")
-    print("| --- " * 11 + "|")
+    say(f"\n| library, kind | {heads}")
+    say("| --- " * 11 + "|")
     names = ("gap", "fvu", "gap_with_sinks")
     for row in rows:
         for when, closed in (("before", ""), ("after", f"{row['kl']:.1%} | {row['mse']:.1%}")):
             ours, own = row[when], row[f"{when}_own"]
             figures = [f"{r[name]:.4f}" for name in names for r in (ours, own)]
             head = f"| {row['library']}, {row['kind']} | {when} | {' | '.join(figures)}"
-            print(f"{head} | {ours['l0']:.1f} | {closed or '|'} |")
+            say(f"{head} | {ours['l0']:.1f} | {closed or '|'} |")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_loaders.Parser(__doc__)
     parser.add_argument("--tokens", default="300k", help="that each library trains on")
-    parser.add_argument("--out", type=Path, default=Path("runs/others"))
+    parser.add_argument("--out", type=model_loaders.expanded, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)
     run = saeft.Run(saeft.parse([*flags, "--tokens", args.tokens, "--out", str(args.out)]))
-    rows = []
+    path, rows = args.out / "others.json", []
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         run.first_saes()  # which finds what is a sink
+        made = {"tokens": args.tokens, "flags": flags, **run.identity}
+        was = model_loaders.read_json(path)["made"] if path.exists() else made
+        refuse(was != made, f"{path} was made with {was}: give another --out")
+        write_text(path, json.dumps({"made": made, "rows": rows}))
         for name in LIBRARIES:
             try:
                 rows.append(row_of(name, run, args.out, flags))
             except ImportError as error:
                 say(f"{name}: {error}")
-            write_text(args.out / "others.json", json.dumps(rows, indent=1))
+            write_text(path, json.dumps({"made": made, "rows": rows}, indent=1))
     print_table(rows)
 
 

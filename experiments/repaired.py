@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import features
 
 import saeft
-from model_loaders import progress, refuse
+from model_loaders import progress, refuse, say
 
 SEEN = 1_000_000  # training tokens that tell how frequent each is
 FREQUENT = 100  # the most frequent tokens
@@ -96,17 +96,19 @@ def main(argv: list[str] | None = None) -> None:
     ce, scored = losses(lm, tokens.to(lm.W_U.device), trainees, args)
     (original, was, now), scored = ce.cpu(), scored.cpu()
     rows = {"all": torch.ones_like(scored), **kinds(tokens, seen, tokenizer)}
+    if RARE * len(seen) < 10:  # too few to tell that a token is rare
+        del rows["below 1 in 100,000"]
+    say(f"{scored.sum():,} held-out tokens; {len(seen):,} others tell how frequent each is")
     repaired = (was - now)[scored].sum()
-    print(f"\n{'':32}{'share':>7}{'CE':>8}{'gap':>8}{'after':>8}{'closed':>8}{'of all':>8}")
+    say(f"\n{'':32}{'share':>7}{'CE':>8}{'gap':>8}{'after':>8}{'closed':>8}{'of all':>8}")
     for name, some in rows.items():
         some = some & scored
         if some.any():
             a, b, c = (values[some].mean().item() for values in (original, was, now))
             share = some.sum() / scored.sum()
             closed, of_all = (b - c) / (b - a), (was - now)[some].sum() / repaired
-            print(
-                f"{name:32}{share:7.1%}{a:8.3f}{b - a:8.3f}{c - a:8.3f}{closed:8.1%}{of_all:8.1%}"
-            )
+            figures = f"{share:7.1%}{a:8.3f}{b - a:8.3f}{c - a:8.3f}{closed:8.1%}{of_all:8.1%}"
+            say(f"{name:32}{figures}")
 
 
 if __name__ == "__main__":

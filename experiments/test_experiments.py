@@ -673,17 +673,24 @@ MODELS_TOLD |= {sparsify_run: "EleutherAI/pythia-160m"}
 
 
 @pytest.mark.parametrize("sample", MODELS_TOLD, ids=lambda sample: sample.__name__)
-def test_metadata(sample, tmp_path):
+def test_metadata(sample, tmp_path, capsys):
     """What the source says, or else the flags."""
     sample(tmp_path / "source", random_sae())
-    for out, flags in (("a", []), ("b", ["--model", "owner/model", "--context", "256"])):
-        assert convert.main([str(tmp_path / "source"), str(tmp_path / out), *flags]) == 0
-    told, given = (json.loads((tmp_path / o / "cfg.json").read_text())["metadata"] for o in "ab")
     contexts = {gemma_scope: 1024, gemma_scope_2: 1024, gemma_scope_2_without_config: 1024}
     contexts |= {sparsify_run: 2048, dl_standard_without_config: None}
+    context = str(contexts.get(sample, 128) or 256)
+    for out, flags in (("a", []), ("b", ["--model", "owner/model", "--context", context])):
+        assert convert.main([str(tmp_path / "source"), str(tmp_path / out), *flags]) == 0
+    told, given = (json.loads((tmp_path / o / "cfg.json").read_text())["metadata"] for o in "ab")
+    noted = f"note: --model owner/model, where it says {MODELS_TOLD[sample]}"
+    assert (noted in capsys.readouterr().out) == bool(MODELS_TOLD[sample])
     assert told.get("model_name") == MODELS_TOLD[sample]
     assert told.get("context_size") == contexts.get(sample, 128)
-    assert (given["model_name"], given["context_size"]) == ("owner/model", 256)
+    assert (given["model_name"], given["context_size"]) == ("owner/model", int(context))
+    if told.get("context_size"):
+        flags = [str(tmp_path / "source"), str(tmp_path / "c"), "--context", "31"]
+        assert convert.main(flags) == 2
+        assert f"--context 31: it says {context}" in capsys.readouterr().err
 
 
 def test_layers(tmp_path, capsys):
@@ -1206,6 +1213,19 @@ def test_every_kind_of_sae_has_a_page_with_and_without_before(page_run):
     assert {latent["why"] for latent in data["latents"]} == {"sample"}
 
 
+def test_a_page_has_the_report_s_figures_if_they_are_of_its_text(page_run):
+    tokenizer = model_loaders.load_tokenizer("tiny")
+    source = str(page_run.with_name("text.jsonl")), tokenizer, 64, 64, 3000
+    stream = model_loaders.TokenStream(*source, allow_short=True)
+    stream.close()
+    report = {"gap": 0.25, "fvu": 0.125, "results": {"MSE": {"gap": 0.5, "fvu": 0.125}}}
+    for key in (stream.key, "0" * 16):
+        text = json.dumps({**report, "identity": {"data": key}})
+        (page_run / "report.json").write_text(text)
+        facts = page_of(page_run)[1]["facts"]
+        assert ("CE gap 0.5000 before the fine-tune, 0.2500" in facts) == (key == stream.key)
+
+
 def test_tokens_that_share_a_character_are_one_piece():
     tokenizer = type(
         "Bytes", (), {"_bytes": {1: b"a\xf0\x9f", 2: b"\x98\x80", 3: b"\xff", 4: b"<"}}
@@ -1375,8 +1395,9 @@ def test_what_was_made_otherwise_is_not_taken_for_the_same(tmp_path, capsys):
     flags = [*SMALL.split(), "--layer", "2", "--method", "linear-adapter"]
     compare.run(tmp_path, "x", [*flags, "--rank", "2"])
     compare.run(tmp_path, "x", [*flags, "--rank", "2"])
-    with pytest.raises(saeft.UserError, match="made with rank 2"):
-        compare.run(tmp_path, "x", [*flags, "--rank", "3"])
+    for other in (["--rank", "3"], []):  # nor what one that is not given any more has made
+        with pytest.raises(saeft.UserError, match="made with {'rank': 2}"):
+            compare.run(tmp_path, "x", [*flags, *other])
     folder = tmp_path / "x"
     start = ["--start", str(folder), "--kl-tokens", "1k", "--out", str(tmp_path)]
     assert saeft.main(start) == features.main([str(folder)]) == 2
@@ -1858,6 +1879,7 @@ def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tm
         ("length", "--lengths many", "--lengths"),
         ("length", "--start SAE --eval-tokens 128 --context 64", "2 sequences, for 5 parts"),
         ("compare", "--seeds 0", "--seeds 0"),
+        ("compare", "--seed 7 --method mse", "method, seed: --ks, --seeds and --out"),
         ("bench", "--repeats few", "--repeats"),
     ],
 )
@@ -1870,6 +1892,13 @@ def test_what_a_script_cannot_do_is_told_first(tmp_path, monkeypatch, script, fl
     with pytest.raises(model_loaders.UserError, match=words):
         __import__(script).main()
     assert not list(tmp_path.rglob("report.json"))
+
+
+def test_a_comparison_is_of_one_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "compare", lambda *args: [{"data": args[-1][-1]}])
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "2", "--out", str(tmp_path)])
+    with pytest.raises(model_loaders.UserError, match="has runs of other data"):
+        compare.main()
 
 
 def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
@@ -1902,7 +1931,7 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
         drift = row["ce"] - report["results"][row["method"]]["ce"]
         assert row["gap_before"] - report["results"]["MSE"]["gap"] == pytest.approx(drift, abs=0.02)
 
-    (folder,) = tmp_path.glob("*first-kl-896-0.003")
+    (folder,) = tmp_path.glob(f"{rows[0]['key']}-kl-896-0.003")
     own = load_file(tmp_path / "kl" / "sae_weights.safetensors")
     for key, value in load_file(folder / "sae_weights.safetensors").items():
         torch.testing.assert_close(value, own[key], rtol=1e-3, atol=1e-4)
@@ -1910,8 +1939,11 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     both = rows_of("3e-3", "1e-3")  # one is known, and the other is trained alone
     assert both[: len(rows)] == rows and [row["lr"] for row in both[len(rows) :]].count(1e-3) >= 2
     monkeypatch.setattr(saeft, "finetune", None)
-    assert rows_of("1e-3", "3e-3") == both
-    assert "| topk 4, " in capsys.readouterr().out
+    assert rows_of("1e-3", "3e-3", "1e-3") == both
+    assert "| topk 4, 2, 64, " in capsys.readouterr().out
+    other = [{**row, "layer": 3} for row in both]  # which is averaged with no other layer's
+    length.print_table([*both, *other])
+    assert capsys.readouterr().out.count("| topk 4, 3, 64, ") == 2
     path = tmp_path / "length.json"
     path.write_text(path.read_text().replace(both[0]["data"], "0" * 16))
     with pytest.raises(model_loaders.UserError, match="rows of another model or other data"):
@@ -1932,9 +1964,12 @@ def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, caps
     wanted = [model["ce_original"], *(row["ce"] for row in rows)]
     assert ce[:, scored].double().mean(1).tolist() == pytest.approx(wanted, abs=1e-4)
     repaired.main([str(page_run), "--tokens", "3k"])
-    shown = dict(re.findall(r"^(\S+) +(\S.*)", capsys.readouterr().out, re.M))
+    shown_all = capsys.readouterr().out
+    shown = dict(re.findall(r"^(\S+) +(\S.*)", shown_all, re.M))
     share, *figures, _, of_all = shown["all"].split()
     assert share == of_all == "100.0%" and float(figures[0]) == pytest.approx(wanted[0], abs=1e-3)
+    (seen,) = re.findall(r"held-out tokens; ([\d,]+) others tell", shown_all)
+    assert int(seen.replace(",", "")) < 1_000_000 and "below 1 in" not in shown_all
 
 
 def test_tokens_are_of_the_kinds_that_their_text_says():
@@ -1983,7 +2018,9 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
     others.main(flags)
     others.main(flags)
     assert len(trained) == 1  # what is done is kept
-    (row,) = json.loads((tmp_path / "others.json").read_text())
+    (row,) = json.loads((tmp_path / "others.json").read_text())["rows"]
+    with pytest.raises(model_loaders.UserError, match="others.json was made with {'tokens': '6k'"):
+        others.main([*flags, "--tokens", "7k"])
     for when in ("before", "after"):
         for name in ("ce", "gap", "fvu", "l0"):
             assert row[when][name] == pytest.approx(row[f"{when}_own"][name], rel=1e-5), name
