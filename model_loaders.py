@@ -82,9 +82,9 @@ def count(text: str) -> int:
     return int(value)
 
 
-def expanded(text: str) -> Path:
-    """A path of the command line: where ~ begins it, that is the home, as everywhere."""
-    return Path(text).expanduser()
+def expanded(text) -> Path:
+    """A path that a user gave: where ~ begins it, that is the home, if there is one."""
+    return Path(os.path.expanduser(text))
 
 
 def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **options):
@@ -473,8 +473,8 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder in
     SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
     what our equations cannot express, whatever the architecture."""
-    found = sorted(str(path.parent) for path in Path(source).expanduser().glob("*/cfg.json"))
-    around = found and not Path(source, "cfg.json").expanduser().exists()
+    found = sorted(str(path.parent) for path in expanded(source).glob("*/cfg.json"))
+    around = found and not (expanded(source) / "cfg.json").exists()
     refuse(around, f"{source} is no SAE: give {' or '.join(found[:9])}")
     cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
     cfg["saeft"] = _dict(cfg, "saeft")
@@ -1218,15 +1218,15 @@ def run_path(settings: dict) -> Path:
     the run starts from."""
     name, start, model = settings["name"], settings["start"], settings["model"]
     if name is None:
-        folder = Path(model).expanduser()
+        folder = expanded(model)
         called = folder.resolve().name if folder.is_dir() else model.split("/", 1)[-1]
         called = re.sub(r"[^\w.-]", "-", called)
         kind = f"{settings['sae']}-k{'-'.join(map(str, settings['k']))}-seed{settings['seed']}"
         name = f"{called}-layer{settings['layer']}-{kind}"
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
-    path = Path(settings["out"]).expanduser() / name
+    path = expanded(settings["out"]) / name
     refuse((path.parent / MARK).exists(), f"--out {path.parent} is a run's own folder")
-    source = Path(start or os.sep).expanduser().resolve()
+    source = expanded(start or os.sep).resolve()
     inside = path.resolve() in (source, *source.parents)
     refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
     return path
@@ -1330,8 +1330,9 @@ class RunFolder:
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""
-        for file in sorted(self.path.glob("checkpoint*")) if self.rank == 0 else ():
-            file.unlink()  # `checkpoint` first
+        last = [self.path / "checkpoint", *self.path.glob("checkpoint-*.pt")]
+        for file in last if self.rank == 0 else ():
+            file.unlink(missing_ok=True)
 
     def leave(self):
         """Give it back; remove it where there is nothing to keep, and nothing else in it."""

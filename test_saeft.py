@@ -455,6 +455,7 @@ MISTAKES = {
     "minutes negative": ("--checkpoint-minutes=-1", "--checkpoint-minutes"),
     "rate too high": ("--lr 1e18", "not finite"),
     "no SAE": ("--start /nowhere", "/nowhere"),
+    "no SAE of nobody": ("--start ~nobody/x", "'~nobody/x' has no cfg.json"),
     "a rate that is not used": ("--kl-lr 1 --tokens 5k --kl-tokens 5k", "the rate is --lr"),
     "no token with a next one": ("--context 2 --bos yes --kl-batch 64", "no token with a next"),
 }

@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from model_loaders import MODELS, Parser, UserError, fetch, merged, refuse, say
+from model_loaders import MODELS, Parser, UserError, expanded, fetch, merged, refuse, say
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class Source:
     """An SAE's files: in a folder below `root`, which is "/", or owner/name on the Hub."""
 
     def __init__(self, source: str):
-        path = Path(source).expanduser().absolute()
+        path = expanded(source).absolute()
         if path.is_dir():
             below = [file for file in path.rglob("*") if file.name in FORMATS]
             found = [file for file in below if file.parent == path] or below
@@ -359,7 +359,7 @@ def convert(
 ) -> str:
     """Writes the folder, whole or not at all; returns a line about it. Raises UserError.
     told: model_name, context_size, which the source does not say."""
-    target = Path(folder).expanduser().absolute()
+    target = expanded(folder).absolute()
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
     told = {name: value for name, value in told.items() if value is not None}

@@ -139,8 +139,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
 
 
 def print_table(rows: list[dict]) -> None:
-    """A line for each kind of SAE and length: the share closed at each rate, mean and deviation over
-    SAEs (of one: the standard error); the control and the FVU at the rate that closes most."""
+    """A line for each kind of SAE and length: the share closed at each rate, mean and deviation
+    over SAEs (of one: the standard error); control and FVU at the rate that closes most."""
     lrs = sorted({row["lr"] for row in rows})
     rates = " | ".join(f"{lr:g}" for lr in lrs)
     say(f"\n| SAE, K, layer, F, FVU | tokens | {rates} | control | FVU |")
