@@ -99,10 +99,10 @@ def flags_of(settings: type, doc: str | None = None) -> Parser:
     parser = Parser(doc, argument_default=argparse.SUPPRESS)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
-        default, kind = f.default_factory(), getattr(f.type, "__name__", f.type)
+        default, kind = f.default_factory(), str(f.type)  # as text, or a type
         shown = "" if default is None else f" (default: {default})"
         options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        if kind == "bool":
+        if "bool" in kind:
             options["action"] = "store_true"
         else:
             options["type"] = next(kinds[name] for name in kinds if name in kind)

@@ -3,7 +3,7 @@
     python saeft.py                                     # embedded model, two minutes, no network
     python saeft.py --model pythia-160m --k 80          # the paper's setting: 475M + 25M tokens
     python saeft.py --start owner/name:folder           # fine-tune an SAE that somebody published
-    torchrun --nproc-per-node 8 saeft.py --k 40 80      # two SAEs on one activation stream, 8 GPUs
+    torchrun --nproc-per-node 8 -- saeft.py --k 40 80   # two SAEs on one activation stream, 8 GPUs
 
 "Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need" (Karvonen
 2025, arXiv 2503.17272); TopK and AuxK: Gao et al. 2024, arXiv 2406.04093. The whole method:
@@ -177,7 +177,7 @@ class SAE(nn.Module):
     `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
     parameters and buffers are saved in SAELens's layout, as the `architecture` there that gives the
     same f (default: its own name, which SAELens refuses); `numbers`, which its constructor takes,
-    in cfg.json."""
+    in cfg.json. Checkpoints have every buffer, parameter and plain number that it has."""
 
     kind = architecture = ""
     numbers = ("k",)
@@ -234,6 +234,10 @@ class SAE(nn.Module):
         for name in self.scaled:
             getattr(self, name).mul_(scale)
 
+    def plain_numbers(self) -> dict:
+        """What a checkpoint keeps beside `state_dict`."""
+        return {name: n for name, n in vars(self).items() if type(n) in (int, float)}
+
     def cfg(self) -> dict:
         """What SAELens's cfg.json says of this kind."""
         return {"architecture": self.architecture}
@@ -242,7 +246,8 @@ class SAE(nn.Module):
     def save(self, folder: str | Path, metadata: dict):
         """Writes the SAE in SAELens's layout. metadata: model_name, hook_name, ... UserError where
         the folder cannot be written."""
-        numbers = {name: float(getattr(self, name)) for name in self.numbers}
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        numbers = {name: n if type(n) is int else float(n) for name, n in numbers.items()}
         own = {"kind": self.kind, **numbers}
         tensors = {k: v for k, v in self.state_dict().items() if k not in numbers}
         cfg = {**self.cfg(), "metadata": {**metadata, "saeft": own}}
@@ -257,11 +262,12 @@ class SAE(nn.Module):
         kind, own = kind_of(cfg, source), cfg["saeft"]
         advice = f"python experiments/convert.py {source} FOLDER"
         with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
-            numbers = {name: cfg.get(name, own.get(name)) or 0.0 for name in kind.numbers}
-            fits = all(0 <= n < 2**31 for n in numbers.values())
+            said = {name: cfg.get(name, own.get(name)) for name in kind.numbers}
+            numbers = {name: n for name, n in said.items() if n is not None}
+            fits = all(abs(n) < 2**31 for n in numbers.values()) and numbers.get("k", 0) >= 0
             refuse(not fits, f"{source} has {numbers!r:.80}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
-            given = {k: v for k, v in sae.state_dict().items() if k in numbers}
+            given = {k: v for k, v in sae.state_dict().items() if k in kind.numbers}
             sae.load_state_dict({**given, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
         sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
@@ -321,7 +327,8 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
         """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
         published mean of the last 1000 lags behind in short runs.)"""
         values = f.values if isinstance(f, SparseRows) else f
-        least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
+        least = F.pad(values.masked_fill(values <= 0, torch.inf).flatten(), (0, 1), value=torch.inf)
+        least = mean_over_ranks(least.amin())
         least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
         self.threshold.lerp_(least, max(1 / (step + 1), 0.02))
 
@@ -403,11 +410,11 @@ class SlicedLoss(torch.autograd.Function):
     """sum_n weight_n d(log p_n, log q_n, next token n) [m], of m models q; logits [N, V] never
     exist at once.
 
-    Takes lm, the divergence d, weight [N], next tokens [N], and the last block's output [N, D] for
-    p and for each q. Each slice's gradient is taken in the forward pass, which alone has it."""
+    Takes lm, the divergence d of each q, weight [N], next tokens [N], and the last block's output
+    [N, D] for p and for each q. Each slice's gradient is taken in the forward pass."""
 
     @staticmethod
-    def forward(ctx, lm: LanguageModel, divergence: Callable, weight, next_token, last_p, *lasts_q):
+    def forward(ctx, lm: LanguageModel, divergences: list, weight, next_token, last_p, *lasts_q):
         sums = weight.new_zeros(len(lasts_q))
         grads = [torch.empty_like(last_q) for last_q in lasts_q]
         for rows in slices(len(weight), lm.W_U):
@@ -416,7 +423,7 @@ class SlicedLoss(torch.autograd.Function):
                 with torch.enable_grad():
                     last = last_q[rows].detach().requires_grad_()
                     log_q = single(lm.unembed(last)).log_softmax(-1)
-                    part = (weight[rows] * divergence(log_p, log_q, next_token[rows])).sum()
+                    part = (weight[rows] * divergences[i](log_p, log_q, next_token[rows])).sum()
                 grads[i][rows] = torch.autograd.grad(part, last)[0]
                 sums[i] += part.detach()
         ctx.save_for_backward(*grads)
@@ -545,6 +552,8 @@ class Trainee:
         self.trained = self.trained or self.insert
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         refuse(not self.parameters, "--method: nothing to train; are there blocks after --layer?")
+        lost = self.trained is not self.sae and type(self).save is Trainee.save
+        refuse(lost, "--method: it trains more than the SAE, which its Trainee needs a `save` for")
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
     def rate(self, step: int, steps: int, config: Config) -> float:
@@ -569,19 +578,21 @@ class Trainee:
         return single(x).flatten(0, 1), x_hat, f, torch.where(keep[..., None], spliced, resid)
 
     def save(self, folder: Path, metadata: dict):
-        """Writes what was trained, so that it gives the same figures."""
+        """Writes what was trained, so that it gives the same figures: here, an SAE."""
         self.sae.save(folder, metadata)
 
     def state_dict(self) -> dict:
+        """For checkpoints. A method whose Trainee has more that moves adds it here."""
         frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
-        own = {"idle": self.sae.idle, "dead": self.sae.dead}
+        own = {"idle": self.sae.idle, "dead": self.sae.dead, "numbers": self.sae.plain_numbers()}
         return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
 
     def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.sae.idle, self.sae.dead = state["idle"], state["dead"]
+        vars(self.sae).update(state["numbers"])
 
 
 @dataclass
@@ -639,12 +650,15 @@ def update(t: Trainee, lr: float):
     clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
     unit_norm = t.trained is t.sae and t.sae.unit_norm
     for p in t.parameters:
+        refuse(p.grad is None, f"what trains has a parameter {[*p.shape]} without a gradient")
         p.grad = mean_over_ranks(p.grad)
     if unit_norm:
         W_dec, grad = t.sae.W_dec.data, t.sae.W_dec.grad
         along = torch.linalg.vecdot(grad, W_dec)  # [F]
         grad.addcmul_(along[:, None], W_dec, value=-1)
     refuse(not t.optimizer.defaults.get("fused"), "the optimizer of a Trainee is a fused one")
+    rates = {group["lr"] for group in t.optimizer.param_groups}
+    refuse(len(rates) > 1, f"the groups of an optimizer have one rate, Trainee.rate; not {rates}")
     norm = torch.nn.utils.get_total_norm([p.grad for p in t.parameters])
     t.optimizer.grad_scale = norm.clamp_min(1.0)  # the fused kernel divides by it,
     t.optimizer.found_inf = (~norm.isfinite()).float()  # and does nothing where this is 1
@@ -660,6 +674,7 @@ def update(t: Trainee, lr: float):
 def train_mse(phase: Phase, config: Config, after_step: Callable):
     """Phase one, on x / scale: batches of shuffled activations, each for all its SAEs."""
     for step in range(phase.step, phase.steps):
+        torch.manual_seed(config.seed * 1_000_003 + step)  # of what a kind draws
         x = phase.buffer.next_batch(config.batch) / phase.scale  # [N, D]
         lr = config.peak_lr * lr_factor(step, phase.steps, config.warmup, decay=0.2)
         figures = [mse_step(t, x, lr, step, phase.steps, config) for t in phase.trainees]
@@ -685,7 +700,8 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     t.sae.idle = torch.where(fired > 0, 0, t.sae.idle + n)
     if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
         t.sae.dead = (t.sae.idle > config.dead_after).nonzero()[:, 0]
-    fvu = mse.detach() / (x - x.mean(0)).pow(2).sum(-1).mean()
+    variance = mean_over_ranks((x - mean_over_ranks(x.mean(0))).pow(2).sum(-1).mean())
+    fvu = mse.detach() / variance
     return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
 
 
@@ -695,8 +711,8 @@ def finetune(
 ):
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
-    divergence = phase.trainees[0].divergence  # of one method: the same for all
-    by_mse = divergence is None  # no later block runs
+    divergences = [t.divergence for t in phase.trainees]
+    by_mse = divergences[0] is None  # no later block runs
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
@@ -707,7 +723,8 @@ def finetune(
             n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
             original = single(x).flatten(0, 1)  # [N, D]
-            variance = weight @ (original - weight @ original).pow(2).sum(-1)
+            mean = mean_over_ranks(weight @ original)
+            variance = mean_over_ranks(weight @ (original - mean).pow(2).sum(-1))
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
@@ -717,7 +734,7 @@ def finetune(
             for t, (*_, spliced) in zip(phase.trainees, passes):
                 lasts_q.append(t.lm.suffix(spliced, config.layer).flatten(0, 1))
             next_token = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()  # -100: there is none
-            kls = SlicedLoss.apply(lm, divergence, weight, next_token, last_p, *lasts_q)
+            kls = SlicedLoss.apply(lm, divergences, weight, next_token, last_p, *lasts_q)
 
         losses, figures = [], []
         for t, (x, x_hat, f, _), kl in zip(phase.trainees, passes, kls):
@@ -833,7 +850,7 @@ class SparseRows:
         return SparseProduct.apply(self.values, self, table)
 
     def __mul__(self, weights):
-        return replace(self, values=self.values * weights[self.columns])
+        return replace(self, values=self.values * weights.expand(self.shape[1])[self.columns])
 
     def sum(self):
         return self.values.sum()
@@ -866,7 +883,8 @@ def largest(pre, k: int):
 def active_entries(pre, which):
     """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach a floor."""
     if not isinstance(which, int):
-        tokens, latents = ((pre > 0) & (pre >= which)).nonzero(as_tuple=True)
+        none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
+        tokens, latents = none.logical_not_().nonzero(as_tuple=True)
         return pre[tokens, latents], tokens, latents
     values, latents = largest(pre, which)
     tokens = torch.arange(len(pre)).repeat_interleave(which)
@@ -1070,7 +1088,10 @@ class LanguageModel(nn.Module):
         return self.part(1)(tokens)
 
     def prefix(self, tokens, layer: int):
-        """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run."""
+        """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run. -1: the
+        embedding. UserError where there is no such block."""
+        last = len(self.blocks) - 1
+        refuse(not -1 <= layer <= last, f"block {layer}: there are 0 to {last}")
         return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
     def suffix(self, resid, layer: int):
@@ -1372,6 +1393,8 @@ def check(config: Config) -> LanguageModel:
     refuse(several, f"--k {config.k}: a {config.sae} SAE has no K, they would be the same")
     layer, k, context = config.layer, max(config.k), config.context
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
+    saved_as = model_loaders.read_hook(model_loaders.hook_name(layer, config.place))
+    refuse(saved_as != (layer, config.place), f"--place {config.place}: SAEs call it {saved_as}")
     refuse(k > config.d_sae, f"--k {k} is above d_sae = {config.d_sae}")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
 
@@ -1418,9 +1441,10 @@ class Run:
 
     def run(self):
         """The whole run."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
         with contextlib.ExitStack() as closing:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, self.on_signal) or signal.SIG_DFL
+                closing.callback(signal.signal, number, before)
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
@@ -1486,11 +1510,15 @@ class Run:
             refuse(width != d_model, f"--start: width {width}; {config.model} has {d_model}")
         else:
             kind, size = KINDS[config.sae], (d_model, config.d_sae)
-            with user_errors(f"--d-sae {config.d_sae}"):
-                saes = [kind(*size, k=k, seed=config.seed) for k in config.k]
+            saes = []
+            for k in config.k:
+                torch.manual_seed(config.seed)  # what a kind draws is the same in all processes
+                with user_errors(f"--d-sae {config.d_sae}"):
+                    saes.append(kind(*size, k=k, seed=config.seed))
         saes = [sae.to(self.device) for sae in saes]
-        for sae, saved in zip(saes, done.saes):
+        for sae, (saved, numbers) in zip(saes, done.saes):
             sae.load_state_dict(saved)
+            vars(sae).update(numbers)
         if done.limit is None:
             n = min(self.n_mse or self.n, 32_768 // config.context + 1)
             x, done.limit = first_activations(self.lm, self.stream, n, config)
@@ -1546,7 +1574,7 @@ class Run:
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
-            done.saes = [t.sae.state_dict() for t in phase.trainees]
+            done.saes = [(t.sae.state_dict(), t.sae.plain_numbers()) for t in phase.trainees]
 
     def label(self, name: str) -> str:
         start = "at the random start" if not self.n_mse else "after MSE"

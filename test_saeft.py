@@ -27,7 +27,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import model_loaders
 import saeft
-from model_loaders import TokenStream, UserError, held_out
+from model_loaders import TokenStream, UserError, flag, held_out
 from saeft import SAE, BatchTopK, Config, Phase, ReLU, SlicedLoss, SparseRows, TopK, Trainee
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -77,11 +77,10 @@ def no_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """A run sets handlers of signals and the precision of products; the next test finds neither."""
+    """A run sets the precision of products, and handlers of signals, which it gives back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    assert all(signal.getsignal(number) == handler for number, handler in handlers.items())
     torch.set_float32_matmul_precision("highest")
 
 
@@ -315,6 +314,10 @@ def test_lambda_of_relu_saes_is_in_raw_units_and_kept(tmp_path, monkeypatch):
         assert float(first.pop()) == pytest.approx(l1 * float(run.done.scale), rel=0.02)
 
 
+def test_batchtopk_without_a_latent_that_fires_ends(tmp_path):
+    assert command("--sae batchtopk --lr 1 --name x", tmp_path) in (0, 2)
+
+
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
     line = (
         "--sae batchtopk --k 4 16 --layer 5 --tokens 153600 --kl-tokens 102400 --eval-tokens 30k"
@@ -440,6 +443,10 @@ MISTAKES = {
     "unknown flag": ("--colour red", "--colour"),
     "shortened flag": ("--overw", "--overw"),
     "no such card": ("--device cuda:99", "--device cuda:99"),
+    "a place that is called otherwise": (
+        "--place out",
+        "--place out: SAEs call it (2, 'resid_post')",
+    ),
     "no model": ("--model pythia-161m", "pythia-161m"),
     "no data": ("--data /nowhere/at/all", "/nowhere/at/all"),
     "empty data": ("--data=", "--data is empty"),
@@ -463,7 +470,8 @@ MISTAKES = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("line, words", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, line, words):
+def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, monkeypatch, line, words):
+    monkeypatch.setitem(saeft.PLACES, "out", saeft.resid_post)
     assert command(f"{line} --name x", tmp_path / "runs") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("saeft: ") and len(error) < 600
@@ -788,7 +796,7 @@ def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     flags = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 --rdzv-backend c10d"
     words = [sys.executable, "-m", "torch.distributed.run", *flags.split()]
-    words += ["--rdzv-endpoint", "127.0.0.1:0", str(HERE / "saeft.py"), *SMALL.split()]
+    words += ["--rdzv-endpoint", "127.0.0.1:0", "--", str(HERE / "saeft.py"), *SMALL.split()]
     words += ["--out", str(tmp_path), "--checkpoint-minutes", "0"]
 
     def start(flags):
@@ -845,7 +853,7 @@ def test_by_hand_beta_and_kl():
     # p = (1/2, 1/2), q = (3/4, 1/4): KL = log(1/2) - (log(3/4) + log(1/4)) / 2 = log(4/3) / 2.
     identity = SimpleNamespace(W_U=torch.eye(2), unembed=lambda x: x)
     p, q = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
-    (kl,) = SlicedLoss.apply(identity, saeft.kl_divergence, torch.ones(1), torch.zeros(1), p, q)
+    (kl,) = SlicedLoss.apply(identity, [saeft.kl_divergence], torch.ones(1), torch.zeros(1), p, q)
     assert kl.item() == pytest.approx(math.log(4 / 3) / 2)
     (gradient,) = torch.autograd.grad(kl, q)
     assert gradient.tolist() == [pytest.approx([0.25, -0.25])]  # q - p
@@ -946,6 +954,9 @@ def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
     assert_close(logits, theirs.logits, tolerance)
     hidden = theirs.hidden_states[1:-1]
     assert len(hidden) == len(ours.blocks) - 1
+    for layer in (-2, len(ours.blocks)):
+        with pytest.raises(UserError, match=f"block {layer}: there are 0 to"):
+            ours.prefix(tokens, layer)
     for layer, block in enumerate([*hidden, None]):
         resid = ours.prefix(tokens, layer)
         assert torch.equal(ours.unembed(ours.suffix(resid, layer)), logits)
@@ -1289,6 +1300,7 @@ WITH_F = {  # what an SAE does with f [N, F], weights [F] and a table [F, D]
     "@": lambda f, weights, table: f @ table,
     "*": lambda f, weights, table: (f * weights).to_dense(),
     "* and sum": lambda f, weights, table: (f * weights).sum(),
+    "* one and sum": lambda f, weights, table: (f * weights[0]).sum(),
     "* and @": lambda f, weights, table: (f * weights) @ table,
     "to_dense": lambda f, weights, table: f.to_dense(),
 }
@@ -1307,6 +1319,9 @@ def test_f_what_is_done_with_it_and_gradients_equal_dense_autograd(kind, with_ke
     assert fired.sum(1)[:3].max() == 0 < fired.sum(1).max() and fired.sum(0)[:2].max() == 0
 
     f = saeft.encode(x, b_dec, W_enc, b_enc, SELECT[kind], keep if with_keep else None)
+    if fast:  # a weight of each token is not one of each latent
+        with pytest.raises(RuntimeError, match="expand"):
+            f * torch.ones(24, 1)
     assert isinstance(f, SparseRows) == fast and torch.equal(saeft.counts(f), fired.sum(0))
     leaves = [*inputs, torch.randn(20, dtype=torch.double, requires_grad=True)]
     for name, call in WITH_F.items():
@@ -1318,6 +1333,12 @@ def test_f_what_is_done_with_it_and_gradients_equal_dense_autograd(kind, with_ke
         theirs = torch.autograd.grad(theirs, leaves, g, **options)
         for a, b in zip(ours, theirs):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), name
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk", "jumprelu"])
+def test_what_is_no_number_stays_none(kind, fast):
+    sae, x = small_sae(kind), torch.full((40, 32), torch.nan)
+    assert sae(x)[0].isnan().any()
 
 
 @pytest.mark.parametrize("n, k", [(24, 1), (64, 4), (1024, 3), (1000, 8), (4096, 40), (96, 90)])
@@ -1496,7 +1517,7 @@ STRANGE = {  # what a saved BatchTopK has instead, and what the refusal names
     "another shape": (lambda t, cfg: t.update(b_dec=torch.ones(33)), "b_dec"),
     "one number for all": (lambda t, cfg: t.update(threshold=torch.tensor(1.0)), "threshold"),
     "no kind of ours": (lambda t, cfg: cfg.update(architecture="gated"), "'gated'"),
-    "K as text": (lambda t, cfg: cfg.update(k="6"), "'<=' not"),
+    "K as text": (lambda t, cfg: cfg.update(k="6"), "for abs(): 'str'"),
     "K below 0": (lambda t, cfg: cfg.update(k=-1), "'k': -1"),
 }
 
@@ -1601,11 +1622,13 @@ def test_sliced_losses_of_several_q_equal_whole_logits(lm, ours, theirs, dtype, 
     weight, next_token = torch.rand(50, dtype=dtype), torch.randint(96, (50,))
     weight[3:5] = 0  # tokens that do not count
     next_token[[9, 49]] = -100  # ends of sequences
-    sums = SlicedLoss.apply(lm.to(dtype), ours, weight, next_token, p, *qs)
+    both = [ours, saeft.kl_divergence]  # each q has its own
+    sums = SlicedLoss.apply(lm.to(dtype), both, weight, next_token, p, *qs)
     grads = torch.autograd.grad(3 * sums[0] + sums[1], qs)
     lm.double()
     log_p, *logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
-    expected = [theirs(log_p, log_q, next_token, weight.double()) for log_q in logs]
+    both = zip((theirs, DIVERGENCES["kl"][1]), logs)
+    expected = [call(log_p, log_q, next_token, weight.double()) for call, log_q in both]
     expected_grads = torch.autograd.grad(3 * expected[0] + expected[1], qs)
     tolerance = 5e-5 if dtype == torch.float32 else 1e-12
     for a, b in zip([*sums, *grads], [*expected, *expected_grads]):
@@ -1640,7 +1663,7 @@ def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
     lm, (p, (q, _)) = random_lm(config), resids(400, 8, torch.float32)
     next_token = torch.arange(400)
     with LiveBytes() as memory:
-        (kl,) = SlicedLoss.apply(lm, saeft.kl_divergence, torch.ones(400) / 400, next_token, p, q)
+        (kl,) = SlicedLoss.apply(lm, [saeft.kl_divergence], torch.ones(400) / 400, next_token, p, q)
         kl.backward()
         saeft.ce_and_kl(lm, [p, q.detach()], next_token)
     assert 4 * 50304 * 8 < memory.largest <= 4 * 2**23 < 4 * 400 * 50304 / 2
@@ -1982,7 +2005,12 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     lm = saeft.load_lm(folder)
-    generator = torch.Generator().manual_seed(5)
+    generator, seen = torch.Generator().manual_seed(5), []
+
+    def after_step(phase, figures):
+        means = {name: saeft.mean_over_ranks(value) for name, value in figures[0].items()}
+        seen.append([means])
+
     sae, infinite = small_sae(kind, k=2).train(), torch.tensor(torch.inf)
     if method == "MSE":
         sae.rescale(1 / SCALE)
@@ -1992,16 +2020,17 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         config = replace(LOOP, batch=96 // world, dead_after=200)
         trainee = Trainee(sae, lm, divergence=None, decay=0.0)
         phase = Phase("MSE", [trainee], 30, infinite, SCALE, buffer=buffer)
-        saeft.train_mse(phase, config, nothing)
+        saeft.train_mse(phase, config, after_step)
         assert kind != "topk" or len(sae.dead) > 3, sae.dead
     else:
         tokens = torch.randint(96, (40, 20), generator=generator)
         limit, _ = sinks(lm, tokens, n_skip=1)
         sae.l0_target = 6.0
         phase = Phase(method, [saeft.METHODS[method](lm, sae, LOOP)], 10, limit)
-        saeft.finetune(phase, lm, Stream(tokens), replace(LOOP, kl_batch=4 // world), nothing)
+        saeft.finetune(phase, lm, Stream(tokens), replace(LOOP, kl_batch=4 // world), after_step)
     if rank == 0:
-        safetensors.save_file(dict(sae.state_dict()), f"{file}.safetensors")
+        told = {"fvu": torch.stack([row["fvu"] for (row,) in seen])}
+        safetensors.save_file({**sae.state_dict(), **told}, f"{file}.safetensors")
     if world > 1:
         dist.destroy_process_group()
 
@@ -2028,9 +2057,37 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, method, tmp_path):
         difference, moved = ((x - b).abs().max() / b.abs().max() for x in (a, moved))
         print(f"{kind} {method} {name}: {difference:.1e}, the steps themselves {moved:.1e}")
         assert difference < 1e-5 < moved
+    assert_close(two["fvu"], one["fvu"], 1e-4)
 
 
 # ---- Settings ------------------------------------------------------------------------------------
+def test_a_flag_s_type_may_be_text_or_a_type():
+    """As of a fork that has no `from __future__ import annotations`."""
+    of = [int, "int", float | None, "float | None", list[float], "list[str]", bool, "bool"]
+    given = [flag(None, "", nargs="+") if "list" in str(t) else flag(None, "") for t in of]
+    names = [(f"f{i}", t, f) for i, (t, f) in enumerate(zip(of, given))]
+    line = "--f0 4k --f1 4k --f2 .5 --f3 .5 --f4 1 2 --f5 1 2 --f6 --f7"
+    parsed = model_loaders.flags_of(make_dataclass("Own", names)).parse_args(line.split())
+    expected = [4000, 4000, 0.5, 0.5, [1.0, 2.0], ["1", "2"], True, True]
+    assert [*vars(parsed).values()] == expected
+
+
+def test_a_trainee_trains_what_it_can_save_at_one_rate_with_gradients():
+    sae = small_sae()
+    with pytest.raises(UserError, match="needs a `save`"):
+        Trainee(sae, insert=torch.nn.Sequential(sae))
+    t = Trainee(sae)
+    t.sae.W_enc.grad = torch.ones_like(sae.W_enc)
+    with pytest.raises(UserError, match="without a gradient"):
+        saeft.update(t, 1e-3)
+    for p in t.parameters:
+        p.grad = torch.ones_like(p)
+    groups = [{"params": t.parameters[:1], "lr": 0.0}, {"params": t.parameters[1:]}]
+    t.optimizer = torch.optim.AdamW(groups, fused=True)
+    with pytest.raises(UserError, match="have one rate"):
+        saeft.update(t, 1e-3)
+
+
 def test_lr_warms_up_stays_and_falls_to_0():
     factors = [saeft.lr_factor(step, 100, 10, 0.2) for step in range(101)]
     rise, fall = [i / 10 for i in range(1, 11)], [1 - i / 20 for i in range(1, 21)]

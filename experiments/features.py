@@ -188,11 +188,12 @@ def parse(argv: list[str] | None):
     page = "the page (default: features.html in the run's folder)"
     parser.add_argument("--out", type=model_loaders.expanded, help=page)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--fork", help="a file that adds kinds, places or models, to import first")
+    forks = "files that add kinds, places or models, to import first"
+    parser.add_argument("--fork", nargs="+", default=[], help=forks)
     args = parser.parse_args(argv)
-    if args.fork:
-        with user_errors(f"--fork {args.fork}"):
-            spec = importlib.util.spec_from_file_location("fork", args.fork)
+    for fork in args.fork:
+        with user_errors(f"--fork {fork}"):
+            spec = importlib.util.spec_from_file_location("fork", fork)
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
     own = model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])
     told = {"bos": "auto", "sink_norm": saeft.Config().sink_norm, **own}

@@ -334,9 +334,52 @@ def test_any_model_gives_saeft_s_own_figures(tmp_path):
     assert theirs["results"]["MSE"]["ce"] == pytest.approx(ours["results"]["MSE"]["ce"], abs=2e-3)
 
 
+def own_kind():
+    """A kind that draws when it is made and at each step, and has numbers of its own: one found at
+    the start, one that moves, one negative, one whole."""
+
+    class Noisy(saeft.TopK, kind="noisy"):
+        numbers = ("k", "floor", "steps", "groups")
+
+        def __init__(self, *args, floor: float = 0.0, steps=0, groups: int = 4, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.floor, self.steps, self.groups = floor, steps, groups
+            self.gate = torch.nn.Parameter(1 + 0.1 * torch.randn(groups))
+            self.frozen = torch.nn.Parameter(torch.rand(()), requires_grad=False)
+
+        def start(self, x, config):
+            super().start(x, config)
+            self.floor = -x.std().item()
+
+        def encode(self, x, keep=None):
+            if self.training:
+                x = x + 0.01 * self.floor * torch.randn_like(x)
+            return super().encode(x, keep) * (self.gate.mean() + self.frozen + 1e-5 * self.steps)
+
+        def after_step(self, f, l0, step):
+            self.steps += 1
+
+    return Noisy
+
+
+def test_a_kind_of_ones_own_numbers(tmp_path):
+    """They are written and read as they are; one that an older file lacks is the constructor's."""
+    own_kind()
+    report = run(tmp_path, "--sae noisy --method kl")
+    same_figures(tmp_path, report)
+    sae, cfg = saeft.SAE.load(tmp_path / "run"), tmp_path / "run" / "cfg.json"
+    assert sae.floor < 0 and type(sae.groups) is int and sae.steps == 54 + 23
+    told = json.loads(cfg.read_text())
+    del told["metadata"]["saeft"]["groups"]
+    cfg.write_text(json.dumps(told))
+    assert saeft.SAE.load(tmp_path / "run").groups == 4
+
+
 @pytest.mark.parametrize(
     "fork, flags, in_phase",
     [
+        (own_kind, "--sae noisy --method kl", "MSE"),
+        (own_kind, "--sae noisy --method kl", "kl"),
         ("matryoshka", "--sae matryoshka-batchtopk --method kl", "MSE"),
         ("jumprelu", "--sae jumprelu --method kl", "MSE"),
         ("losses", "--method reverse-kl", "reverse-kl"),
@@ -346,7 +389,7 @@ def test_any_model_gives_saeft_s_own_figures(tmp_path):
 def test_a_fork_s_run_that_is_interrupted_ends_the_same(
     tmp_path, monkeypatch, fork, flags, in_phase
 ):
-    imported(fork)
+    fork() if callable(fork) else imported(fork)
     run(tmp_path, flags, name="straight")
     after_step = saeft.Run.after_step
 
