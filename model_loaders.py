@@ -266,7 +266,8 @@ def note_changes(source, settings: dict, identity: dict):
             bos = " or its <bos>" if part == "data" else ""
             say(f"note: the {part}, {settings[part]},{bos} is not what {source} was made with")
         elif part == "data" and not same_source(cfg.get("dataset_path"), settings[part]):
-            say(f"note: {settings[part]} is {cfg.get('dataset_path')}, from its first token again")
+            seen = "under another name: none of it counts as seen"
+            say(f"note: {settings[part]} is what {source} was made with, {seen}")
 
 
 def _key(content) -> str:
@@ -473,8 +474,10 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder in
     SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
     what our equations cannot express, whatever the architecture."""
-    found = sorted(str(path.parent) for path in expanded(source).glob("*/cfg.json"))
-    around = found and not (expanded(source) / "cfg.json").exists()
+    folder = expanded(source)
+    inside = folder.glob("*/cfg.json") if source and os.path.isdir(folder) else ()
+    found = sorted(str(path.parent) for path in inside)
+    around = found and not (folder / "cfg.json").exists()
     refuse(around, f"{source} is no SAE: give {' or '.join(found[:9])}")
     cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
     cfg["saeft"] = _dict(cfg, "saeft")
@@ -514,7 +517,8 @@ def read_hook(name: str, layer: int | None = None) -> tuple[int, str]:
     UserError for the embedding, for what is not understood, and where `layer`, what else is said of
     the block in that name, is another."""
     found = re.fullmatch(r"blocks\.([0-9]+)\.(?:hook_)?(\w[\w.]*)", str(name))
-    refuse(not found, f"it reads {name!r:.80}, which is no hook that is known")
+    known = "no hook of SAELens (experiments/convert.py knows those of other libraries)"
+    refuse(not found, f"it reads {name!r:.80}, which is {known}")
     block, place = int(found[1]), {"out": "resid_post", "in": "resid_pre"}.get(found[2], found[2])
     refuse(layer not in (None, block), f"it says both {name!r:.80} and layer {layer!r:.60}")
     if place == "resid_pre":  # the output of the block before
@@ -881,10 +885,11 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     refuse(not names, f"no text in {data!r}: give one of {forms}")
     of_ids = [name for name in names if IDS.search(name)]
     refuse(len(of_ids) not in (0, len(names)), f"{data!r} has text and ids, {of_ids[:1]}: name one")
-    words = {name: {*re.split(r"[\W_]+", name.lower())} for name in names}
+    words = {name: {*re.split(r"[\W_]+", name.lower())} for name in shown}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    other = [name for name in shown if name not in words and OTHER.search(name)]
+    other = [n for n in shown if OTHER.search(n) and not TEXT.search(n)]
+    other = [n for n in other if not (train and words[n] & HELD_OUT)]
     unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
     refuse(unread > read, f"{data!r} has {other[:1]}, which is not read, and less that is")
     if len(shown) > 1:
@@ -1249,19 +1254,23 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             foreign = not (path / MARK).exists() and any(path.iterdir())
             refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
+            old = (path / "checkpoint.pt").exists() and not overwrite
+            refuse(old, f"{path} has a checkpoint of another version of saeft: --overwrite")
             unfinished = (path / "checkpoint").exists() and not overwrite
             refuse(unfinished and not resume, f"{path} holds an unfinished run: pass --resume")
             kept = any(path.glob("**/report.json")) and not (overwrite or unfinished)
             refuse(kept, f"{path} holds a finished run: choose a --name, or pass --overwrite")
-        with user_errors(f"{path} is in use by a run that is going on"):
-            self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
+            try:
+                self.lock.enter_context(hf.utils.WeakFileLock(path / MARK, timeout=0.1))
+            except TimeoutError:
+                raise UserError(f"{path} is in use by a run that is going on") from None
 
     def clear(self):
         """Remove what a run writes, that of methods of other programs too, and nothing else."""
         parts = {*self.parts}
         with suppress(UserError, KeyError, TypeError):
             was = read_json(self.path / "config.json")["method"]
-            parts |= {name for name in was if Path(name).name == name}
+            parts |= {name for name in was if Path(name).name == name != ".."}
         saes = [self.path, *(k for k in self.path.iterdir() if re.fullmatch(r"k\d+", k.name))]
         for folder in [sae / part for sae in saes for part in parts] + saes[::-1]:
             for file in chain(*map(folder.glob, WRITTEN)):
@@ -1305,10 +1314,11 @@ class RunFolder:
             return None
         with user_errors(f"cannot read a checkpoint in {self.path}: --overwrite starts anew"):
             tag = (self.path / "checkpoint").read_text()
-            path = self.path / f"checkpoint-{tag}-{self.rank}.pt"
-            if not path.exists():  # there were fewer processes, which `go_on` says
-                path = self.path / f"checkpoint-{tag}-0.pt"
-            return torch.load(path, map_location=device, weights_only=True)
+            own, first = (self.path / f"checkpoint-{tag}-{n}.pt" for n in (self.rank, 0))
+            path = own if own.exists() else first  # there were fewer, which `go_on` refuses
+            saved = torch.load(path, map_location=device, weights_only=True)
+            refuse(path != own and self.rank < saved["world"], f"{own} is missing: --overwrite")
+            return saved
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.

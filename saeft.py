@@ -177,7 +177,7 @@ class SAE(nn.Module):
     `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
     parameters and buffers are saved in SAELens's layout, as the `architecture` there that gives the
     same f (default: its own name, which SAELens refuses); `numbers`, which its constructor takes,
-    in cfg.json. Checkpoints have every buffer, parameter and plain number that it has."""
+    in cfg.json. Checkpoints have every saved buffer, parameter and plain number."""
 
     kind = architecture = ""
     numbers = ("k",)
@@ -326,9 +326,8 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
     def after_step(self, f, l0, step):
         """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
         published mean of the last 1000 lags behind in short runs.)"""
-        values = f.values if isinstance(f, SparseRows) else f
-        least = F.pad(values.masked_fill(values <= 0, torch.inf).flatten(), (0, 1), value=torch.inf)
-        least = mean_over_ranks(least.amin())
+        values = F.pad(f.values, (0, 1)) if isinstance(f, SparseRows) else f  # of which one may be
+        least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
         least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
         self.threshold.lerp_(least, max(1 / (step + 1), 0.02))
 
@@ -343,6 +342,7 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 
     def __init__(self, *args, l1: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
+        refuse(not l1 >= 0, f"lambda = {l1}")
         self.register_buffer("l1", torch.tensor(float(l1)))  # lambda
 
     @torch.no_grad()
@@ -583,7 +583,9 @@ class Trainee:
 
     def state_dict(self) -> dict:
         """For checkpoints. A method whose Trainee has more that moves adds it here."""
-        frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
+        frozen = set()
+        if self.trained is not self.sae:  # of an adapted model, most of it, as it was
+            frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
         own = {"idle": self.sae.idle, "dead": self.sae.dead, "numbers": self.sae.plain_numbers()}
         return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
@@ -713,6 +715,8 @@ def finetune(
     d_model = lm.W_U.shape[1]
     divergences = [t.divergence for t in phase.trainees]
     by_mse = divergences[0] is None  # no later block runs
+    mixed = any((divergence is None) != by_mse for divergence in divergences)
+    refuse(mixed, "--method: for some K its divergence is None, and for others it is not")
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
@@ -850,7 +854,8 @@ class SparseRows:
         return SparseProduct.apply(self.values, self, table)
 
     def __mul__(self, weights):
-        return replace(self, values=self.values * weights.expand(self.shape[1])[self.columns])
+        weights = torch.as_tensor(weights).expand(self.shape[1])
+        return replace(self, values=self.values * weights[self.columns])
 
     def sum(self):
         return self.values.sum()

@@ -371,10 +371,10 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
     with pytest.raises(SystemExit):
         saeft.main(["--help"])
     words = capsys.readouterr().out
-    for flag, names in [("sae", "KINDS"), ("method", "METHODS"), ("place", "PLACES")]:
+    for name, names in [("sae", "KINDS"), ("method", "METHODS"), ("place", "PLACES")]:
         known = getattr(saeft, names)
         assert f"{{{','.join(known)}}}" in words and "mine" in known
-        assert command(f"--{flag} x", tmp_path) == 2
+        assert command(f"--{name} x", tmp_path) == 2
         assert "mine" in capsys.readouterr().err
     assert "mine" in refusal({"model_type": "x"})
 
@@ -1764,6 +1764,7 @@ def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, method, slices_
 def test_lambda_rises_in_phase_one_and_follows_the_l0_in_phase_two():
     sae, x, weight = small_sae("relu"), torch.randn(50, 32), torch.full((50,), 0.02)
     x_hat, f = sae(x)
+    fails(["lambda = -1"], functools.partial(ReLU, 2, 2, l1=-1.0))
     half, whole = (sae.penalty(x, x_hat, f, weight, done) for done in (0.025, 0.05))
     assert_close(half, whole / 2)
     sae.after_step(f, torch.tensor(9.0), 0)
@@ -3560,9 +3561,19 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
     for name in ("k4", "k4-best", "kl-only"):  # the last is of a method of another program
         model_loaders.write_text(tmp_path / name / "cfg.json", "{}")
-    model_loaders.write_text(tmp_path / "config.json", '{"method": ["kl-only", "../x"]}')
+    model_loaders.write_text(tmp_path / "config.json", '{"method": ["kl-only", "../x", ".."]}')
+    model_loaders.write_text(tmp_path.parent / "cfg.json", "mine")
     folder.clear()
     assert [path.name for path in tmp_path.glob("k*")] == ["k4-best"]
+    assert (tmp_path.parent / "cfg.json").read_text() == "mine"
+    folder.log([])
+    folder.save_state({"config": settings, "identity": identity, "world": 2}, "1-0")
+    other = model_loaders.RunFolder(tmp_path, [], rank=1)
+    fails(["checkpoint-1-0-1.pt is missing"], other.load_state, "cpu")
+    model_loaders.write_text(tmp_path / "old" / ".saeft", "")
+    model_loaders.write_text(tmp_path / "old" / "checkpoint.pt", "")
+    old = model_loaders.RunFolder(tmp_path / "old", [])
+    fails(["a checkpoint of another version"], old.take, True, False)
     run = {"name": "n", "start": None, "model": "./m", "out": str(tmp_path / "outer")}
     model_loaders.write_text(tmp_path / "outer" / ".saeft", "")
     fails(["outer is a run's own folder"], model_loaders.run_path, run)
@@ -3578,7 +3589,7 @@ def test_what_changed_since_a_run_is_told(tmp_path, capsys):
         ({"identity": {**now, "model": "0"}}, ["the model, ./m, is not what"]),
         ({"identity": {"data": "0"}}, ["the data, ./d, or its <bos> is not what"]),
         ({"identity": now, "dataset_path": "d"}, []),
-        ({"identity": now, "dataset_path": "e"}, ["./d is e, from its first token again"]),
+        ({"identity": now, "dataset_path": "e"}, ["under another name: none of it counts as seen"]),
     ]:
         (tmp_path / "cfg.json").write_text(json.dumps({"metadata": metadata}))
         model_loaders.note_changes(str(tmp_path), settings, now)

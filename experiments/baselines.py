@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
-from model_loaders import flag, read_safetensors, write_safetensors
+from model_loaders import expanded, flag, read_safetensors, write_safetensors
 from saeft import PLACES, SAE, LanguageModel, Trainee, activate, single
 
 
@@ -159,7 +159,7 @@ def build(method: str, lm: LanguageModel, sae: SAE, layer: int, rank: int) -> Tr
 
 def load(folder: str | Path, lm: LanguageModel, layer: int) -> Trainee:
     """What a run of a baseline saved: it gives the figures that the run reported."""
-    path, sae = Path(folder, "adapter.safetensors"), SAE.load(folder)
+    path, sae = expanded(folder) / "adapter.safetensors", SAE.load(folder)
     if not path.exists():
         return Trainee(sae, lm)
     with open(path, "rb") as file:

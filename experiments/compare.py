@@ -25,13 +25,14 @@ def run(out: Path, name: str, flags: list[str]) -> dict:
     are kept beside the run, since one that is not given any more is in no setting."""
     done, kept = out / name / "report.json", out / f"{name}.flags.json"
     given = vars(flags_of(baselines.Settings).parse_args(flags))
+    refuse(given.keys() & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
     if not done.exists():
         write_text(kept, json.dumps(given))
         line = [*flags, "--out", str(out), "--name", name, "--resume"]
         status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
-    was = read_json(kept)
+    was = read_json(kept) if kept.exists() else {}
     other = {key: was.get(key) for key in was.keys() | given if was.get(key) != given.get(key)}
     refuse(other, f"{done.parent} was made with {other}: give another --out")
     report = read_json(done)
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--out", type=expanded, default=Path("runs/compare"))
     args, rest = parser.parse_known_args()
     refuse(args.seeds < 1, f"--seeds {args.seeds}: give 1 or more")
-    own = {"seed", "k", "method", "rank", "start", "name", "resume", "overwrite"}
+    own = {"seed", "k", "method", "rank", "start", "name"}
     own &= vars(flags_of(baselines.Settings).parse_args(rest)).keys()
     refuse(own, f"{', '.join(sorted(own))}: --ks, --seeds and --out say that here")
     tokens = ["--tokens", args.tokens] if args.tokens else []

@@ -218,7 +218,7 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
     if what != "sae" or out != into:
         architecture = f"{what} to {out}"
     cfg = {"architecture": architecture, "apply_b_dec_to_input": False, "prepend_bos": True}
-    cfg.update(hook_name=into, context_size=1024, d_sae=config.get("width"))
+    cfg.update(hook_name=into, usual_context=1024, d_sae=config.get("width"))
     return {**cfg, "model_name": f"google/{model}" if model else None, **UNPROCESSED}
 
 
@@ -358,7 +358,7 @@ def convert(
     source: str, folder: str, layer: int | None = None, kind: str | None = None, **told
 ) -> str:
     """Writes the folder, whole or not at all; returns a line about it. Raises UserError.
-    told: model_name, context_size, which the source does not say."""
+    told: context_size, where the source does not say it; model_name, also in place of its own."""
     target = expanded(folder).absolute()
     taken = target.exists() and (target.is_file() or any(target.iterdir()))
     refuse(taken, f"{folder} is there already: name a new folder, or an empty one")
@@ -381,6 +381,7 @@ def convert(
         if model and MODELS.get(given, given) != MODELS.get(model, model):
             say(f"note: --model {given}, where it says {model}")
         cfg.update(told)
+        cfg["context_size"] = cfg.get("context_size") or cfg.get("usual_context")
         tensors, L = build(tensors, cfg), block(cfg, files, layer)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")

@@ -188,8 +188,8 @@ def parse(argv: list[str] | None):
     page = "the page (default: features.html in the run's folder)"
     parser.add_argument("--out", type=model_loaders.expanded, help=page)
     parser.add_argument("--device", default="auto")
-    forks = "files that add kinds, places or models, to import first"
-    parser.add_argument("--fork", nargs="+", default=[], help=forks)
+    fork = "a file that adds kinds, places or models, to import first; may be given again"
+    parser.add_argument("--fork", action="append", default=[], help=fork)
     args = parser.parse_args(argv)
     for fork in args.fork:
         with user_errors(f"--fork {fork}"):
@@ -213,7 +213,7 @@ def parse(argv: list[str] | None):
 def load(args, n_train: int = 0) -> tuple:
     """Model, tokenizer, the SAE, the one in its `before/` or None, and a stream of its data, with
     about n_train tokens for training."""
-    folder, device = Path(args.run), saeft.join_processes(args.device)
+    folder, device = model_loaders.expanded(args.run), saeft.join_processes(args.device)
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
         before = SAE.load(folder / "before").to(device)
@@ -236,7 +236,7 @@ def load(args, n_train: int = 0) -> tuple:
 
 def make_page(args) -> str:
     """Writes the page; returns a line about it."""
-    folder = Path(args.run)
+    folder = model_loaders.expanded(args.run)
     lm, tokenizer, sae, before, stream = load(args)
     with contextlib.closing(stream):
         data = describe(lm, tokenizer, sae, before, stream.validation(), args)

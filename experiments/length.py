@@ -8,7 +8,7 @@ them every length is a fine-tune of its own, whose rate falls to 0 over it. The 
 train side by side on the same batches, and so does the control, MSE alone, at each of them.
 Figures are means over five parts of the held-out text, which give the standard error. Rows go to
 OUT/length.json as they come, the SAEs to folders beside it: the same command goes on where it was
-cut. OUT/length.png needs matplotlib.
+cut. OUT/length.png, of several kinds of SAE one each, needs matplotlib.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ import saeft
 from model_loaders import (
     Parser,
     count,
-    flags_of,
     expanded,
+    flags_of,
     progress,
     read_json,
     refuse,
@@ -252,6 +252,8 @@ def main() -> None:
     kept = read_json(table) if table.exists() else {"flags": flags}
     refuse(kept["flags"] != flags, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
+    old = any("d_sae" not in row for row in rows)
+    refuse(old, f"{table} is of another version of this script: give another --out")
     keys = {start: sae_key(start) for start in starts}
     for start, key in keys.items():
         longest = str(max(args.lengths))

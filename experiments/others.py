@@ -223,21 +223,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=model_loaders.expanded, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)
     run = saeft.Run(saeft.parse([*flags, "--tokens", args.tokens, "--out", str(args.out)]))
-    path, rows = args.out / "others.json", []
+    path = args.out / "others.json"
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         run.first_saes()  # which finds what is a sink
         made = {"tokens": args.tokens, "flags": flags, **run.identity}
-        was = model_loaders.read_json(path)["made"] if path.exists() else made
-        refuse(was != made, f"{path} was made with {was}: give another --out")
-        write_text(path, json.dumps({"made": made, "rows": rows}))
+        kept = model_loaders.read_json(path) if path.exists() else {"made": made, "rows": []}
+        refuse(kept["made"] != made, f"{path} was made with {kept['made']}: give another --out")
+        write_text(path, json.dumps(kept, indent=1))
         for name in LIBRARIES:
             try:
-                rows.append(row_of(name, run, args.out, flags))
+                row = row_of(name, run, args.out, flags)
+                kept["rows"] = [r for r in kept["rows"] if r["library"] != name] + [row]
             except ImportError as error:
                 say(f"{name}: {error}")
-            write_text(path, json.dumps({"made": made, "rows": rows}, indent=1))
-    print_table(rows)
+            write_text(path, json.dumps(kept, indent=1))
+    print_table(kept["rows"])
 
 
 if __name__ == "__main__":

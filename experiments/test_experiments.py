@@ -687,7 +687,7 @@ def test_metadata(sample, tmp_path, capsys):
     assert told.get("model_name") == MODELS_TOLD[sample]
     assert told.get("context_size") == contexts.get(sample, 128)
     assert (given["model_name"], given["context_size"]) == ("owner/model", int(context))
-    if told.get("context_size"):
+    if told.get("context_size") and "gemma" not in sample.__name__:  # whose files do not say it
         flags = [str(tmp_path / "source"), str(tmp_path / "c"), "--context", "31"]
         assert convert.main(flags) == 2
         assert f"--context 31: it says {context}" in capsys.readouterr().err

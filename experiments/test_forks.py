@@ -345,11 +345,12 @@ def own_kind():
             super().__init__(*args, **kwargs)
             self.floor, self.steps, self.groups = floor, steps, groups
             self.gate = torch.nn.Parameter(1 + 0.1 * torch.randn(groups))
-            self.frozen = torch.nn.Parameter(torch.rand(()), requires_grad=False)
+            self.frozen = torch.nn.Parameter(torch.ones(()), requires_grad=False)
 
         def start(self, x, config):
             super().start(x, config)
             self.floor = -x.std().item()
+            self.frozen.fill_(0.5)
 
         def encode(self, x, keep=None):
             if self.training:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-sys.path[:0] = map(str, Path(__file__).parents[2:3])  # of a clone
+sys.path.insert(0, str([*Path(__file__).parents][:3][-1]))
 import model_loaders
 import saeft
 from model_loaders import refuse

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-sys.path[:0] = map(str, Path(__file__).parents[2:3])  # of a clone
+sys.path.insert(0, str([*Path(__file__).parents][:3][-1]))
 import saeft
 
 

@@ -9,7 +9,7 @@ follows. The stream after the block changes by x_hat - x.
 import sys
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).parents[2:3])  # of a clone
+sys.path.insert(0, str([*Path(__file__).parents][:3][-1]))
 import saeft
 from model_loaders import refuse
 
