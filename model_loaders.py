@@ -116,10 +116,8 @@ def check_ranges(settings):
         value, (low, high) = getattr(settings, f.name), f.metadata["range"]
         name = "--" + f.name.replace("_", "-")
         for one in value if isinstance(value, list) else [value]:
-            number = isinstance(one, (int, float))
-            refuse(
-                number and not low <= one <= high, f"{name} {one} is not from {low:g} to {high:g}"
-            )
+            off = isinstance(one, (int, float)) and not low <= one <= high
+            refuse(off, f"{name} {one} is not from {low:g} to {high:g}")
             refuse(one == "", f"{name} is empty")
 
 
@@ -243,18 +241,16 @@ def files_key(paths: list, top) -> str:
     paths = sorted(map(str, paths))
     seen = list(map(_stat, paths))
     if sum(size for size, *_ in seen) <= LARGE:
-        seen = map(_digest, paths)
+        seen = []
+        for path in paths:
+            with open_file(path) as file:
+                seen.append(hashlib.blake2b(file.read()).hexdigest())
     return _key([(os.path.relpath(path, top), what) for path, what in zip(paths, seen)])
 
 
 def _stat(path) -> tuple:
     about = os.stat(path)
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
-
-
-def _digest(path: str) -> str:
-    with open_file(path) as file:
-        return hashlib.blake2b(file.read()).hexdigest()
 
 
 def note_changes(source, settings: dict, identity: dict):
@@ -1204,8 +1200,7 @@ class TokenStream:
             end = self.tokens[side] * self.dtype.itemsize
             if file.tell() < end:
                 raise OSError("cut off by another program")
-            if file.tell() > end:
-                file.truncate(end)
+            file.truncate(end)
             file.write(ids.astype(self.dtype).tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)

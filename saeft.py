@@ -583,9 +583,8 @@ class Trainee:
 
     def state_dict(self) -> dict:
         """For checkpoints. A method whose Trainee has more that moves adds it here."""
-        frozen = set()
-        if self.trained is not self.sae:  # of an adapted model, most of it, as it was
-            frozen = {name for name, p in self.trained.named_parameters() if not p.requires_grad}
+        adapted = [] if self.trained is self.sae else self.trained.named_parameters()
+        frozen = {name for name, p in adapted if not p.requires_grad}  # which are as they were
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
         own = {"idle": self.sae.idle, "dead": self.sae.dead, "numbers": self.sae.plain_numbers()}
         return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
@@ -1042,9 +1041,8 @@ class LanguageModel(nn.Module):
     block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
     names = ()  # of body, embedding, blocks, final norm and head
     eps = ""  # the setting of the norms
-    sizes = ("vocab_size", "hidden_size", "intermediate_size")
-    sizes += ("num_hidden_layers", "num_attention_heads")  # which there must be
-    numbers = {**dict.fromkeys(sizes), "max_position_embeddings": 8192}
+    numbers = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
+    numbers.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
     choices = {}
     optional = ()
     n_skip = 0  # leading positions without content (<bos>)
@@ -1093,10 +1091,9 @@ class LanguageModel(nn.Module):
         return self.part(1)(tokens)
 
     def prefix(self, tokens, layer: int):
-        """Output [B, T, D] of block `layer` for tokens [B, T]; later blocks never run. -1: the
-        embedding. UserError where there is no such block."""
-        last = len(self.blocks) - 1
-        refuse(not -1 <= layer <= last, f"block {layer}: there are 0 to {last}")
+        """Output [B, T, D] of block `layer` (-1: the embedding) for tokens [B, T]; later blocks
+        never run."""
+        refuse(not -1 <= layer < len(self.blocks), f"there is no block {layer}")
         return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
     def suffix(self, resid, layer: int):
@@ -1111,13 +1108,9 @@ class LanguageModel(nn.Module):
             resid = block(resid, *tables[block.rope])
         return resid
 
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.part(3)
-
     def unembed(self, resid):
         """Logits [..., V] of the last block's output [..., D]."""
-        return F.linear(self.final_norm(resid), self.W_U)
+        return F.linear(self.part(3)(resid), self.W_U)
 
     def forward(self, tokens):
         """Logits [B, T, V] of tokens [B, T]."""
@@ -1372,7 +1365,6 @@ def join_processes(name: str) -> torch.device:
     name = f"cuda:{local or 0}" if name == "cuda" else name
     with user_errors(f"--device {name} is not there"):
         device = torch.zeros((), device=name).device
-        refuse(device.type == "meta", "--device meta holds no numbers")
     if local is not None and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         with user_errors("LOCAL_RANK is set, but what else torchrun sets is not right"):
@@ -1385,17 +1377,13 @@ def check(config: Config) -> LanguageModel:
     """The model, without weights; config.layer where it is not given. UserError for settings that
     cannot be, with the value, before anything is loaded or written."""
     model_loaders.check_ranges(config)
-    refuse(
-        config.resume and config.overwrite, "--resume goes on, --overwrite begins anew: give one"
-    )
+    refuse(config.resume and config.overwrite, "--resume and --overwrite: give one")
     lm = build_lm(model_loaders.load_config(config.model))
     last = len(lm.blocks) - 1
     if config.layer is None:
         config.layer = (last + 1) // 2
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
-    several = len(config.k) > 1 and "k" not in KINDS[config.sae].numbers
-    refuse(several, f"--k {config.k}: a {config.sae} SAE has no K, they would be the same")
     layer, k, context = config.layer, max(config.k), config.context
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
     saved_as = model_loaders.read_hook(model_loaders.hook_name(layer, config.place))
@@ -1638,8 +1626,7 @@ class Run:
         table = torch.stack([torch.stack([*row.values()]) for row in figures])  # [SAEs, figures]
         rows = [dict(zip(figures[0], row)) for row in mean_over_ranks(table).tolist()]
         finite = all(math.isfinite(row["loss"]) for row in rows)
-        where = f"at step {step} of {phase.steps}"
-        refuse(not finite, f"a loss of {phase.name} {where} is not finite: lower its rate")
+        refuse(not finite, f"a loss of {phase.name} at step {step} is not finite: lower its rate")
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
         line = {"phase": phase.name, "step": step, "tokens": step * per_step * world_size()}
         line["seconds"] = self.done.seconds[phase.name]

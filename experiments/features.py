@@ -47,7 +47,7 @@ def firing_rates(sae: SAE, x: Tensor) -> Tensor:
 def logit_effects(lm, directions: Tensor, n_vocab: int) -> Tensor:
     """[n, V]: what directions [n, D] add to the logits, but for the division by the residual's
     norm: through the final norm's scale and W_U, less the mean over the vocabulary."""
-    norm = lm.final_norm
+    norm = lm.part(3)
     if isinstance(norm, nn.LayerNorm):
         directions = (directions - directions.mean(-1, keepdim=True)) * norm.weight
     elif norm is not None:  # Gemma's RMSNorm; of other models it is not known
