@@ -646,6 +646,12 @@ def finetune_lr(sae: SAE, steps: int) -> float:
     return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
 
 
+def variance_of(x, weight):
+    """sum_n weight_n ||x_n - mean||^2 of x [N, D] in a mean process, around the mean of all."""
+    mean = mean_over_ranks(weight @ x)
+    return mean_over_ranks(weight @ (x - mean).pow(2).sum(-1))
+
+
 def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
     clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
@@ -701,8 +707,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     t.sae.idle = torch.where(fired > 0, 0, t.sae.idle + n)
     if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
         t.sae.dead = (t.sae.idle > config.dead_after).nonzero()[:, 0]
-    variance = mean_over_ranks((x - mean_over_ranks(x.mean(0))).pow(2).sum(-1).mean())
-    fvu = mse.detach() / variance
+    fvu = mse.detach() / variance_of(x, weight)
     return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
 
 
@@ -725,9 +730,7 @@ def finetune(
             keep = content(x, lm.n_skip, phase.limit)  # [B, T]
             n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
-            original = single(x).flatten(0, 1)  # [N, D]
-            mean = mean_over_ranks(weight @ original)
-            variance = mean_over_ranks(weight @ (original - mean).pow(2).sum(-1))
+            variance = variance_of(single(x).flatten(0, 1), weight)
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]

@@ -2010,8 +2010,7 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
     generator, seen = torch.Generator().manual_seed(5), []
 
     def after_step(phase, figures):
-        means = {name: saeft.mean_over_ranks(value) for name, value in figures[0].items()}
-        seen.append([means])
+        seen.append(saeft.mean_over_ranks(figures[0]["fvu"]))
 
     sae, infinite = small_sae(kind, k=2).train(), torch.tensor(torch.inf)
     if method == "MSE":
@@ -2031,8 +2030,8 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
         phase = Phase(method, [saeft.METHODS[method](lm, sae, LOOP)], 10, limit)
         saeft.finetune(phase, lm, Stream(tokens), replace(LOOP, kl_batch=4 // world), after_step)
     if rank == 0:
-        told = {"fvu": torch.stack([row["fvu"] for (row,) in seen])}
-        safetensors.save_file({**sae.state_dict(), **told}, f"{file}.safetensors")
+        fvu = torch.stack(seen)
+        safetensors.save_file({**sae.state_dict(), "fvu": fvu}, f"{file}.safetensors")
     if world > 1:
         dist.destroy_process_group()
 

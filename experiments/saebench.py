@@ -42,7 +42,7 @@ except ImportError as error:
 
 import model_loaders
 import saeft
-from model_loaders import UserError
+from model_loaders import UserError, expanded
 
 jaxtyping.config.update("jaxtyping_disable", True)  # its checks would end sparse probing
 EVALS = {
@@ -189,16 +189,10 @@ def table(figures: dict[tuple[str, str], dict]) -> str:
 # ---- The command line ---------------------------------------------------------------------------
 def parse(argv: list[str] | None):
     parser = model_loaders.Parser(__doc__)
-    parser.add_argument(
-        "runs", nargs="*", type=model_loaders.expanded, help="folders of runs or of SAEs"
-    )
+    parser.add_argument("runs", nargs="*", type=expanded, help="folders of runs or of SAEs")
     parser.add_argument("--evals", nargs="+", choices=EVALS, help="default: all that can run")
-    parser.add_argument(
-        "--data", type=model_loaders.expanded, help="labelled text: a subfolder or file a class"
-    )
-    parser.add_argument(
-        "--make-data", type=model_loaders.expanded, help="write such text, from the shipped text"
-    )
+    parser.add_argument("--data", type=expanded, help="labelled text: a subfolder or file a class")
+    parser.add_argument("--make-data", type=expanded, help="write such text, from the shipped text")
     parser.add_argument("--cities", type=int, help="RAVEL on so many cities, with own prompts")
     parser.add_argument("--pairs", type=int, default=5000, help="of each attribute, for ravel")
     parser.add_argument("--seed", type=int, default=42, help="of all evaluations but core")
@@ -206,9 +200,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--batch", type=int, default=32, help="sequences in a forward pass")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--out", type=model_loaders.expanded, default=Path("runs/saebench"), help="table and log"
-    )
+    parser.add_argument("--out", type=expanded, default=Path("runs/saebench"), help="table and log")
     args = parser.parse_args(argv)
     own = args.data and not args.cities  # no network, it seems
     args.evals = args.evals or [name for name in EVALS if name != "ravel" or not own]
