@@ -210,19 +210,37 @@ def fetch(name: str, filename: str) -> Path:
     folder, (repo, _, revision) = os.path.expanduser(place), place.partition("@")
     with hub_errors(repo, filename):
         if os.path.isdir(folder):
-            os.stat(os.path.join(folder, filename))
-            return Path(folder, filename)
+            path = Path(folder, filename)
+            refuse(path.is_symlink() and not path.exists(), f"{path} is a link to nothing")
+            os.stat(path)
+            return path
         if "/" not in repo:
             raise hub.HFValidationError  # a bare name, none of ours
         wanted = commits.get((repo, revision), revision or None)
         file = {"repo_id": repo, "filename": filename, "revision": wanted}
-        path = hf.try_to_load_from_cache(**file)
-        if not isinstance(path, str):  # without a network the first call fails at once
-            hf.get_hf_file_metadata(hf.hf_hub_url(**file))
-            path = hf.hf_hub_download(**file)
+        path = hf.try_to_load_from_cache(**file)  # an object where it is known that there is none
+        if path is None:
+            with suppress(hub.EntryNotFoundError):  # without a network this fails at once
+                hf.get_hf_file_metadata(hf.hf_hub_url(**file))
+            path = hf.hf_hub_download(**file)  # keeps in mind that there is none
+        if not isinstance(path, str):
+            raise FileNotFoundError
         snapshot = Path(path).parents[len(Path(filename).parts) - 1]  # a commit's folder
         commits.setdefault((repo, revision), snapshot.name)
         return Path(path)
+
+
+def find(name: str, filename: str) -> Path | None:
+    """`fetch`, but None where there is no such file; without a network, none that is known of."""
+    try:
+        return fetch(name, filename)
+    except UserError as error:
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        if error.__cause__ is None or status not in (None, 404):  # a Hub that is busy, say
+            raise
+        if status is None and not isinstance(error.__cause__, FileNotFoundError):
+            say_once(f"note: {filename} of {name} is out of reach, and taken as not there")
+        return None
 
 
 def model_key(name: str) -> str:
@@ -286,10 +304,9 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
     for file in _weight_files(name):
         for key, tensor in read_safetensors(fetch(name, file), device, dtype).items():
             if not re.search(IGNORED, key):
-                numbers = f"{name}: {key} is of {tensor.dtype}: {UNQUANTISED}"
-                refuse(not tensor.is_floating_point(), numbers)
-                what = f"{name}: {key} is not finite in {dtype}"
-                refuse(not tensor.isfinite().all(), f"{what}: a damaged file, or too large")
+                sound = tensor.is_floating_point() and tensor.isfinite().all()
+                what = f"{name}: {key}, of {tensor.dtype}, is not finite in {dtype}"
+                refuse(not sound, f"{what}: damaged, too large, or else {UNQUANTISED}")
                 key = key.replace("language_model.model.", "model.").replace("language_model.", "")
                 weights[key] = tensor
     return weights
@@ -297,11 +314,9 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 def _weight_files(name: str) -> list[str]:
     """model.safetensors, or where there is none the shards that an index lists."""
-    try:
-        fetch(name, "model.safetensors")
+    if find(name, "model.safetensors"):
         return ["model.safetensors"]
-    except UserError:  # none, or out of reach
-        index = fetch(name, "model.safetensors.index.json")
+    index = fetch(name, "model.safetensors.index.json")
     with user_errors(f"cannot read {index}"):
         files = sorted({*read_json(index)["weight_map"].values()})
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
@@ -466,15 +481,9 @@ def sae_key(source) -> str:
 
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `write_sae` was given: every tensor of an SAE for raw activations, floating ones in
-    float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder in
-    SAELens's layout, or on the Hub owner/name:path or owner/name@revision:path. UserError also for
-    what our equations cannot express, whatever the architecture."""
-    folder = expanded(source)
-    inside = folder.glob("*/cfg.json") if source and os.path.isdir(folder) else ()
-    found = sorted(str(path.parent) for path in inside)
-    around = found and not (folder / "cfg.json").exists()
-    refuse(around, f"{source} is no SAE: give {' or '.join(found[:9])}")
+    """What `write_sae` was given: all tensors of an SAE for raw activations, floating ones in
+    float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder, or on the
+    Hub owner/name[@revision]:path. UserError also for what our equations cannot express."""
     cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
     cfg["saeft"] = _dict(cfg, "saeft")
     says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
@@ -714,11 +723,10 @@ def _any_of(texts) -> re.Pattern:
 
 
 class Tokenizer:
-    """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`.
-    Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback (Gemma: ▁ is a space).
-    n_vocab: largest id + 1. fingerprint: a key of all that the file says. eos_id: the token between
-    documents, by default <|endoftext|>, <eos> or </s>. bos_id: what it puts first; None if nothing.
-    An exception for files that are not read exactly."""
+    """A parsed `tokenizer.json`; ids are those of the reference library, `tokenizers`, but NFC is
+    that of Python's Unicode. Byte-level BPE (GPT-NeoX), or BPE over characters with byte fallback
+    (Gemma: ▁ is a space). n_vocab: largest id + 1. fingerprint: a key of the file. eos_id: what
+    ends a document, bos_id: what it puts first, or None. An exception for what is not read so."""
 
     def __init__(self, spec: dict, eos: str | None = None):
         vocab, gemma = spec["model"]["vocab"], bool(spec["model"].get("byte_fallback"))
@@ -796,8 +804,8 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
     added = {**added, **{_text(token): int(i) for i, token in decoder.items()}}
     other += [text for text, i in added.items() if tokenizer.ids.get(text) != i]
     named = [config.get(f"{name}_token") for name in "bos eos unk sep pad cls mask".split()]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = config.get(key) or []
+    for kind in ("additional", "extra", "model_specific"):
+        more = config.get(f"{kind}_special_tokens") or []
         named += more.values() if isinstance(more, dict) else more
     other += {_text(token) for token in named if token} - tokenizer.added
     other += [key for key in ("add_prefix_space", "split_special_tokens") if config.get(key)]
@@ -809,13 +817,15 @@ def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes away
     what it puts first, "yes" puts its bos_token, or the end of text, where it puts nothing. Raises
     UserError."""
-    path, beside = fetch(str(name), "tokenizer.json"), []
-    for filename in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"):
-        with suppress(UserError):  # there is no such file, or no network
-            beside.append(fetch(str(name), filename))
-    says = {file.name: read_json(file) for file in beside}
+    path = fetch(str(name), "tokenizer.json")
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    beside = {filename: find(str(name), filename) for filename in names}
+    says = {filename: read_json(file) for filename, file in beside.items() if file}
     config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
     with user_errors(f"cannot read {path}"):
+        ends = {_text(said["eos_token"]) for said in says.values() if said.get("eos_token")}
+        if len(ends) > 1 and not config.get("added_tokens_decoder"):
+            raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
         tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
         _check_beside(tokenizer, config, says.get("added_tokens.json", {}))
         if bos == "yes" and tokenizer.bos_id is None:
@@ -834,7 +844,7 @@ HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
 # The source that belongs to a vocabulary, by Tokenizer.vocabulary: GPT-NeoX's and tiny's.
 OWN_DATA = {"e56ffe519fcf54d3": "pythia", "45c3a5511fb22111": "tiny"}
 IDS = re.compile(r"\.bin$", re.I)
-OTHER = re.compile(r"\.(parquet|arrow|[ct]sv|json|zip|7z|tar|tgz|xz|bz2)(\.gz|\.zst)?$", re.I)
+OTHER = re.compile(r"\.(parquet|arrow|[ct]sv|(nd)?json|zip|7z|tar|tgz|xz|bz2)(\.gz|\.zst)?$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
 LONGEST = 1 << 16  # characters in a piece of a document
@@ -994,16 +1004,14 @@ def _plain_texts(blocks, path: str, longest: int):
     yield rest
 
 
-def source_now(data: str, root: str | None) -> tuple[str, str, Path]:
+def source_now(data: str) -> tuple[str, str, Path]:
     """(place, version, folder) of a source as it is now: a path, or a Hub dataset at one commit;
     that commit, or `files_key`; where the cache has all versions. Offline a dataset is what it was
     last."""
     place = _place(data)
-    if not root:
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
-        root = os.path.join(root, "saeft")
-    folder = Path(root, f"{re.sub(r'[^a-zA-Z0-9]+', '-', place)[-60:]}-{_key(place)}")
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
+    folder = Path(root, "saeft", f"{re.sub(r'[^a-zA-Z0-9]+', '-', place)[-60:]}-{_key(place)}")
     if not place.startswith("hf://"):
         top = place if os.path.isdir(place) else os.path.dirname(place)
         return place, files_key([path for path, _ in source_files(place)], top or "."), folder
@@ -1025,15 +1033,12 @@ class TokenStream:
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
     tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
-    embedding; a piece with an id beyond them is left out. UserError for an unknown, short or
-    failing source.
+    embedding; a piece with an id beyond is left out. UserError for an unknown or short source.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
     many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
 
-    def __init__(
-        self, data, tokenizer, context, train, val, cache=None, allow_short=False, n_rows=None
-    ):
+    def __init__(self, data, tokenizer, context, train, val, allow_short=False, n_rows=None):
         self.data, self.tokenizer, self.context = data, tokenizer, context
         self.allow_short = allow_short
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
@@ -1045,7 +1050,7 @@ class TokenStream:
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
-        self.place, version, folder = source_now(data, cache)
+        self.place, version, folder = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
         self.folder = folder / self.key
@@ -1309,16 +1314,12 @@ class RunFolder:
             return None
         with user_errors(f"cannot read a checkpoint in {self.path}: --overwrite starts anew"):
             tag = (self.path / "checkpoint").read_text()
-            own, first = (self.path / f"checkpoint-{tag}-{n}.pt" for n in (self.rank, 0))
-            path = own if own.exists() else first  # there were fewer, which `go_on` refuses
-            saved = torch.load(path, map_location=device, weights_only=True)
-            refuse(path != own and self.rank < saved["world"], f"{own} is missing: --overwrite")
-            return saved
+            path = self.path / f"checkpoint-{tag}-{self.rank}.pt"
+            return torch.load(path, map_location=device, weights_only=True)
 
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
-        identity: the keys of "model", "data" and "start", whatever their names. UserError if that
-        run has other settings, or one of these is another."""
+        UserError if it has other settings, or another identity of "model", "data" or "start"."""
         may_differ = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
         was = saved["config"]
         for name in sorted(settings.keys() - may_differ - identity.keys()):
@@ -1330,8 +1331,8 @@ class RunFolder:
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             path = self.path / "metrics.jsonl"
-            with user_errors(f"cannot write {path}"):
-                os.truncate(path, min(saved["logged"], path.stat().st_size))
+            with user_errors(f"cannot write {path}"), open(path, "ab") as file:
+                file.truncate(min(saved["logged"], file.tell()))
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""

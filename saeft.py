@@ -351,7 +351,7 @@ class ReLU(SAE, kind="relu", architecture="standard"):
         scaling all f leaves its loss the same: 2 sum <x - x_hat, x_hat - b_dec> / sum_n sum_i f_i
         ||W_dec[i]||."""
         super().start(x, config)
-        scale = x.pow(2).sum(-1).mean().sqrt()
+        scale = single(x).pow(2).sum(-1).mean().sqrt()
         if config.l1 is not None or not config.start:
             self.l1.copy_(scale * (0.1 if config.l1 is None else config.l1))
         elif self.l1 == 0:
@@ -648,6 +648,7 @@ def finetune_lr(sae: SAE, steps: int) -> float:
 
 def variance_of(x, weight):
     """sum_n weight_n ||x_n - mean||^2 of x [N, D] in a mean process, around the mean of all."""
+    x = single(x)
     mean = mean_over_ranks(weight @ x)
     return mean_over_ranks(weight @ (x - mean).pow(2).sum(-1))
 
@@ -691,7 +692,7 @@ def train_mse(phase: Phase, config: Config, after_step: Callable):
 
 def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) -> dict:
     """A step on x [N, D]: mean_n ||x - x_hat||^2 and the kind's penalty. Returns loss, FVU, L0."""
-    n = len(x) * world_size()
+    x, n = single(x), len(x) * world_size()
     weight = x.new_full((len(x),), 1 / len(x))
     with config.autocast(x.device):
         x_hat, f = t.sae(x)
@@ -730,7 +731,7 @@ def finetune(
             keep = content(x, lm.n_skip, phase.limit)  # [B, T]
             n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
-            variance = variance_of(single(x).flatten(0, 1), weight)
+            variance = variance_of(x.flatten(0, 1), weight)
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
@@ -1005,7 +1006,9 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type:
-        rope = rope[layer_type]  # a flat one is not what it seems: transformers ignores it
+        rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
+        lacks = not isinstance(rope, dict)
+        refuse(lacks, f"config.json has rope_parameters without {layer_type}")
     linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
     kinds = ["linear" if linear else "default"]
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
@@ -1096,7 +1099,7 @@ class LanguageModel(nn.Module):
     def prefix(self, tokens, layer: int):
         """Output [B, T, D] of block `layer` (-1: the embedding) for tokens [B, T]; later blocks
         never run."""
-        refuse(not -1 <= layer < len(self.blocks), f"there is no block {layer}")
+        refuse(layer not in range(-1, len(self.blocks)), f"there is no block {layer}")
         return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
     def suffix(self, resid, layer: int):
@@ -1708,7 +1711,7 @@ def told_by_sae(source: str, given: dict) -> dict:
     silent = ("prepend_bos", "model_from_pretrained_kwargs")
     missing = [key for key in silent if cfg.get(key) in (None, {})]
     if missing:  # the second says whether x was centred, as it was in SAELens's first versions
-        taken = "x is taken as the model has it, <bos> as the tokenizer does"
+        taken = "x is taken as the model has it, <bos> as it says or else the tokenizer does"
         model_loaders.say_once(f"note: {source} does not say {', '.join(missing)}: {taken}")
     place = told.get("place", "resid_post")
     others = f"{', '.join(PLACES)} (experiments/forks/place.py has more)"

@@ -250,14 +250,12 @@ def test_start_says_what_it_cannot_mean(tmp_path, capsys):
     assert command("--sae relu --l1 0.03 --name own", tmp_path) == 0
     line = ["--start", str(tmp_path / "own"), "--out", str(tmp_path), "--kl-tokens", "5k"]
     TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
-    TopK(64, 96, k=4).save(tmp_path / "several" / "k4", TOLD)
     start = ["--name", "x", "--eval-tokens", "2k", "--start"]
     for flags, words in [
         (["--name", "x", "--tokens", "1M"], "--tokens: with --start"),
         (["--name", "x", "--context", "1"], "--context 1 is not from 2"),
         (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
         ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
-        ([*start, str(tmp_path / "several")], f"is no SAE: give {tmp_path / 'several' / 'k4'}"),
     ]:
         assert saeft.main([*line, *flags]) == 2
         err = capsys.readouterr().err
@@ -1180,6 +1178,7 @@ BAD_TOGETHER = [  # each value could be right, not beside the others: UserError,
     ("pythia", {"head_dim": 24}),
     ("gemma2", {"rope_parameters": rope(1e4, partial_rotary_factor=0.5)}),
     ("gemma3", {"rope_parameters": rope(1e4)}),
+    ("gemma3", {"rope_parameters": {"full_attention": rope(1e4)}}),
     ("gemma3", {"attn_logit_softcapping": 50.0}),
     ("gemma3", {"rope_parameters": {"full_attention": "x"}}),
 ]
@@ -1926,6 +1925,19 @@ def test_all_groups_of_an_own_optimizer_have_the_rate_and_it_is_fused():
     assert [group["lr"] for group in t.optimizer.param_groups] == [1e-3, 1e-3]
     t.optimizer = torch.optim.AdamW(groups)
     fails(["a fused one"], step)
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
+def test_activations_in_half_precision_do_not_overflow(kind):
+    x = (1000 * torch.randn(50, 32)).half()  # norms near 6,000: their squares are none of float16
+    figures = []
+    for given in (x, x.float()):
+        sae = saeft.KINDS[kind](32, 64, k=4)
+        sae.start(given, Config())
+        t = Trainee(sae, divergence=None)
+        row = saeft.mse_step(t, given, 1e-3, 5, 9, Config())
+        figures.append([value.item() for value in row.values()])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
@@ -2919,13 +2931,14 @@ def ids(sequences):
 
 
 @pytest.fixture
-def stream(tmp_path):
+def stream(tmp_path, monkeypatch):
     """Make token streams with a cache of this test's own, and close them after it."""
     made = []
 
     def make(data, tokenizer=None, context=16, train=1600, val=160, cache=tmp_path, **options):
         tokenizer = tokenizer or Bytes()
-        made.append(TokenStream(str(data), tokenizer, context, train, val, cache, **options))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        made.append(TokenStream(str(data), tokenizer, context, train, val, **options))
         return made[-1]
 
     yield make
@@ -3357,7 +3370,7 @@ SPLITS = [  # files that are read, and those that are left out
 ]
 
 
-@pytest.mark.parametrize("other", ["data.parquet", "data.json", "TEXTS.ZIP", "a/b.csv.gz"])
+@pytest.mark.parametrize("other", ["data.parquet", "data.ndjson", "TEXTS.ZIP", "a/b.csv.gz"])
 def test_a_licence_is_not_the_data_that_are_not_read(tmp_path, other):
     (tmp_path / other).parent.mkdir(exist_ok=True)
     (tmp_path / other).write_text("text" * 9)
@@ -3440,7 +3453,7 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
         patch.setattr(
             model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c")
         )
-        assert len({model_loaders.source_now(name, str(tmp_path))[2] for name in names}) == 5
+        assert len({model_loaders.source_now(name)[2] for name in names}) == 5
     assert len(keys) == 6 and first.folder.name == first.key
     assert stream(lines_file, n_rows=200).key not in keys
     assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
@@ -3490,6 +3503,7 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<new>"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "def"}}}),
         ("tokenizer_config.json", {"extra_special_tokens": {"image": "<new>"}}),
+        ("tokenizer_config.json", {"model_specific_special_tokens": {"image": "def"}}),
         ("tokenizer_config.json", {"add_prefix_space": True}),
         ("tokenizer_config.json", {"split_special_tokens": True}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"0": rstrip}}),
@@ -3505,8 +3519,15 @@ def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
     beside = folder / "tokenizer_config.json"
     beside.write_text(json.dumps({"bos_token": eos["content"]}))
     assert load().bos_id is None and load("yes").bos_id == eos["id"]
+    beside.write_text('{"eos_token": "</s>"}')
+    (map_file := folder / "special_tokens_map.json").write_text('{"eos_token": "def"}')
+    fails(["several ends of text", "def"], load)  # of these transformers' versions take either
+    map_file.unlink()
     beside.write_text('{"eos_token": ')
     fails(["tokenizer_config.json"], load)
+    beside.unlink()
+    beside.symlink_to(tmp_path / "nowhere")
+    fails(["tokenizer_config.json is a link to nothing"], load)
     beside.unlink()
     index = {"weight_map": {"x": "old-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -3557,6 +3578,9 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     saved["logged"] = 9
     folder.go_on(saved, settings, identity, 1)  # nothing is filled up with zeros
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
+    (tmp_path / "metrics.jsonl").unlink()
+    folder.go_on(saved, settings, identity, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
     for name in ("k4", "k4-best", "kl-only"):  # the last is of a method of another program
         model_loaders.write_text(tmp_path / name / "cfg.json", "{}")
     model_loaders.write_text(tmp_path / "config.json", '{"method": ["kl-only", "../x", ".."]}')
@@ -3567,7 +3591,7 @@ def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
     folder.log([])
     folder.save_state({"config": settings, "identity": identity, "world": 2}, "1-0")
     other = model_loaders.RunFolder(tmp_path, [], rank=1)
-    fails(["checkpoint-1-0-1.pt is missing"], other.load_state, "cpu")
+    fails(["cannot read a checkpoint", "checkpoint-1-0-1.pt"], other.load_state, "cpu")
     model_loaders.write_text(tmp_path / "old" / ".saeft", "")
     model_loaders.write_text(tmp_path / "old" / "checkpoint.pt", "")
     old = model_loaders.RunFolder(tmp_path / "old", [])
@@ -3720,6 +3744,39 @@ def test_runs_are_called_after_their_model(tmp_path):
         assert str(path) == f"runs/{expected}-layer2-topk-k3-seed0"
 
 
+BESIDE = """
+try: eos = L.load_tokenizer("o/m").eos_id
+except L.UserError as error: eos = str(error)
+print(json.dumps([said, eos]))
+"""
+
+
+def test_a_file_out_of_reach_is_not_one_that_is_not_there(tmp_path):
+    """tokenizer_config.json names the end of text: a busy Hub is no answer, and without a network
+    it is what the cache holds, or a line says that the cache does not know."""
+    token = {"content": "<end>", "special": True, "normalized": False, "lstrip": False}
+    spec = json.loads((model_loaders.TINY / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**token, "rstrip": False, "single_word": False, "id": 2048})
+    files = {"tokenizer.json": json.dumps(spec), "tokenizer_config.json": '{"eos_token": "<end>"}'}
+    files = {name: text.encode() for name, text in files.items()}
+    code = f"said = []; L.say_once = said.append\n{BESIDE}"
+    with Hub({"o/m": files}) as hub:
+        env = hub.env(tmp_path / "home")
+        hub.fail = {"tokenizer_config.json": 503}
+        said, eos = child(code, **env)
+        assert said == [] and "cannot fetch o/m (error: 503)" in eos
+        hub.fail = {}
+        assert child(code, **env) == [[], 2048]
+        partial = hub.env(tmp_path / "partial")
+        child('L.fetch("o/m", "tokenizer.json"); print(1)', **partial)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert child(code, **env, **offline) == [[], 2048]  # that others are not there is known, too
+    said, eos = child(code, **partial, **offline)
+    assert eos == 0 and said[1] == (
+        "note: tokenizer_config.json of o/m is out of reach, and taken as not there"
+    )
+
+
 KEY = """
 keys = [L.model_key("o/m"), L.load_config("o/m"), sorted(L.load_weights("o/m", "cpu", None))]
 print(json.dumps(keys))
@@ -3858,6 +3915,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, files, repo, file):
         hub, asked = self.server, self.headers["Range"]
         revision = re.search("/resolve/([^/]+)/", unquote(self.path))[1]
+        own = revision if len(revision) == 40 else revision[::-1].zfill(40)
+        commit = hub.commit if revision == "main" else own
         if f"{revision}/{file}" in (files or ()):
             file = f"{revision}/{file}"
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
@@ -3869,9 +3928,8 @@ class Handler(BaseHTTPRequestHandler):
             (file not in (files or ()), 404, "EntryNotFound"),
         ):
             if wrong:
-                return self.reply(status, {"X-Error-Code": code, "X-Error-Message": code})
-        named = {"main": hub.commit, revision[:40]: revision}  # a commit's name is itself
-        commit = named[revision] if len(revision) in (4, 40) else revision[::-1].zfill(40)
+                headers = {"X-Error-Code": code, "X-Error-Message": code}
+                return self.reply(status, {**headers, "X-Repo-Commit": commit})
         body, headers = files[file], {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
         start, stop = re.match(r"bytes=(\d+)-(\d*)", asked or "bytes=0-").groups()
@@ -3967,7 +4025,7 @@ from model_loaders import TokenStream, UserError
 RUN = """
 for data, train, val, vocab in json.loads(sys.argv[1]):
     try:
-        s = TokenStream(data, Bytes(n_vocab=vocab), 64, train, val, sys.argv[2])
+        s = TokenStream(data, Bytes(n_vocab=vocab), 64, train, val)
         both = s.train(0, s.n_train), s.validation()
         print(json.dumps([rows.flatten().tolist() for rows in both]))
     except UserError as error:
@@ -3980,7 +4038,8 @@ def client(hub, tmp_path, *cases, **env):
     paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
     env = {**os.environ, **hub.env(tmp_path / "hf", **env), "PYTHONPATH": os.pathsep.join(paths)}
     code = CLIENT + inspect.getsource(Bytes) + RUN
-    command = [sys.executable, "-c", code, json.dumps(cases), str(tmp_path / "cache")]
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", code, json.dumps(cases)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines() if line[0] in '["']

@@ -163,7 +163,9 @@ CLASSES.update(JumpReluAutoEncoder="jumprelu", ReluSAE="standard")
 
 
 def dictionary_learning(tensors: dict, source: Source) -> dict:
-    config = source.json("config.json") or source.json("../config.json")  # of a checkpoint
+    config = source.json("config.json")
+    refuse(config and not config.get("trainer"), "its config.json is none of dictionary_learning")
+    config = config or source.json("../config.json")  # of a checkpoint
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     name = trainer.get("dict_class") or by_tensors(tensors, source.kind)
     k = [float(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]

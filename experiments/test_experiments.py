@@ -1540,6 +1540,10 @@ def test_what_no_file_says_is_asked_for(tmp_path, capsys):
         assert "--kind topk or batchtopk" in capsys.readouterr().err
         check(tmp_path / kind, tmp_path / f"checked {kind}", inputs(), f, x_hat, "--kind", kind)
         assert "its path says" in capsys.readouterr().out  # the layer
+    beside = next((tmp_path / "topk").rglob("ae.pt")).with_name("config.json")
+    beside.write_text('{"sae_type": "topk", "input_unit_norm": true}')  # of another library
+    assert run_convert(tmp_path, "--kind", "topk", source="topk") == 2
+    assert "config.json is none of dictionary_learning" in capsys.readouterr().err
     for sample, other in (
         (dl_batchtopk, "topk"),
         (saelens_jumprelu, "relu"),
