@@ -273,15 +273,11 @@ def _stat(path) -> tuple:
 
 def note_changes(source, settings: dict, identity: dict):
     """Says which of model and data (with <bos>) are not those that an SAE was made with, where it
-    says that, and where those are its data under another name, which `parse` cannot tell."""
-    cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
-    for part, was in _dict(cfg, "identity").items():
+    says that."""
+    for part, was in _dict(sae_cfg(source), "identity").items():
         if identity.get(part, was) != was:
             bos = " or its <bos>" if part == "data" else ""
             say(f"note: the {part}, {settings[part]},{bos} is not what {source} was made with")
-        elif part == "data" and not same_source(cfg.get("dataset_path"), settings[part]):
-            seen = "under another name: none of it counts as seen"
-            say(f"note: {settings[part]} is what {source} was made with, {seen}")
 
 
 def _key(content) -> str:
@@ -480,11 +476,16 @@ def sae_key(source) -> str:
     return files_key([_sae_file(source, name) for name in SAE_FILES], os.sep)
 
 
+def sae_cfg(source) -> dict:
+    """The `merged` cfg.json of what `read_sae` reads."""
+    return merged(read_json(_sae_file(source, SAE_FILES[0])))
+
+
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     """What `write_sae` was given: all tensors of an SAE for raw activations, floating ones in
     float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder, or on the
     Hub owner/name[@revision]:path. UserError also for what our equations cannot express."""
-    cfg = merged(read_json(_sae_file(source, SAE_FILES[0])))
+    cfg = sae_cfg(source)
     cfg["saeft"] = _dict(cfg, "saeft")
     says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
     for key, accepted in SAE_SETTINGS.items():
@@ -543,14 +544,14 @@ ORIGIN = {
     "dataset_path": ("data", str),
     "context_size": ("context", int),
     "prepend_bos": ("bos", bool),
-    "first_sequence": ("tokens", int),
+    "first_sequence": ("first_sequence", int),
     "sink_norm": ("sink_norm", float),
 }
 
 
 def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
-    model, data, bos, context, tokens (those of its data that it has seen), sink_norm, k, d_sae.
+    model, data, bos, context, sink_norm, k, d_sae.
     UserError for a hook that is not understood, and for values of other types."""
     told = {"d_sae": cfg["d_sae"]}
     beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
@@ -569,11 +570,10 @@ def sae_settings(cfg: dict) -> dict:
     if told["model"] and how.get("revision"):
         told["model"] += f"@{how['revision']}"
     told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
-    if told["tokens"] is not None:
-        told["tokens"] *= told["context"] or 0
     k = cfg.get("k") or cfg["saeft"].get("k")
     refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
     told["k"] = [int(k) if k % 1 == 0 else k] if k else None
+    del told["first_sequence"]  # which is for TokenStream to know
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
@@ -870,12 +870,6 @@ def _place(data: str) -> str:
     return f"hf://datasets/{name}" if on_hub else path
 
 
-def same_source(data: str | None, other: str | None) -> bool:
-    """Whether two names, None for the usual one, are of the same place."""
-    one, two = (os.path.realpath(_place(name or other or "")) for name in (data, other))
-    return one == two
-
-
 def source_files(data: str) -> list[tuple[str, tuple]]:
     """(path, `_stat`) of the files that a source is read from, all of text or all of ids; a
     line says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
@@ -1033,26 +1027,31 @@ class TokenStream:
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
     tokenizer has more than 65,536 ids. Documents, end-of-text after each, are cut into sequences of
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
-    embedding; a piece with an id beyond is left out. UserError for an unknown or short source.
+    embedding; a piece with an id beyond is left out. sae: an `sae_cfg`; n_train counts what it has
+    seen of the same ids, too. UserError for an unknown or short source.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
     many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
 
-    def __init__(self, data, tokenizer, context, train, val, allow_short=False, n_rows=None):
+    def __init__(self, data, tokenizer, context, train, val, short_ok=False, n_rows=None, sae=None):
         self.data, self.tokenizer, self.context = data, tokenizer, context
-        self.allow_short = allow_short
+        self.short_ok = short_ok
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         self.n_ids = min(tokenizer.n_vocab, n_rows or tokenizer.n_vocab)  # those that may occur
         beyond = f"the end of text, {eos}, or <bos>, {bos}, has no row in the embedding: {n_rows}"
         refuse(max(eos, bos or 0) >= self.n_ids, beyond)
         self.stride = context - (bos is not None)  # ids of the stream in a sequence
-        self.asked = [train, val]  # tokens
-        self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
         self.place, version, folder = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
+        seen = 0  # sequences
+        if sae and _dict(sae, "identity").get("data") == self.key:
+            ids_in_each = sae["context_size"] - context + self.stride
+            seen = math.ceil(sae["first_sequence"] * ids_in_each / self.stride)
+        self.asked = [train + seen * context, val]  # tokens
+        self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.folder = folder / self.key
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = False
@@ -1060,7 +1059,7 @@ class TokenStream:
         self.load_meta()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        if allow_short:
+        if short_ok:
             self._wait(TRAIN, math.inf)
         self.n_train = self.need[TRAIN] // self.stride
 
@@ -1097,7 +1096,7 @@ class TokenStream:
             raise self.failure
         for side, (kind, flag) in enumerate(SIDES):
             have = self.tokens[side] // self.stride * self.stride
-            if self.allow_short and have:
+            if self.short_ok and have:
                 self.need[side] = min(self.need[side], have)
             advice = f"lower {flag}" if have else "give more text"
             short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"

@@ -1472,7 +1472,8 @@ class Run:
         few = config.context < self.lm.n_skip + 2
         refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
-        self.stream = TokenStream(*source, n_rows=len(self.lm.W_U))
+        sae = model_loaders.sae_cfg(config.start) if config.start else None
+        self.stream = TokenStream(*source, n_rows=len(self.lm.W_U), sae=sae)
         closing.callback(self.stream.close)
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
@@ -1684,11 +1685,7 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
         say(f"note: a {what} has no use of --{flags}")
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
-        same = model_loaders.same_source(config.data, told.get("data"))
-        seen = told.get("tokens", 0) if same else 0
-        if config.context != told.get("context"):  # fewer ids in a sequence, if one is <bos>
-            seen = math.ceil(seen / max(config.context - 1, 1)) * config.context
-        config.tokens = max(1, config.kl_tokens + seen)
+        config.tokens = max(1, config.kl_tokens)
     elif config.kl_tokens == config.tokens:
         refuse("kl_lr" in given, "--kl-lr: with no tokens for MSE before it, the rate is --lr")
     return config

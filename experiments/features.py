@@ -228,7 +228,7 @@ def load(args, n_train: int = 0) -> tuple:
     for name, (low, high) in limits.items():
         value, flag = getattr(args, name), name.replace("_", "-")
         refuse(not low <= value <= high, f"--{flag} {value} is not from {low} to {high}")
-    stream = model_loaders.TokenStream(*source, allow_short=True, n_rows=len(lm.W_U))
+    stream = model_loaders.TokenStream(*source, short_ok=True, n_rows=len(lm.W_U))
     now = {"model": model_loaders.model_key(args.model), "data": stream.key}
     model_loaders.note_changes(folder, vars(args), now)
     return lm, tokenizer, sae, before, stream

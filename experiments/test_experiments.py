@@ -1154,7 +1154,7 @@ def direct(folder):
     sae, lm = SAE.load(str(folder)), saeft.load_lm("tiny")
     told = model_loaders.sae_settings(model_loaders.read_sae(folder)[1])
     source = told["data"], model_loaders.load_tokenizer("tiny"), 64, 64, 3000
-    stream = model_loaders.TokenStream(*source, allow_short=True)
+    stream = model_loaders.TokenStream(*source, short_ok=True)
     tokens = stream.validation()
     stream.close()
     return sae, lm, tokens, lm.prefix(tokens, 2)
@@ -1216,7 +1216,7 @@ def test_every_kind_of_sae_has_a_page_with_and_without_before(page_run):
 def test_a_page_has_the_report_s_figures_if_they_are_of_its_text(page_run):
     tokenizer = model_loaders.load_tokenizer("tiny")
     source = str(page_run.with_name("text.jsonl")), tokenizer, 64, 64, 3000
-    stream = model_loaders.TokenStream(*source, allow_short=True)
+    stream = model_loaders.TokenStream(*source, short_ok=True)
     stream.close()
     report = {"gap": 0.25, "fvu": 0.125, "results": {"MSE": {"gap": 0.5, "fvu": 0.125}}}
     for key in (stream.key, "0" * 16):
