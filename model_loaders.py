@@ -1019,6 +1019,7 @@ def source_now(data: str) -> tuple[str, str, Path]:
         if not (folder / "commit").is_file():
             raise
         commit = (folder / "commit").read_text()
+        say_once(f"note: {repo} is out of reach, and read as it was last: {commit:.12}")
     return f"hf://datasets/{repo}@{commit}", commit, folder
 
 

@@ -3437,7 +3437,7 @@ def test_bos_that_is_the_end_of_text_keeps_the_separators(tmp_path, stream, form
     assert stream(path).key != s.key != stream(path, Bytes(bos_id=7)).key
 
 
-def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypatch):
+def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypatch, capsys):
     def key(**changes):
         return stream(lines_file, Bytes(**changes)).key
 
@@ -3449,7 +3449,12 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
         patch.setattr(
             model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c")
         )
-        assert len({model_loaders.source_now(name)[2] for name in names}) == 5
+        now = {name: model_loaders.source_now(name) for name in names}
+        assert len({folder for *_, folder in now.values()}) == 5
+        capsys.readouterr()
+        patch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: 1 / 0)
+        assert model_loaders.source_now(names[0]) == now[names[0]]  # the last time's, with a word
+        assert capsys.readouterr().out == "note: o/a.b is out of reach, and read as it was last: c\n"
     assert len(keys) == 6 and first.folder.name == first.key
     assert stream(lines_file, n_rows=200).key not in keys
     assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
