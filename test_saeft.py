@@ -3454,7 +3454,9 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
         capsys.readouterr()
         patch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: 1 / 0)
         assert model_loaders.source_now(names[0]) == now[names[0]]  # the last time's, with a word
-        assert capsys.readouterr().out == "note: o/a.b is out of reach, and read as it was last: c\n"
+        assert (
+            capsys.readouterr().out == "note: o/a.b is out of reach, and read as it was last: c\n"
+        )
     assert len(keys) == 6 and first.folder.name == first.key
     assert stream(lines_file, n_rows=200).key not in keys
     assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
