@@ -429,7 +429,7 @@ def write_text(path, text: str):
 
 
 def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = None):
-    """Write `tensors`, with `cfg` to cfg.json beside them: all or nothing. Raises UserError."""
+    """Write `tensors`, and then `cfg` to cfg.json beside them, each whole. Raises UserError."""
     path, codes = Path(path), {dtype: code for code, dtype in DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # all aligned
     header, end = {"__metadata__": metadata}, 0
@@ -871,8 +871,8 @@ def _place(data: str) -> str:
 
 
 def source_files(data: str) -> list[tuple[str, tuple]]:
-    """(path, `_stat`) of the files that a source is read from, all of text or all of ids; a
-    line says which those are. Text on a disk is mixed by a fixed seed, other files are in order.
+    """(path, `_stat`) of the files that a source is read from, all of text or all of ids; of
+    several a line says which. Text on a disk is mixed by a fixed seed, other files are in order.
 
     They are the split `train` where there is one; else all that are of no held-out split; else
     all; never files of a run's folder. A split is a whole word in the name of a folder or file."""
@@ -1070,7 +1070,7 @@ class TokenStream:
         self.thread.join(5)
 
     def validation(self) -> torch.Tensor:
-        """All validation sequences, int64 [n, context], of documents never trained on; waits."""
+        """All validation sequences, int64 [n, context], of text that `train` never gives; waits."""
         return self.train(0, self.need[VAL] // self.stride, VAL)
 
     def train(self, start: int, count: int, side: int = TRAIN) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Train a sparse autoencoder (SAE) by MSE, then close part of its cross-entropy gap by KL+MSE.
 
     python saeft.py                                     # embedded model, two minutes, no network
-    python saeft.py --model pythia-160m --k 80          # the paper's setting: 475M + 25M tokens
+    python saeft.py --model pythia-160m --k 80          # the paper's sizes: 475M + 25M tokens
     python saeft.py --start owner/name:folder           # fine-tune an SAE that somebody published
     torchrun --nproc-per-node 8 -- saeft.py --k 40 80   # two SAEs on one activation stream, 8 GPUs
 
@@ -20,7 +20,8 @@
         beta  = MSE / KL(p || q)                             # detached, new for every batch
         step((beta KL(p || q) + MSE) / 2)                    # both halves weigh alike
     step(loss): the SAE alone trains; gradients along decoder directions are removed, the norm is
-        clipped to 1, Adam steps, and decoder directions get back their unit norm (ReLU SAEs: free)
+        clipped to 1, AdamW steps, and decoder directions get back their unit norm (but those of
+        ReLU SAEs, and of SAEs that are loaded with other norms)
 
 Shapes: N tokens, B sequences, T context, D d_model, F d_sae (number of latents), V vocabulary,
 K active latents, L the layer. CE and KL are in nats per token; FVU is a share of variance.
@@ -104,7 +105,9 @@ class Config:
         None, "first rate of the fine-tune (default: 0.36 / sqrt(F D), less above 740 steps)", 0
     )
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
-    l1: float | None = flag(None, "lambda of ReLU SAEs (default: 0.1; --start: what suits it)", 0)
+    l1: float | None = flag(
+        None, "lambda / sqrt(mean ||x||^2) of ReLU SAEs (default: 0.1; --start: what suits it)", 0
+    )
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
@@ -324,8 +327,8 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
 
     @torch.no_grad()
     def after_step(self, f, l0, step):
-        """The threshold is the mean of the least activations kept in the last 50 steps or so. (The
-        published mean of the last 1000 lags behind in short runs.)"""
+        """The threshold is a running mean, of weight 1/50, of the least activation kept. (That of
+        the publication, 1/1000, lags behind in short runs.)"""
         values = F.pad(f.values, (0, 1)) if isinstance(f, SparseRows) else f  # of which one may be
         least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
         least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
@@ -475,7 +478,7 @@ def sink_limit(x, n_skip: int, sink_norm: float):
 
 
 def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
-    """x [N, D] of the first n sequences, and the norm above which a token is a sink."""
+    """Content x [N, D] of the first n sequences, and the norm above which a token is a sink."""
     x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
     limit = sink_limit(x, lm.n_skip, config.sink_norm)
     x = single(x[content(x, lm.n_skip, limit)])
@@ -791,8 +794,8 @@ def evaluate(
     for the reader.
 
     ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
-    unexplained. l0: active latents per token. dead: latents that never fired. Positions without
-    content (`content`, by `limit`) do not count; their share is `left_out`."""
+    unexplained. l0: active latents per token. dead: latents that never fire on these tokens.
+    Positions without content (`content`, by `limit`) do not count; their share is `left_out`."""
     sums = collections.defaultdict(float)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
@@ -876,8 +879,8 @@ class SparseRows:
 
 
 def largest(pre, k: int):
-    """The k largest of each row of pre [N, F], and their columns [N, k], in half of topk's time:
-    they lie in the k groups of 8 columns whose maxima are the largest, which are found alike."""
+    """The k largest of each row of pre [N, F], and their columns [N, k]; of many columns in half
+    of topk's time: they lie in the k groups of 8 columns whose maxima are the largest."""
     n = pre.shape[1]
     if n % 8 or n < 16 * k:
         return pre.topk(k, sorted=False)
@@ -1423,8 +1426,8 @@ class Done:
 class Run:
     """What a command line asks for. UserError for what cannot be.
 
-    In its folder stand the SAE after the first method, that of phase one in `before`, those of
-    other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
+    In its folder stand the SAE after the first method, with that of phase one in `before`, those
+    of other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
 
     def __init__(self, config: Config):
         self.config = config

@@ -1,11 +1,12 @@
-"""Time and memory of each stage beside its floor, with random weights; nothing is downloaded.
+"""Time and memory of each stage, of three beside its floor; nothing is downloaded.
 
     python experiments/bench.py                                 # Pythia-160M: `make bench`
     python experiments/bench.py --model gemma-2-2b --k 20 80    # on a GPU where there is one
     python experiments/bench.py --only sae kl --plain --peers   # no fast paths; other libraries
 
-Other flags are saeft.py's; on a CPU, sequences are 2 x 512. Floor: a stage's unavoidable products.
-Rows take turns, so that other work hits all alike. Peak: memory above what a step starts with.
+Weights are random. Other flags are saeft.py's; on a CPU, sequences are 2 x 512. Floor: a stage's
+unavoidable products. Rows take turns, so that other work hits all alike. Peak: memory above what a
+step starts with.
 
 Peers, each optional: pip install sae-lens "transformers>=5" einops nnsight simple-parsing natsort
 schedulefree wandb; pip install --no-deps dictionary-learning eai-sparsify

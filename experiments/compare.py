@@ -1,6 +1,6 @@
 """Every fine-tune from the same MSE SAEs, and end to end from scratch, over several seeds.
 
-    python experiments/compare.py                               # embedded model: `make compare`
+    python experiments/compare.py           # embedded model; `make compare` takes fewer tokens
     python experiments/compare.py --ks 20 40 80 160 --model pythia-160m --tokens 500M ...
 
 Other flags are saeft.py's. At each of --ks: MSE, KL+MSE and end to end; at the middle one also the

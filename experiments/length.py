@@ -57,7 +57,7 @@ def held_out(run: saeft.Run) -> list[tuple[torch.Tensor, float]]:
 
 
 def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
-    """Figures of each trainee on each of the `held_out` parts; their means are the whole's."""
+    """Figures of each trainee on each of the `held_out` parts, which are all but equally long."""
     figures = []
     for i, (tokens, variance) in enumerate(parts):
         label = f"evaluating, part {i + 1} of {len(parts)}"

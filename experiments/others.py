@@ -4,12 +4,13 @@
     pip install --no-deps dictionary-learning eai-sparsify
     python experiments/others.py --model gemma-3-270m --data docs.jsonl.gz --layer 9 --k 40 ...
 
-Flags are saeft.py's; --tokens is what each library trains on, --kl-tokens the fine-tune's. Those
-that are installed take part. Each library's file goes through convert.py, the fine-tune, its
-control, and back: what saeft writes is SAELens's layout. Gap and FVU are saeft's; beside them
-those of the library's own module in the same place, before the fine-tune that which trained the
-SAE, after it SAELens's. Then the gap with sinks, which SAELens does not leave out, and that of its
-own CE evaluation, on transformers' model. OUT keeps what is done: the same command goes on.
+Flags are saeft.py's: the last --kl-tokens of --tokens are the fine-tune's, each library trains on
+those before. Those that are installed take part. Each library's file goes through convert.py, the
+fine-tune, its control, and back: what saeft writes is SAELens's layout. Gap and FVU are saeft's;
+beside them those of the library's own module in the same place, before the fine-tune that which
+trained the SAE, after it SAELens's. Then the gap with sinks, which SAELens does not leave out, and
+that of its own CE evaluation, on transformers' model. OUT keeps what is done: the same command goes
+on.
 """
 
 import contextlib
@@ -219,7 +220,7 @@ def print_table(rows: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = model_loaders.Parser(__doc__)
-    parser.add_argument("--tokens", default="300k", help="that each library trains on")
+    parser.add_argument("--tokens", default="700k", help="of a library and the fine-tune")
     parser.add_argument("--out", type=model_loaders.expanded, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)
     run = saeft.Run(saeft.parse([*flags, "--tokens", args.tokens, "--out", str(args.out)]))

@@ -1,4 +1,4 @@
-"""Any decoder of the transformers library (Llama, Qwen, Mistral, GPT-2, OLMo, ...), as it is.
+"""Most decoders of the transformers library (Llama, Qwen, Mistral, GPT-2, ...), as they are.
 
     pip install "transformers>=5"
     python experiments/forks/any_model.py --model Qwen/Qwen3-0.6B --data c4 --d-sae 16384

@@ -5,8 +5,9 @@
 f = z where z > theta, else 0, of pre-activations z. Neither f nor the number of active latents has
 a useful derivative by theta, so both take that of a rectangle of width eps around it:
     df / dtheta = -theta / eps,  dL0 / dtheta = -1 / eps    where |z - theta| < eps / 2
-In place of lambda L0 the loss has (L0 / K - 1)^2 times mean ||x||^2, which holds L0 at K (of each
-GPU; the same paper's appendix on training to a target sparsity). Files are those of any JumpReLU.
+In place of lambda L0 the loss has (L0 / K - 1)^2 times mean ||x||^2, which holds the L0 of each
+GPU at K, in a fine-tune at what it was before (the same paper's appendix on training to a target
+sparsity). Files are those of any JumpReLU.
 """
 
 import sys
