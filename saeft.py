@@ -105,7 +105,7 @@ class Config:
         None, "first rate of the fine-tune (default: 0.36 / sqrt(F D), less above 740 steps)", 0
     )
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
-    l1: float | None = flag(None, "lambda / scale of ReLU SAEs (default: 0.1; --start: what suits)", 0)
+    l1: float | None = flag(None, "lambda / scale, of ReLU SAEs (0.1; --start: what suits it)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
