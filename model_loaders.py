@@ -177,14 +177,14 @@ def hub_errors(repo: str, filename: str = "such file"):
             error = error.__cause__ or error  # "not in the cache either": the cause says why
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):  # also where there is no such repository
-            terms = f"accept its licence at https://huggingface.co/{repo}, set HF_TOKEN"
-            message = f"no access to {repo} ({status}): check the name; {terms}"
+            message = f"no access to {repo} ({status}): check the name; accept its licence at "
+            message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
             advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
             advice += " (models are read from safetensors files only, SAEs from SAELens's layout)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
-            advice = "try again, or a folder, --model tiny, --data tiny"
+            advice = "try again, HF_HUB_OFFLINE=1, a folder, --model tiny, --data tiny"
             message = f"cannot fetch {repo} (error: {status or repr(error)[:300]}): {advice}"
         raise UserError(message) from error
 
@@ -210,10 +210,8 @@ def fetch(name: str, filename: str) -> Path:
     folder, (repo, _, revision) = os.path.expanduser(place), place.partition("@")
     with hub_errors(repo, filename):
         if os.path.isdir(folder):
-            path = Path(folder, filename)
-            refuse(path.is_symlink() and not path.exists(), f"{path} is a link to nothing")
-            os.stat(path)
-            return path
+            os.lstat(os.path.join(folder, filename))  # a link to nothing is told where it is read
+            return Path(folder, filename)
         if "/" not in repo:
             raise hub.HFValidationError  # a bare name, none of ours
         wanted = commits.get((repo, revision), revision or None)
@@ -231,15 +229,14 @@ def fetch(name: str, filename: str) -> Path:
 
 
 def find(name: str, filename: str) -> Path | None:
-    """`fetch`, but None where there is no such file; without a network, none that is known of."""
+    """`fetch`, but None where there is no such file; with HF_HUB_OFFLINE=1, none that is known."""
     try:
         return fetch(name, filename)
     except UserError as error:
-        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        if error.__cause__ is None or status not in (None, 404):  # a Hub that is busy, say
-            raise
-        if status is None and not isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, hub.OfflineModeIsEnabled):
             say_once(f"note: {filename} of {name} is out of reach, and taken as not there")
+        elif not isinstance(error.__cause__, (FileNotFoundError, hub.EntryNotFoundError)):
+            raise
         return None
 
 
@@ -272,8 +269,7 @@ def _stat(path) -> tuple:
 
 
 def note_changes(source, settings: dict, identity: dict):
-    """Says which of model and data (with <bos>) are not those that an SAE was made with, where it
-    says that."""
+    """Says which of model and data, with <bos>, are not those that an SAE says it was made with."""
     for part, was in _dict(sae_cfg(source), "identity").items():
         if identity.get(part, was) != was:
             bos = " or its <bos>" if part == "data" else ""
@@ -325,8 +321,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
 UNQUANTISED = "quantised weights are not read, give the unquantised ones"
-# What cfg.json or its metadata may say of an SAE that our equations express; it says the first
-# where it is silent. Its architecture is the reader's to know.
+# What cfg.json may say of an SAE that our equations express; the first is what silence means.
 SAE_SETTINGS = {
     "apply_b_dec_to_input": [True],
     "rescale_acts_by_decoder_norm": [False],
@@ -343,12 +338,13 @@ SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 @contextmanager
 def open_file(path):
-    """The bytes of a regular file, or of one on the Hub (hf://..), which is read by ranges without
-    a cache, so that no cut passes for the end. UserError for whatever fails while it is open."""
+    """The bytes of a regular file, or of one on the Hub (hf://..), which is read by ranges, each
+    whole, or a cut passes for the end. UserError for whatever fails while it is open."""
     if str(path).startswith("hf://"):
         parts = path.split("/")
         with hub_errors("/".join(parts[2:5]), "/".join(parts[5:])):
             with hf.HfFileSystem().open(path, cache_type="none") as file:
+                file.cache.fetcher = partial(_whole_range, file, file.cache.fetcher)
                 yield file
         return
     with user_errors(f"cannot read {path}"):
@@ -358,6 +354,12 @@ def open_file(path):
             if file.peek().startswith(b"version https://git-lfs"):
                 raise ValueError("a Git LFS pointer in place of the file: git lfs pull")
             yield file
+
+
+def _whole_range(file, fetcher, start: int, end: int) -> bytes:
+    data, n = fetcher(start, end), min(end, file.size) - start
+    refuse(len(data) != n, f"{file.path}: {len(data):,} bytes came of {n:,}: try again")
+    return data
 
 
 def read_json(path) -> dict:
@@ -473,7 +475,8 @@ def _sae_file(source, filename: str) -> Path:
 
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    return files_key([_sae_file(source, name) for name in SAE_FILES], os.sep)
+    paths = [_sae_file(source, name) for name in SAE_FILES]
+    return files_key(paths, paths[0].parent)
 
 
 def sae_cfg(source) -> dict:
@@ -520,8 +523,7 @@ def _dict(parent: dict, key: str) -> dict:
 def read_hook(name: str, layer: int | None = None) -> tuple[int, str]:
     """(block, place) of what an SAE reads, in SAELens's words: blocks.3.hook_resid_post is
     (3, "resid_post"), and so is blocks.4.hook_resid_pre; blocks.3.hook_mlp_out is (3, "mlp_out").
-    UserError for the embedding, for what is not understood, and where `layer`, what else is said of
-    the block in that name, is another."""
+    UserError for the embedding, what is not understood, and where `layer` is another block."""
     found = re.fullmatch(r"blocks\.([0-9]+)\.(?:hook_)?(\w[\w.]*)", str(name))
     known = "no hook of SAELens (experiments/convert.py knows those of other libraries)"
     refuse(not found, f"it reads {name!r:.80}, which is {known}")
@@ -876,7 +878,7 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
 
     They are the split `train` where there is one; else all that are of no held-out split; else
     all; never files of a run's folder. A split is a whole word in the name of a folder or file."""
-    place = data if data.startswith("hf://") else _place(data)
+    place = _place(data)
     found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
     runs = tuple(name[: -len(MARK)] for name in found if f"/{name}".endswith(f"/{MARK}"))
     shown = [n for n in found if not (re.search(r"(^|/)\.", n) or n.startswith(runs))]
@@ -1254,8 +1256,6 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             foreign = not (path / MARK).exists() and any(path.iterdir())
             refuse(foreign, f"{path} is not empty and no run's folder: choose another --name")
-            old = (path / "checkpoint.pt").exists() and not overwrite
-            refuse(old, f"{path} has a checkpoint of another version of saeft: --overwrite")
             unfinished = (path / "checkpoint").exists() and not overwrite
             refuse(unfinished and not resume, f"{path} holds an unfinished run: pass --resume")
             kept = any(path.glob("**/report.json")) and not (overwrite or unfinished)

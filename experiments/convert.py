@@ -27,13 +27,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from model_loaders import MODELS, Parser, UserError, expanded, fetch, merged, refuse, say
+from model_loaders import MODELS, Parser, UserError, expanded, merged, refuse, say
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -63,12 +62,7 @@ class Source:
         path = os.path.normpath(os.path.join(self.folder, name))
         if path.startswith(".."):  # above a repository
             return None
-        try:
-            return fetch(self.root, path)
-        except UserError as error:
-            if isinstance(error.__cause__, (FileNotFoundError, EntryNotFoundError)):
-                return None
-            raise
+        return model_loaders.find(self.root, path)
 
     def json(self, name: str, needed: bool = False) -> dict:
         path = self.find(name)

@@ -1054,7 +1054,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
             raise convert.UserError("not there") from FileNotFoundError(filename)
         return path
 
-    monkeypatch.setattr(convert, "fetch", fetch)
+    monkeypatch.setattr(model_loaders, "fetch", fetch)
     places = [
         "a/resid_post_layer_3/trainer_2",
         "a/resid_post_layer_3/trainer_2/ae.pt",
