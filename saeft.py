@@ -1703,7 +1703,8 @@ def told_by_sae(source: str, given: dict) -> dict:
         model_loaders.say_once(f"note: {source} has {one}")
     for name in ("layer", "place", "k", "sae", "d_sae"):
         differs = name in told and given.get(name, told[name]) != told[name]
-        refuse(differs, f"--{name} {given.get(name)}: the SAE of --start has {told.get(name)}")
+        flag_of = f"--{name.replace('_', '-')} {given.get(name)}"
+        refuse(differs, f"{flag_of}: the SAE of --start has {told.get(name)}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     silent = ("prepend_bos", "model_from_pretrained_kwargs")

@@ -4118,3 +4118,251 @@ def test_pythia_ids_by_byte_range(tmp_path):
     assert more == [stored[0, :32_000].tolist(), small[1]]
     assert "has 200,000 training tokens, 640,000 were asked for" in short
     assert "give uint16 ids of this tokenizer, under 256" in other
+
+
+# ---- What a run gives to its parts, and what its processes share ----------------------------------
+# Each of these fails where one line of saeft.py or model_loaders.py is another, and no other test.
+def a_run(tmp_path, line=""):
+    return saeft.Run(saeft.parse([*SMALL.split(), *line.split(), "--out", str(tmp_path)]))
+
+
+def phase_of(*trainees, steps=9, **more):
+    return Phase("kl", [*trainees], steps, torch.tensor(torch.inf), **more)
+
+
+def two_processes(monkeypatch, rank=0, total=lambda x: 2 * x):
+    monkeypatch.setattr(saeft, "world_size", lambda: 2)
+    monkeypatch.setattr(saeft, "rank", lambda: rank)
+    monkeypatch.setattr(saeft, "sum_over_ranks", total)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_each_phase_is_given(world, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(saeft, "world_size", lambda: world)
+    monkeypatch.setattr(saeft, "sum_over_ranks", lambda x: world * x)
+    for loop in ("train_mse", "finetune"):  # which train nothing here
+        monkeypatch.setattr(saeft, loop, lambda phase, *_: seen.update({phase.name: phase}))
+    assert command("--method kl --bos yes --name x", tmp_path) == 0
+    decay = {name: p.trainees[0].optimizer.defaults["weight_decay"] for name, p in seen.items()}
+    assert decay == {"MSE": 0.0, "kl": 0.01}
+    assert seen["kl"].first == 109 == seen["MSE"].buffer.n_sequences  # the last 78 of 187
+    assert (seen["MSE"].steps, seen["kl"].steps) == (109 * 63 // (256 * world), 78 // (2 * world))
+
+
+def test_the_fine_tune_has_no_auxk_and_a_checkpoint_has_the_dead(tmp_path):
+    run, sae = a_run(tmp_path), TopK(128, 64, k=4)
+    run.n_mse, run.done.results, sae.dead = 5, {"MSE": [{"l0": 4.0}]}, torch.arange(9)
+    t = run.trainee("kl", 0, sae)
+    assert len(t.sae.dead) == 0 and len(sae.dead) == 9
+    other = Trainee(TopK(128, 64, k=4), divergence=None)
+    other.load_state_dict(saved(Trainee(sae, divergence=None).state_dict()))
+    assert torch.equal(other.sae.dead, sae.dead)
+
+
+def test_defaults_follow_what_they_say(tmp_path):
+    assert Config(d_sae=2**14).peak_lr == 2e-4 and Config(d_sae=2**16).peak_lr == 1e-4
+    config = Config(model="tiny", tokens=10**6, kl_tokens=0, context=64, d_sae=64, k=[4])
+    saeft.check(config)
+    assert config.layer == 3  # of 0 to 5
+    x = torch.tensor([100.0, 100.0, 1.0, 2.0, 3.0])[None, :, None]
+    assert saeft.sink_limit(x, 1, 4.0) == 8.0  # the median of 100, 1, 2, 3 is 2
+
+
+def test_end_to_end_the_rate_warms_up_and_lambda_rises(lm, monkeypatch):
+    config, t = replace(LOOP, kl_tokens=1200, warmup=10), Trainee(small_sae())
+    assert [t.rate(step, 200, config) for step in (0, 4, 50)] == pytest.approx([1e-3, 5e-3, 1e-2])
+    seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
+    monkeypatch.setattr(saeft, "update", lambda t, lr: None)
+    monkeypatch.setattr(ReLU, "penalty", lambda *args: seen.append(args[-1]) or 0.0)
+    saeft.finetune(phase_of(Trainee(small_sae("relu"), lm), steps=4), lm, stream, LOOP, nothing)
+    assert seen == [0, 0.25, 0.5, 0.75]
+
+
+def test_a_frozen_sae_does_not_move_and_other_norms_stay(lm, tmp_path, monkeypatch):
+    sae = small_sae("relu")  # in the mode of evaluation
+    sae.l0_target, before = 2.5, float(sae.l1)
+    monkeypatch.setattr(saeft, "update", lambda t, lr: None)
+    saeft.finetune(phase_of(Trainee(sae, lm), steps=1), lm, Stream(TOKENS), LOOP, nothing)
+    assert float(sae.l1) == before
+    for size in (1.0, 1.01):
+        sae = small_sae()
+        sae.W_dec.data.mul_(size)
+        sae.save(tmp_path, {})
+        assert SAE.load(tmp_path).unit_norm == (size == 1.0)
+
+
+def test_a_last_position_has_no_next_token(lm):
+    seen = []
+
+    def divergence(log_p, log_q, next_token):
+        seen.append(next_token)
+        return saeft.kl_divergence(log_p, log_q, next_token)
+
+    phase = phase_of(Trainee(small_sae(), lm, divergence), steps=1)
+    saeft.finetune(phase, lm, Stream(TOKENS), LOOP, nothing)
+    next_token = torch.cat(seen).view(3, 20)
+    assert torch.equal(next_token[:, :-1], TOKENS[:, 1:]) and (next_token[:, -1] == -100).all()
+
+
+def test_what_a_method_draws_is_of_the_seed_and_the_step(lm, monkeypatch):
+    def draws(seed, step):
+        seen = []
+        monkeypatch.setattr(saeft, "update", lambda t, lr: seen.append(float(torch.rand(()))))
+        stream, config = Stream(TOKENS.repeat(3, 1)), replace(LOOP, seed=seed)
+        torch.rand(step)  # whatever was drawn before
+        phase = phase_of(Trainee(small_sae(), lm), steps=3, step=step)
+        saeft.finetune(phase, lm, stream, config, nothing)
+        return seen
+
+    first = draws(0, 0)
+    assert len({*first}) == 3 and draws(0, 2) == first[2:] and draws(1, 0) != first
+
+
+def test_logits_are_compared_in_float32(monkeypatch):
+    seen, log_softmax = [], torch.Tensor.log_softmax
+    noted = lambda x, dim: seen.append(x.dtype) or log_softmax(x, dim)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "log_softmax", noted)
+    half = torch.zeros(3, 4, dtype=torch.bfloat16)
+    model, q = SimpleNamespace(W_U=half, unembed=lambda x: x), half.clone().requires_grad_()
+    SlicedLoss.apply(model, [saeft.kl_divergence], torch.ones(3), torch.zeros(3), half, q)
+    saeft.ce_and_kl(model, [half, half], torch.zeros(3, dtype=torch.long))
+    assert {*seen} == {torch.float32} and len(seen) == 4
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_bfloat16_is_rounded_where_transformers_rounds(family, tmp_path, monkeypatch):
+    model = reference(family).bfloat16()
+    model.save_pretrained(tmp_path)
+    ours = saeft.load_lm(str(tmp_path), dtype=torch.bfloat16)
+    theirs = model(TOKENS, output_hidden_states=True).hidden_states
+    assert torch.equal(ours.embed(TOKENS), theirs[0])
+    norm = model.model.layers[1].input_layernorm
+    assert torch.equal(ours.blocks[1].input_layernorm(theirs[1]), norm(theirs[1]))
+    seen, softmax = [], torch.Tensor.softmax
+    noted = lambda x, dim: seen.append(x.dtype) or softmax(x, dim)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "softmax", noted)
+    ours(TOKENS)
+    assert {*seen} == {torch.float32}
+
+
+def test_batchtopk_where_nothing_fires_and_at_the_random_start(tmp_path):
+    sae = BatchTopK(32, 64, k=6).train()
+    sae.threshold.fill_(0.3)
+    sae.after_step(torch.zeros(9, 64), None, 0)
+    assert torch.equal(sae.threshold, torch.full((64,), 0.3))
+    assert command("--sae batchtopk --kl-tokens 12k --name end", tmp_path) == 0
+    assert report_of(tmp_path / "end")["results"]["MSE"]["l0"] == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("gap, closed", [(0.4, 0.5), (0.0, None), (-0.1, None)])
+def test_there_is_no_share_of_no_gap(gap, closed, tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    run.n, run.n_mse, run.identity = 187, 109, {"model": "1", "data": "2"}
+    run.done.results = {"MSE": [{"gap": gap}]}
+    run.stream = SimpleNamespace(validation=lambda: None)
+    monkeypatch.setattr(saeft, "evaluate", lambda *args: ({}, [{"gap": 0.2}]))
+    run.finish(phase_of())
+    assert run.done.results["kl"][0]["gap_closed"] == closed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_the_sequences_of_phase_one(rank, monkeypatch):
+    two_processes(monkeypatch, rank)
+    buffer = buffer_of(57, 0)
+    served = torch.cat([buffer.next_batch(8) for _ in range(29)])
+    assert buffer.stream.asked == [*range(56)] and (served[:, 0] % 2 == rank).all()
+    assert len(served.unique(dim=0)) == len(served)
+
+
+@torch.no_grad()
+def test_two_processes_evaluate_what_one_does(lm, monkeypatch):
+    tokens, limit = torch.randint(96, (22, 20)), torch.tensor(torch.inf)
+    call = functools.partial(saeft.evaluate, lm, tokens, [Trainee(small_sae(), lm)], limit, LOOP)
+    (model, (row,)), parts = call(), []
+    for rank, total in ((1, lambda x: parts.append(x) or x), (0, lambda x: x + parts.pop(0))):
+        two_processes(monkeypatch, rank, total)
+        both, (ours,) = call()
+    assert both == pytest.approx(model, rel=1e-5) and ours["dead"] == row["dead"]
+    assert ours["fvu"] == pytest.approx(row["fvu"], rel=1e-4)
+
+
+def test_figures_thresholds_and_the_end_are_of_all_processes(tmp_path, monkeypatch):
+    run, lines = a_run(tmp_path), []
+    run.folder.log, run.done.seconds = lines.extend, {"kl": 1.0}
+    two_processes(monkeypatch, total=lambda x: x + 3)  # the other's loss is 3
+    run.log(phase_of(step=5), [{"loss": torch.tensor(1.0)}])
+    row = json.loads(lines[0])
+    assert (row["loss"], row["tokens"]) == (2.0, 5 * 2 * 64 * 2)
+    sae = BatchTopK(32, 64, k=6).train()
+    f = sae(torch.randn(200, 32))[1]
+    sae.after_step(f, None, 0)
+    assert_close(sae.threshold, ((f.values.min() + 3) / 2).expand(64))
+    run.log = run.checkpoint = lambda *args: None
+    two_processes(monkeypatch, total=lambda x: x + torch.tensor([1.0, 0.0]))  # it is told to stop
+    with pytest.raises(KeyboardInterrupt):
+        run.after_step(phase_of(step=5), [{"fvu": 0.1, "l0": 4.0}])
+
+
+@pytest.mark.parametrize("minutes, due", [(1, True), (3, False)])
+def test_checkpoints_are_minutes_apart_and_a_second_signal_ends(minutes, due, tmp_path):
+    run, kept = a_run(tmp_path, f"--checkpoint-minutes {minutes}"), []
+    run.checkpoint, run.log = kept.append, lambda *args: None
+    run.saved = time.monotonic() - 120
+    run.after_step(phase_of(step=5), [{"fvu": 0.1, "l0": 4.0}])
+    assert bool(kept) == due
+    run.in_loop = True
+    run.on_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
+
+
+def test_a_resumed_run_has_the_same_settings_and_processes(tmp_path):
+    folder, settings = model_loaders.RunFolder(tmp_path, []), vars(Config())
+    folder.begin(settings)
+    folder.log(["1"])
+    folder.save_state({"config": settings, "identity": {}, "world": 1}, "0-1")
+    folder.log(["2"])  # after it
+    state = folder.load_state("cpu")
+    may = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
+    for name in settings.keys() - may:
+        words = [f"--{name.replace('_', '-')} was"]
+        fails(words, folder.go_on, state, settings | {name: "other"}, {}, 1)
+    fails(["it was 1 processes"], folder.go_on, state, settings, {}, 2)
+    folder.go_on(state, settings, {}, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "1\n"
+
+
+def test_flags_beside_start_are_those_of_the_sae(tmp_path):
+    TopK(128, 96, k=4).save(tmp_path, TOLD)
+    for flags in ("--d-sae 64", "--layer 3", "--k 5", "--sae relu"):
+        line = ["--start", str(tmp_path), *flags.split()]
+        fails([f"{flags.split()[0]} ", "the SAE of --start has"], saeft.parse, line)
+
+
+def test_weights_in_a_bin_and_an_saes_are_in_their_keys(tmp_path):
+    folder, keys = tokenizer_folder(tmp_path / "m", BYTE), set()
+    for i in (1, 2):
+        (folder / "pytorch_model.bin").write_bytes(bytes([i]))
+        sae_folder(tmp_path, {"b_dec": torch.full((6,), float(i))})
+        keys |= {model_loaders.model_key(str(folder)), model_loaders.sae_key(str(tmp_path))}
+    assert len(keys) == 4
+
+
+def test_text_of_a_folder_is_mixed_and_a_piece_of_just_the_longest_ends(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text(str(i))
+    found = documents(str(tmp_path))
+    assert found != sorted(found, key=int) == [str(i) for i in range(20)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * model_loaders.LONGEST]))
+    ((_, _, ends),) = model_loaders.pieces(str(tmp_path / "a.jsonl"))
+    assert ends
+
+
+def test_bos_no_takes_away_what_a_tokenizer_puts_first(tmp_path):
+    shutil.copytree(model_loaders.TINY, folder := tmp_path / "m")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["post_processor"] = puts_first("def", spec["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    firsts = [model_loaders.load_tokenizer(folder, bos).bos_id for bos in ("auto", "yes", "no")]
+    assert firsts == [321, 321, None]
