@@ -268,9 +268,9 @@ def _stat(path) -> tuple:
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
-def note_changes(source, settings: dict, identity: dict):
-    """Says which of model and data, with <bos>, are not those that an SAE says it was made with."""
-    for part, was in _dict(sae_cfg(source), "identity").items():
+def note_changes(sae: dict, source, settings: dict, identity: dict):
+    """Says which of model and data, with <bos>, are not those that the `sae_cfg` of source says."""
+    for part, was in _dict(sae, "identity").items():
         if identity.get(part, was) != was:
             bos = " or its <bos>" if part == "data" else ""
             say(f"note: the {part}, {settings[part]},{bos} is not what {source} was made with")
@@ -553,8 +553,8 @@ ORIGIN = {
 
 def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
-    model, data, bos, context, sink_norm, k, d_sae.
-    UserError for a hook that is not understood, and for values of other types."""
+    model, data, bos, context, sink_norm, k, d_sae. UserError for a hook that is not understood,
+    and for values of other types."""
     told = {"d_sae": cfg["d_sae"]}
     beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")

@@ -1479,7 +1479,7 @@ class Run:
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
             self.identity["start"] = model_loaders.sae_key(config.start)
-            model_loaders.note_changes(config.start, asdict(config), self.identity)
+            model_loaders.note_changes(sae, config.start, asdict(config), self.identity)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 

@@ -230,7 +230,7 @@ def load(args, n_train: int = 0) -> tuple:
         refuse(not low <= value <= high, f"--{flag} {value} is not from {low} to {high}")
     stream = model_loaders.TokenStream(*source, short_ok=True, n_rows=len(lm.W_U))
     now = {"model": model_loaders.model_key(args.model), "data": stream.key}
-    model_loaders.note_changes(folder, vars(args), now)
+    model_loaders.note_changes(model_loaders.sae_cfg(folder), folder, vars(args), now)
     return lm, tokenizer, sae, before, stream
 
 
