@@ -376,6 +376,8 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 def kind_of(cfg: dict, source="") -> type[SAE]:
     """The class of a cfg of `read_sae`: what wrote it, where that is known here, else whatever has
     SAELens's architecture. UserError for others."""
+    unsaid = "architecture" not in cfg and cfg.get("k")
+    refuse(unsaid, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture")
     architecture = str(cfg.get("architecture", "standard"))
     kind = KINDS.get(str(cfg["saeft"].get("kind")))
     if kind is None or kind.architecture != architecture:
@@ -1371,12 +1373,13 @@ def join_processes(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{local or 0}" if name == "cuda" else name
     with user_errors(f"--device {name} is not there"):
-        device = torch.zeros((), device=name).device
+        zero = torch.zeros((), device=name)
+        float(zero)  # the meta device holds no numbers
     if local is not None and not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if zero.is_cpu else "cpu:gloo,cuda:nccl"
         with user_errors("LOCAL_RANK is set, but what else torchrun sets is not right"):
             dist.init_process_group(backend, timeout=timedelta(days=1))  # tokenising may take hours
-    return device
+    return zero.device
 
 
 # ---- A run, from its settings to its report ----------------------------------------------------

@@ -436,6 +436,7 @@ MISTAKES = {
     "unknown flag": ("--colour red", "--colour"),
     "shortened flag": ("--overw", "--overw"),
     "no such card": ("--device cuda:99", "--device cuda:99"),
+    "a device that holds no numbers": ("--device meta", "--device meta"),
     "a place that is called otherwise": (
         "--place out",
         "--place out: SAEs call it (2, 'resid_post')",
@@ -1513,6 +1514,10 @@ STRANGE = {  # what a saved BatchTopK has instead, and what the refusal names
     "no kind of ours": (lambda t, cfg: cfg.update(architecture="gated"), "'gated'"),
     "K as text": (lambda t, cfg: cfg.update(k="6"), "for abs(): 'str'"),
     "K below 0": (lambda t, cfg: cfg.update(k=-1), "'k': -1"),
+    "K, but no architecture": (
+        lambda t, cfg: (cfg.pop("architecture"), cfg.update(k=6)),
+        "has k = 6, ",
+    ),
 }
 
 
