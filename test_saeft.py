@@ -2635,6 +2635,18 @@ LIBRARY = sorted(Path(random.__file__).parent.glob("*.py"))
 LIBRARY = "".join(path.read_text("utf-8", errors="replace") for path in LIBRARY)
 
 
+def put(folder, files):
+    """Write {name: text, bytes or what JSON can say} into a folder, which is returned."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, (bytes, np.ndarray)):
+            path.write_bytes(bytes(content))
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
 def library(start: int, n_chars: int) -> list[str]:
     return [LIBRARY[i : i + 20_000] for i in range(start, start + n_chars, 20_000)]
 
@@ -2661,11 +2673,8 @@ def assert_same(spec: dict, texts: list[str]) -> model_loaders.Tokenizer:
     ours, reference = model_loaders.Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
     expected = [e.ids for e in reference.encode_batch_fast(texts, add_special_tokens=False)]
     for got, ids in zip(map(ours.encode, texts), expected, strict=True):
-        if got != ids:
-            i = len(os.path.commonprefix([got, ids]))
-            pytest.fail(
-                f"{got[i:][:5]}, not {ids[i:][:5]}, after {reference.decode(ids[:i])[-40:]!r}"
-            )
+        same = len(os.path.commonprefix([got, ids]))
+        assert got[same:][:5] == ids[same:][:5], reference.decode(ids[:same])[-40:]
     rng = random.Random(0)
     samples = [ids for ids in expected[-20:] if len(ids) < 10_000]
     if not spec["model"].get("byte_fallback"):  # the last 5 are no token's
@@ -2773,21 +2782,28 @@ def test_byte_level_ids(normalizer, added):
     assert_same(spec, library(2_000_000, 300_000) + random_ones + long)
 
 
-def test_lone_surrogates_and_fingerprint():
+def test_what_changes_no_id(tmp_path):
+    """A lone surrogate is U+FFFD; transformers writes the truncation and padding of its last call."""
     ours = model_loaders.Tokenizer(BYTE)
     other = model_loaders.Tokenizer(BYTE | {"normalizer": {"type": "NFC"}})
     assert ours.encode("a\ud800b\udc00\ud83d\ude00") == ours.encode("a\ufffdb\ufffd\U0001f600")
     assert ours.fingerprint == model_loaders.Tokenizer(json.loads(json.dumps(BYTE))).fingerprint
     assert ours.fingerprint != other.fingerprint
+    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    own = tokenizers.Tokenizer.from_str(json.dumps(BYTE))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names)
+    theirs(["a long text of many words", "x"], truncation=True, max_length=5, padding="max_length")
+    theirs.save_pretrained(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert spec["truncation"] and spec["padding"]
+    again = model_loaders.load_tokenizer(str(tmp_path))
+    assert all(again.encode(text) == ours.encode(text) for text in library(0, 20_000))
 
 
 MERGES = BYTE["model"]["merges"]
 GEMMA_MERGES = GEMMA_LIKE["model"]["merges"]
 JOINED = ["".join(pair) for pair in GEMMA_MERGES]
 TWO_WAYS = max(i for i in range(1, len(JOINED)) if JOINED[i] == JOINED[i - 1]) - 1  # to one token
-EXTRA = {"content": "<x>", "special": True} | dict.fromkeys(
-    ("single_word", "lstrip", "rstrip", "normalized"), False
-)
 
 
 @pytest.mark.parametrize("base, path, value, says", [
@@ -2822,37 +2838,72 @@ def test_unreadable(tmp_path, base, path, value, says):
     if says.startswith("no token"):
         del spec["model"]["vocab"]["a"]
         spec["model"]["vocab"] = {t: i for i, t in enumerate(spec["model"]["vocab"])}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(model_loaders.UserError) as error:
-        model_loaders.load_tokenizer(tmp_path)
-    assert says in str(error.value) and "\n" not in str(error.value)
-
-
-STATED = [
-    ({}, "<|endoftext|>"),
-    ({"eos_token": None}, "<|endoftext|>"),
-    ({"eos_token": "</s>"}, "</s>"),
-    ({"eos_token": {"content": "</s>"}}, "</s>"),
-    ({"eos_token": "<none>"}, UserError),
-    ({"eos_token": {"no": "content"}}, UserError),
-    ({"eos_token": ["x"]}, UserError),
-]
-
-
-@pytest.mark.parametrize("config, expected", STATED)
-def test_the_end_of_text_is_what_the_folder_says(tmp_path, config, expected):
-    spec = BYTE | {"added_tokens": [*BYTE["added_tokens"], EXTRA | {"id": 400, "content": "</s>"}]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    if expected is UserError:
-        return fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
-    tokenizer = model_loaders.load_tokenizer(tmp_path)
-    named = spec["model"]["vocab"].get(expected, 400)
-    assert (tokenizer.eos_id, tokenizer.n_vocab) == (named, 401)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec)[:-5])  # a damaged file
+    put(tmp_path, {"tokenizer.json": spec})
+    fails([says], model_loaders.load_tokenizer, tmp_path)
+    put(tmp_path, {"tokenizer.json": json.dumps(BYTE)[:-5]})  # a damaged file
     fails(["cannot read"], model_loaders.load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     fails(["has no tokenizer.json"], model_loaders.load_tokenizer, tmp_path)
+
+
+EXTRA = {"id": 2048, "content": "</s>", "special": True, "normalized": False}
+EXTRA |= dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
+SPEC = json.loads((model_loaders.TINY / "tokenizer.json").read_text())
+SPEC["added_tokens"].append(EXTRA)
+VOCAB = SPEC["model"]["vocab"]
+END, DEF = VOCAB["<|endoftext|>"], VOCAB["def"]
+FIRST = puts_first("def", VOCAB)
+AFTER_BYTES = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, FIRST]}
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+OTHERWISE = "files beside it say otherwise of"
+BESIDE = [  # a file, what it says; the end of text, what is put first, and with --bos yes; or words
+    (CONFIG, {}, (END, None, END)),
+    (CONFIG, {"eos_token": None}, (END, None, END)),
+    (CONFIG, {"eos_token": "</s>"}, (2048, None, 2048)),
+    (CONFIG, {"eos_token": {"content": "</s>"}}, (2048, None, 2048)),
+    (CONFIG, {"bos_token": "</s>"}, (END, None, 2048)),
+    ("tokenizer.json", {"post_processor": None}, (END, None, END)),
+    ("tokenizer.json", {"post_processor": {"type": "ByteLevel"}}, (END, None, END)),
+    ("tokenizer.json", {"post_processor": FIRST}, (END, DEF, DEF)),
+    ("tokenizer.json", {"post_processor": AFTER_BYTES}, (END, DEF, DEF)),
+    ("tokenizer.json", {"post_processor": puts_first("def", VOCAB, ["self"])}, "post_processor"),
+    ("tokenizer.json", {"post_processor": puts_first("def", {"def": -1})}, "post_processor"),
+    ("tokenizer.json", {"post_processor": {"type": "RobertaProcessing"}}, "post_processor"),
+    (CONFIG, {"eos_token": "<none>"}, "cannot read"),
+    (CONFIG, {"eos_token": {"no": "content"}}, "cannot read"),
+    (CONFIG, {"eos_token": ["x"]}, "cannot read"),
+    (CONFIG, '{"eos_token": ', CONFIG),
+    (CONFIG, {"added_tokens_decoder": {"2049": {"content": "<new>"}}}, OTHERWISE),
+    (CONFIG, {"added_tokens_decoder": {"7": {"content": "def"}}}, OTHERWISE),
+    (CONFIG, {"added_tokens_decoder": {"2048": EXTRA | {"rstrip": True}}}, OTHERWISE),
+    (CONFIG, {"extra_special_tokens": {"image": "<new>"}}, OTHERWISE),
+    (CONFIG, {"model_specific_special_tokens": {"image": "def"}}, OTHERWISE),
+    (CONFIG, {"add_prefix_space": True}, OTHERWISE),
+    (CONFIG, {"split_special_tokens": True}, OTHERWISE),
+    (CONFIG, {"pad_token": "<pad>"}, OTHERWISE),
+    (CONFIG, {"mask_token": "def"}, OTHERWISE),  # of the vocabulary: not cut out of a text
+    (MAP, {"bos_token": {"content": "<s>"}}, OTHERWISE),
+    (MAP, {"additional_special_tokens": ["<new>"]}, OTHERWISE),
+    (ADDED, {"<new>": 2049}, OTHERWISE),
+]
+
+
+@pytest.mark.parametrize("name, says, expected", BESIDE)
+def test_a_tokenizer_is_read_with_what_stands_beside_it(tmp_path, name, says, expected):
+    """As transformers reads it: the end of text, what is put first, tokens that it lacks, damage."""
+    put(tmp_path, {"tokenizer.json": SPEC})
+    put(tmp_path, {name: SPEC | says if name == "tokenizer.json" else says})
+    load = functools.partial(model_loaders.load_tokenizer, tmp_path)
+    if isinstance(expected, str):
+        return fails([expected], load)
+    auto, always = load(), load("yes")
+    assert (auto.eos_id, auto.bos_id, always.bos_id) == expected and auto.n_vocab == 2049
+    assert load("no").bos_id is None
+    if expected[0] == 2048:
+        put(tmp_path, {MAP: {"eos_token": "def"}})  # of these transformers' versions take either
+        fails(["several ends of text", "def"], load)
+    (tmp_path / ADDED).symlink_to(tmp_path / "nowhere")
+    fails(["cannot read", ADDED], load)
 
 
 REAL = Path(os.environ.get("SAEFT_VOCABULARIES", "/none"))
@@ -3477,67 +3528,6 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     assert stream(tmp_path / "folder").key != large  # when it was last touched
 
 
-def test_what_stands_beside_the_tokenizer_and_the_weights_decides(tmp_path):
-    """As transformers reads them: what is put first, tokens that tokenizer.json lacks, damage; one
-    file of weights before shards."""
-    folder = tmp_path / "m"
-    shutil.copytree(model_loaders.TINY, folder)
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    vocab, load = spec["model"]["vocab"], functools.partial(model_loaders.load_tokenizer, folder)
-    template = puts_first("def", vocab)
-    for post, first in {
-        "null": None,
-        '{"type": "ByteLevel"}': None,
-        json.dumps(template): vocab["def"],
-        json.dumps({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}): 321,
-    }.items():
-        (folder / "tokenizer.json").write_text(
-            json.dumps({**spec, "post_processor": json.loads(post)})
-        )
-        assert load().bos_id == first
-    (eos,) = spec["added_tokens"]
-    rstrip = {"content": eos["content"], "rstrip": True}
-    absent = puts_first("def", {**vocab, "def": -1})
-    for post in (puts_first("def", vocab, ["self"]), {"type": "RobertaProcessing"}, absent):
-        (folder / "tokenizer.json").write_text(json.dumps({**spec, "post_processor": post}))
-        fails(["post_processor"], load)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    for name, says in [
-        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": {"content": "<new>"}}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "def"}}}),
-        ("tokenizer_config.json", {"extra_special_tokens": {"image": "<new>"}}),
-        ("tokenizer_config.json", {"model_specific_special_tokens": {"image": "def"}}),
-        ("tokenizer_config.json", {"add_prefix_space": True}),
-        ("tokenizer_config.json", {"split_special_tokens": True}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"0": rstrip}}),
-        ("tokenizer_config.json", {"pad_token": "<pad>"}),
-        ("special_tokens_map.json", {"bos_token": {"content": "<s>"}}),
-        ("tokenizer_config.json", {"mask_token": "def"}),  # of the vocabulary: not cut out
-        ("special_tokens_map.json", {"additional_special_tokens": ["<new>"]}),
-        ("added_tokens.json", {"<new>": 2048}),
-    ]:
-        (folder / name).write_text(json.dumps(says))
-        fails(["files beside it say otherwise of"], load)
-        (folder / name).unlink()
-    beside = folder / "tokenizer_config.json"
-    beside.write_text(json.dumps({"bos_token": eos["content"]}))
-    assert load().bos_id is None and load("yes").bos_id == eos["id"]
-    beside.write_text('{"eos_token": "</s>"}')
-    (map_file := folder / "special_tokens_map.json").write_text('{"eos_token": "def"}')
-    fails(["several ends of text", "def"], load)  # of these transformers' versions take either
-    map_file.unlink()
-    beside.write_text('{"eos_token": ')
-    fails(["tokenizer_config.json"], load)
-    beside.unlink()
-    beside.symlink_to(tmp_path / "nowhere")
-    fails(["cannot read", "tokenizer_config.json"], load)
-    beside.unlink()
-    index = {"weight_map": {"x": "old-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    lm, other = (saeft.load_lm(name) for name in (str(folder), "tiny"))
-    assert torch.equal(lm.W_U, other.W_U)
-
-
 def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
     """Nothing of it is given again, wherever the file lies and however long sequences are."""
     (other := tmp_path / "moved").mkdir()
@@ -3715,19 +3705,6 @@ def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys)
         stream(tmp_path / "a.bin", n_rows=126, train=9000).train(0, 500)
 
 
-def test_truncation_and_padding_change_no_id(tmp_path):
-    """As transformers writes a tokenizer.json after a call with truncation and padding."""
-    names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    own = tokenizers.Tokenizer.from_str(json.dumps(BYTE))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **names)
-    theirs(["a long text of many words", "x"], truncation=True, max_length=5, padding="max_length")
-    theirs.save_pretrained(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert spec["truncation"] and spec["padding"]
-    plain, ours = model_loaders.Tokenizer(BYTE), model_loaders.load_tokenizer(str(tmp_path))
-    assert all(ours.encode(text) == plain.encode(text) for text in library(0, 20_000))
-
-
 def test_quantised_tensors_say_what_they_are(tmp_path):
     def load():
         return model_loaders.load_weights(str(tmp_path), "cpu", torch.float32)
@@ -3740,6 +3717,8 @@ def test_quantised_tensors_say_what_they_are(tmp_path):
         save_file({"a.qweight": torch.ones(2).to(dtype)}, path)
         fails(["a.qweight", str(dtype), "quantised"], load)
     save_file({"a": torch.ones(2), "x.attention.bias": torch.ones(2, dtype=torch.uint8)}, path)
+    index = {"weight_map": {"x": "old-00001-of-00001.safetensors"}}  # one file before shards
+    put(tmp_path, {"model.safetensors.index.json": index})
     assert load().keys() == {"a"}
 
 
@@ -4367,12 +4346,3 @@ def test_text_of_a_folder_is_mixed_and_a_piece_of_just_the_longest_ends(tmp_path
     (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * model_loaders.LONGEST]))
     ((_, _, ends),) = model_loaders.pieces(str(tmp_path / "a.jsonl"))
     assert ends
-
-
-def test_bos_no_takes_away_what_a_tokenizer_puts_first(tmp_path):
-    shutil.copytree(model_loaders.TINY, folder := tmp_path / "m")
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    spec["post_processor"] = puts_first("def", spec["model"]["vocab"])
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    firsts = [model_loaders.load_tokenizer(folder, bos).bos_id for bos in ("auto", "yes", "no")]
-    assert firsts == [321, 321, None]
