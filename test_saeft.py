@@ -2995,49 +2995,30 @@ def stream(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lines_file(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts()))
-    return tmp_path / "a.jsonl"
+    return put(tmp_path, {"a.jsonl": jsonl(texts())}) / "a.jsonl"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz"])
-def test_streams_are_the_documents_end_to_end(tmp_path, stream, name):
-    data = jsonl(texts())
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    s = stream(tmp_path / name)
-    rows = s.train(0, 100)
+@pytest.mark.parametrize("bos, marks", [(None, ""), (7, ""), (7, "\7 \7"), (0, "")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.bin"])
+def test_streams_are_the_documents_end_to_end(tmp_path, stream, name, bos, marks):
+    """<bos> opens each sequence, and none stands in the middle, but where it is the end of text."""
+    lines = [text + marks for text in texts()]
+    train, val = (joined(lines, held) for held in (False, True))
+    of_ids = np.frombuffer(train, np.uint8).astype(np.uint16)
+    content = of_ids if name == "a.bin" else jsonl(lines)
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    s = stream(put(tmp_path, {name: packed}) / name, Bytes(bos_id=bos))
+    rows, first = s.train(0, 100), int(bos is not None)
     assert rows.dtype == torch.int64 and rows.shape == (100, 16) and s.n_train == 100
-    assert ids(rows) == joined(texts(), False)[:1600] and torch.equal(s.train(7, 3), rows[7:10])
-    assert ids(s.validation()) == joined(texts(), True)[:160]
-
-
-def test_bos_opens_each_sequence_and_none_stands_in_the_middle(tmp_path, lines_file, stream):
-    rows = stream(lines_file, Bytes(bos_id=7)).train(0, 100)
-    assert (rows[:, 0] == 7).all() and ids(rows[:, 1:]) == joined(texts(), False)[:1500]
-    (tmp_path / "b.jsonl").write_bytes(jsonl([text + "\7 \7" for text in texts()]))
-    rows = stream(tmp_path / "b.jsonl", Bytes(bos_id=7)).train(0, 100)
-    assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
-    np.array([7, 1, 2, 3] * 2000, np.uint16).tofile(tmp_path / "c.bin")
-    rows = stream(tmp_path / "c.bin", Bytes(bos_id=7), train=900).train(0, 50)
-    assert (rows[:, 0] == 7).all() and not (rows[:, 1:] == 7).any()
-
-
-def test_ids_that_the_tokenizer_lacks(lines_file, stream):
-    wide = stream(lines_file, Bytes(n_vocab=70_000, fingerprint="wide"))
-    assert ids(wide.train(0, 100)) == joined(texts(), False)[:1600]
-    np.array([50] * 5000 + [120] * 5000, np.uint16).tofile(lines_file.with_name("a.bin"))
-    words = "a.bin: as uint16 it holds 120: give uint16 ids of this tokenizer, under 100, or text"
-    with pytest.raises(UserError, match=words):
-        stream(lines_file.with_name("a.bin"), Bytes(n_vocab=100), train=9000).train(0, 500)
-
-    np.arange(1, 90, dtype=np.uint32).repeat(200).tofile(lines_file.with_name("b.bin"))
-    with pytest.raises(UserError, match="every second id is 0, so they are wider"):
-        stream(lines_file.with_name("b.bin"), Bytes(n_vocab=100), train=900).train(0, 50)
+    assert ids(rows[:, first:]) == train.replace(b"\7", b"")[: 100 * (16 - first)]
+    assert not first or (rows[:, 0] == bos).all()
+    assert torch.equal(s.train(7, 3), rows[7:10])
+    if name != "a.bin":
+        assert ids(s.validation()[:, first:]) == val.replace(b"\7", b"")[: 10 * (16 - first)]
 
 
 PARAGRAPH = "word " * 400 + "\n\n"
 ONE_LINE = "".join(f"{i} of one line, " for i in range(200_000))
-
-
 ANY_FORM = [ONE_LINE, ONE_LINE.replace(", ", "\r\n"), ONE_LINE.replace(" ", "x"), PARAGRAPH * 1000]
 
 
@@ -3045,7 +3026,7 @@ ANY_FORM = [ONE_LINE, ONE_LINE.replace(", ", "\r\n"), ONE_LINE.replace(" ", "x")
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
 def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
     text = json.dumps({"text": content}) if form == "jsonl" else content
-    (tmp_path / f"a.{form}").write_bytes(text.encode())
+    put(tmp_path, {f"a.{form}": text.encode()})
     found = documents(str(tmp_path))
     assert "".join(found) == content and len(found) > 30
     assert max(map(len, found)) <= (1 << 16 if form == "jsonl" else 1 << 13)
@@ -3068,12 +3049,9 @@ def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
 
 def test_forms_of_text(tmp_path):
     """A .txt is cut where a line ends; what is hidden, no file, or of other kinds is left out."""
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\0 = 1\r\n\n")
-    (tmp_path / "b.TXT.GZ").write_bytes(gzip.compress((PARAGRAPH * 12).encode()))
-    (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    (tmp_path / ".hidden.txt").write_text("no")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "e.txt").write_text("no")
+    put(tmp_path, {"a.txt": b"\xef\xbb\xbfx\0 = 1\r\n\n", "d.parquet": b"PAR1"})
+    put(tmp_path, {"b.TXT.GZ": gzip.compress((PARAGRAPH * 12).encode())})
+    put(tmp_path, {".hidden.txt": "no", ".git/e.txt": "no"})
     os.mkfifo(tmp_path / "f.txt")
     cut = documents(str(tmp_path / "b.TXT.GZ"))
     assert "".join(cut) == PARAGRAPH * 12 and all(piece.endswith("\n") for piece in cut)
@@ -3083,20 +3061,17 @@ def test_forms_of_text(tmp_path):
 
 def test_links(tmp_path, monkeypatch):
     """One to the folder or to a file is followed, one to a folder in it, or to nothing, refused."""
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a.txt").write_text("text")
-    (tmp_path / "data").symlink_to(tmp_path / "real")
-    (tmp_path / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
-    assert documents(str(tmp_path / "data")) == ["text"]
-    assert documents(str(tmp_path / "b.txt")) == ["text"]
+    real = put(tmp_path / "real", {"a.txt": "text"})
+    (tmp_path / "data").symlink_to(real)
+    (tmp_path / "b.txt").symlink_to(real / "a.txt")
+    for name in ("data", "b.txt"):
+        assert documents(str(tmp_path / name)) == ["text"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert documents("~/real") == ["text"]
-    for target in (tmp_path / "real", "nothing.txt"):
-        link = tmp_path / "real" / "train"
-        link.symlink_to(target)
-        with pytest.raises(UserError, match="train is a link, but to no file"):
-            documents(str(tmp_path / "real"))
-        link.unlink()
+    for target in (real, "nothing.txt"):
+        (real / "train").symlink_to(target)
+        fails(["train is a link, but to no file"], documents, str(real))
+        (real / "train").unlink()
 
 
 def test_memory_stays_bounded_and_nothing_hangs(tmp_path):
@@ -3122,24 +3097,20 @@ print(json.dumps([found, peak() - before, time.monotonic() - start]))
 
 def test_zstd_of_several_frames(tmp_path, monkeypatch):
     zstandard = pytest.importorskip("zstandard")
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(zstandard.compress(jsonl([text])) for text in ("one", "two")))
-    assert documents(str(path)) == ["one", "two"]
+    frames = b"".join(zstandard.compress(jsonl([text])) for text in ("one", "two"))
+    path = str(put(tmp_path, {"a.jsonl.zst": frames}) / "a.jsonl.zst")
+    assert documents(path) == ["one", "two"]
     if sys.version_info < (3, 14):
         monkeypatch.setitem(sys.modules, "zstandard", None)
-        with pytest.raises(UserError, match="pip install zstandard"):
-            documents(str(path))
+        fails(["pip install zstandard"], documents, path)
 
 
 @pytest.mark.parametrize("packed", ["zst", "gz"])
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
 def test_a_truncated_file_is_no_end_of_the_data(tmp_path, packed, kept):
-    data = jsonl([os.urandom(200).hex() for _ in range(300)])
-    if packed == "zst":
-        data = pytest.importorskip("zstandard").compress(data)
-    else:
-        data = gzip.compress(data)
-    (tmp_path / f"a.jsonl.{packed}").write_bytes(data[: int(len(data) * kept)])
+    library = pytest.importorskip("zstandard") if packed == "zst" else gzip
+    data = library.compress(jsonl([os.urandom(200).hex() for _ in range(300)]))
+    put(tmp_path, {f"a.jsonl.{packed}": data[: int(len(data) * kept)]})
     with pytest.raises(UserError, match="cannot read .*(ends in the middle|ended before)"):
         documents(str(tmp_path))
 
@@ -3164,6 +3135,8 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("a.parquet", b"PAR1", "no text in"),
         ("a.bin", b"123" * 9, "give uint16 ids of this tokenizer, under 256"),
+        ("a.bin", np.array([50, 300] * 5000, np.uint16), "a.bin: as uint16 it holds 300: give"),
+        ("a.bin", np.arange(1, 90, dtype=np.uint32).repeat(200), "so they are wider"),
         ("none.txt", None, "no text in"),
         ("c5", None, "owner/name on the Hub, c4, pile"),
         ("", None, "no text in ''"),
@@ -3173,8 +3146,7 @@ def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tm
 )
 def test_bad_sources_are_user_errors(tmp_path, stream, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    put(tmp_path, {} if content is None else {name: content})
     data = str(tmp_path / name) if content is not None or "none" in name else name
     with pytest.raises(UserError, match=message) as error:
         stream(data).train(0, 1)
@@ -3191,19 +3163,6 @@ def test_cache_is_used_again_and_grows_without_regard_to_budgets(lines_file, str
     big = stream(lines_file, train=1_200_000, val=56_000)
     assert ids(big.train(0, big.n_train)) == joined(lines, False)[:1_200_000]
     assert ids(big.validation()) == joined(lines, True)[:56_000]
-    assert stream(lines_file, Bytes(fingerprint="other")).folder != big.folder
-    lines_file.write_bytes(lines_file.read_bytes() + b"\n")
-    assert stream(lines_file).folder != big.folder
-
-
-def test_a_new_version_of_the_data_is_noticed(lines_file, stream):
-    old = stream(lines_file)
-    old.train(0, 9), old.close()
-    lines_file.write_bytes(lines_file.read_bytes()[::-1].replace(b"x", b"y", 1)[::-1])
-    os.utime(lines_file, (1, 1))  # of the same size and time
-    new = stream(lines_file)
-    assert new.folder != old.folder and old.folder.exists() and new.key != old.key
-    assert stream(lines_file).key == new.key
 
 
 META = [None, b"", b"[1, 2, [3", b"{}", b"text", b"[1, 2]", b"[[0, 0], [0, 0], 0]", b"\xff"]
@@ -3230,16 +3189,15 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkeypatch, side):
     monkeypatch.setattr(model_loaders, "BATCH", 20)
-    append, seen = model_loaders.TokenStream._append, []
+    append, left = TokenStream._append, iter(range(2 + side, -1, -1))
 
     def dies(self, *args):
         append(self, *args)
-        seen.append(args[0])
-        if len(seen) == 3 + side:
+        if next(left) == 0:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_loaders.TokenStream, "_append", dies)
+        patch.setattr(TokenStream, "_append", dies)
         stream(lines_file, train=9600).train(0, 600)
     s = stream(lines_file, train=9600, val=320)
     assert ids(s.train(0, 600)) == joined(texts(), False)[:9600]
@@ -3263,11 +3221,10 @@ def test_a_cache_that_goes_away_is_one_line(lines_file, stream, monkeypatch, dam
 def test_several_streams_on_one_cache(lines_file, stream):
     lines_file.write_bytes(jsonl(texts(2000, 300)))
     tokenizers = [Bytes() for _ in range(4)]
-    streams = [stream(lines_file, t, train=320_000) for t in tokenizers]
-    for s in streams:
+    for s in [stream(lines_file, tokenizer, train=320_000) for tokenizer in tokenizers]:
         assert ids(s.train(0, 20_000)) == joined(texts(2000, 300), False)[:320_000]
         s.validation(), s.close()
-    assert sum(t.calls > 0 for t in tokenizers) == 1
+    assert sum(tokenizer.calls > 0 for tokenizer in tokenizers) == 1
 
 
 def test_short_data(tmp_path, lines_file, stream):
@@ -3275,21 +3232,20 @@ def test_short_data(tmp_path, lines_file, stream):
     s = stream(lines_file, train=2_000_000)
     with pytest.raises(UserError) as error:
         s.train(s.n_train - 1, 1)
-    advice = "lower --tokens (with --start, --kl-tokens)"
     counts = f"{have:,} training tokens, 2,000,000 were asked for"
+    advice = "lower --tokens (with --start, --kl-tokens)"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
-    with pytest.raises(UserError, match="validation tokens, 9,000,000 .*--eval-tokens"):
-        stream(lines_file, val=9_000_000).validation()
+    words = ["validation tokens, 9,000,000 ", "--eval-tokens"]
+    fails(words, stream(lines_file, val=9_000_000).validation)
     short = stream(lines_file, train=2_000_000, short_ok=True)
-    assert short.n_train == have // 16 and len(short.train(0, short.n_train)) == have // 16
-    (tmp_path / "one.txt").write_text("x = 1")
-    with pytest.raises(UserError, match="were asked for: give more text"):
-        stream(tmp_path / "one.txt", short_ok=True)
+    assert short.n_train == have // 16 == len(short.train(0, short.n_train))
+    one = put(tmp_path, {"one.txt": "x = 1"}) / "one.txt"
+    fails(["were asked for: give more text"], lambda: stream(one, short_ok=True))
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
 def test_ids_in_a_bin(tmp_path, stream, n_vocab, dtype):
-    """Their width is the tokenizer's: two bytes where its ids fit in, else four."""
+    """Their width, as in the cache, is the tokenizer's: two bytes where its ids fit in, else four."""
     stored = np.random.default_rng(0).integers(1, n_vocab, 10_000).astype(dtype)
     stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
     stored.tofile(path := tmp_path / "IDS.BIN")
@@ -3297,10 +3253,13 @@ def test_ids_in_a_bin(tmp_path, stream, n_vocab, dtype):
     s = make(train=8000)
     assert s.train(0, 500).flatten().tolist() == stored[:8000].tolist()
     assert s.validation().flatten().tolist() == stored[9701:9861].tolist()
-    with pytest.raises(UserError, match="has 9,500 training tokens, 10,000 were"):
-        (long := make(train=10_000)).train(long.n_train - 1, 1)
+    long = make(train=10_000)
+    fails(["has 9,500 training tokens, 10,000 were"], long.train, long.n_train - 1, 1)
     short = make(train=10_000, short_ok=True)
     assert short.train(0, short.n_train).flatten().tolist() == stored[: 9500 // 16 * 16].tolist()
+    of_text = put(tmp_path, {"a.jsonl": jsonl(texts())}) / "a.jsonl"
+    rows = stream(of_text, Bytes(n_vocab=n_vocab)).train(0, 100)
+    assert ids(rows) == joined(texts(), False)[:1600]
 
 
 def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream):
@@ -3308,28 +3267,23 @@ def test_a_failure_in_the_thread_reaches_the_caller(tmp_path, lines_file, stream
         """As tiktoken's, which is no Exception."""
 
     for error in (ZeroDivisionError, Panic):
-        with pytest.raises(error):
-            stream(lines_file, Bytes(fail=error())).train(0, 1)
-        with pytest.raises(error):
-            stream(lines_file, Bytes(fail=error()), short_ok=True)
-    with pytest.raises(UserError, match="cannot write .*XDG_CACHE_HOME"):
-        stream(lines_file, cache=lines_file).train(0, 1)
-
-
-class Endless(Bytes):
-    """A tokenizer that takes its time."""
-
-    def encode(self, text):
-        time.sleep(0.001)
-        return super().encode(text)
+        for options in ({}, {"short_ok": True}):
+            with pytest.raises(error):
+                stream(lines_file, Bytes(fail=error()), **options).train(0, 1)
+    s = stream(lines_file, cache=lines_file)
+    fails(["cannot write ", "XDG_CACHE_HOME"], s.train, 0, 1)
 
 
 def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stream, monkeypatch):
-    endless = lambda *source: iter(lambda: (texts(1)[0], False, True), None)  # noqa: E731
-    monkeypatch.setattr(model_loaders, "pieces", endless)
+    def endless(*source):
+        while True:
+            time.sleep(0.001)
+            yield texts(1)[0], False, True
+
     told = []
+    monkeypatch.setattr(model_loaders, "pieces", endless)
     monkeypatch.setattr(model_loaders, "progress", told.append)
-    s = stream(lines_file, Endless(), train=2 * 10**6)
+    s = stream(lines_file, train=2 * 10**6)
     signal.signal(signal.SIGALRM, lambda *args: 1 / 0)
     signal.setitimer(signal.ITIMER_REAL, 1.5)
     with pytest.raises(ZeroDivisionError):
@@ -3380,16 +3334,10 @@ def test_one_function_reads_every_spelling_of_a_hook():
         fails(["it reads", str(name)], model_loaders.read_hook, name)
 
 
-def tokenizer_folder(folder, spec, **config):
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_usual_data_follow_the_vocabulary_and_no_name(tmp_path):
     def usual(folder, spec):
-        tokenizer = model_loaders.load_tokenizer(str(tokenizer_folder(tmp_path / folder, spec)))
+        put(tmp_path / folder, {"tokenizer.json": spec})
+        tokenizer = model_loaders.load_tokenizer(str(tmp_path / folder))
         return model_loaders.OWN_DATA.get(tokenizer.vocabulary)
 
     assert usual("home/pythia/gemma-2-2b", GEMMA_LIKE) is None
@@ -3419,27 +3367,22 @@ SPLITS = [  # files that are read, and those that are left out
 
 @pytest.mark.parametrize("other", ["data.parquet", "data.ndjson", "TEXTS.ZIP", "a/b.csv.gz"])
 def test_a_licence_is_not_the_data_that_are_not_read(tmp_path, other):
-    (tmp_path / other).parent.mkdir(exist_ok=True)
-    (tmp_path / other).write_text("text" * 9)
-    (tmp_path / "LICENSE.txt").write_text("text")
+    put(tmp_path, {other: "text" * 9, "LICENSE.txt": "text"})
     fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
     assert len(model_loaders.source_files(str(tmp_path / "LICENSE.txt"))) == 1
     held_out = (tmp_path / "LICENSE.txt").rename(tmp_path / "validation.jsonl")
     fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
-    held_out.rename(tmp_path / "LICENSE.txt")
-    (tmp_path / "book.txt").write_text("text" * 9)  # what is not read is less than what is
-    assert len(model_loaders.source_files(str(tmp_path))) == 2
+    held_out.rename(put(tmp_path, {"book.txt": "text" * 9}) / "LICENSE.txt")
+    assert len(model_loaders.source_files(str(tmp_path))) == 2  # less is not read than is
 
 
 @pytest.mark.parametrize("taken, left", SPLITS)
 def test_the_training_split_is_whole_words(tmp_path, capsys, monkeypatch, taken, left):
     """One rule: a local clone is read as the dataset on the Hub."""
     taken, names = taken.split(), [*taken.split(), *left.split()]
-    for name in names:
-        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "test" / name).write_text("text")
-    found = model_loaders.source_files(str(tmp_path / "test"))
-    assert sorted(os.path.relpath(path, tmp_path / "test") for path, _ in found) == sorted(taken)
+    folder = put(tmp_path / "test", dict.fromkeys(names, "text"))
+    found = [os.path.relpath(path, folder) for path, _ in model_loaders.source_files(str(folder))]
+    assert sorted(found) == sorted(taken)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and f"reading {len(taken)} of {len(names)} files: " in told
     assert sum(name in told for name in taken) == min(3, len(taken))
@@ -3457,75 +3400,58 @@ def test_the_training_split_is_whole_words(tmp_path, capsys, monkeypatch, taken,
 def test_a_short_name_and_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model_loaders.say_once.cache_clear()
-    for name, content in (("tiny", "{}"), ("pythia-70m", '{"mine": 1}')):
-        tokenizer_folder(tmp_path / name, BYTE)
-        (tmp_path / name / "config.json").write_text(content)
+    put(tmp_path, {"tiny/config.json": {}, "pythia-70m/config.json": {"mine": 1}})
+    put(tmp_path, {"EleutherAI/pythia-14m/x": "", "pile/a.txt": "mine"})
     assert model_loaders.load_config("tiny")["hidden_size"] == 128
     told = capsys.readouterr().out
     assert told.startswith("tiny is ") and told.endswith("would be ./tiny\n")
     assert model_loaders.load_config("./tiny") == {}
     assert model_loaders.load_config("./pythia-70m") == {"mine": 1}
-    (tmp_path / "EleutherAI" / "pythia-14m").mkdir(parents=True)
     fails(["is a folder here: ./Eleu"], model_loaders.load_config, "pythia-14m")
     assert model_loaders.load_config(str(tmp_path / "pythia-70m")) == {"mine": 1}
-    assert capsys.readouterr().out == ""
-    (tmp_path / "pile").mkdir()
-    (tmp_path / "pile" / "a.txt").write_text("mine")
     assert documents("./pile") == ["mine"] and capsys.readouterr().out == ""
     assert model_loaders._place("pile") == "hf://datasets/monology/pile-uncopyrighted"
     assert "./pile" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["jsonl", "bin"])
-def test_bos_that_is_the_end_of_text_keeps_the_separators(tmp_path, stream, form):
-    path = tmp_path / f"a.{form}"
-    path.write_bytes(jsonl(texts()))
-    if form == "bin":
-        np.frombuffer(joined(texts(), False), np.uint8).astype(np.uint16).tofile(path)
-    s = stream(path, Bytes(bos_id=0))
-    rows = s.train(0, 100)
-    assert (rows[:, 0] == 0).all() and ids(rows[:, 1:]) == joined(texts(), False)[:1500]
-    assert stream(path).key != s.key != stream(path, Bytes(bos_id=7)).key
+def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypatch):
+    def key(data=lines_file, n_rows=None, **changes):
+        return stream(data, Bytes(**changes), n_rows=n_rows).key
 
-
-def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypatch, capsys):
-    def key(**changes):
-        return stream(lines_file, Bytes(**changes)).key
-
-    first = stream(lines_file)
-    changed = [dict(bos_id=0), dict(bos_id=7), dict(eos_id=1), dict(n_vocab=300)]
-    keys = {first.key, *(key(**change) for change in changed), key(fingerprint="x")}
-    names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
-    with monkeypatch.context() as patch:  # nor do datasets share what is remembered of each
-        patch.setattr(
-            model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="c")
-        )
-        now = {name: model_loaders.source_now(name) for name in names}
-        assert len({folder for *_, folder in now.values()}) == 5
-        capsys.readouterr()
-        patch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: 1 / 0)
-        assert model_loaders.source_now(names[0]) == now[names[0]]  # the last time's, with a word
-        assert (
-            capsys.readouterr().out == "note: o/a.b is out of reach, and read as it was last: c\n"
-        )
-    assert len(keys) == 6 and first.folder.name == first.key
-    assert stream(lines_file, n_rows=200).key not in keys
-    assert stream(lines_file, n_rows=256).key == stream(lines_file, n_rows=999).key == first.key
+    changed = [dict(bos_id=0), dict(bos_id=7), dict(eos_id=1), dict(n_vocab=300), dict(n_rows=200)]
+    keys = {key(), *(key(**change) for change in changed), key(fingerprint="x")}
+    assert len(keys) == 7 and key(n_rows=256) == key(n_rows=999) == key() in keys
     with monkeypatch.context() as patch:
         patch.setattr(model_loaders, "RULES", 99)
         assert key() not in keys
-    (tmp_path / "copy").mkdir()
-    shutil.copy(lines_file, tmp_path / "copy" / "a.jsonl")
-    assert stream(tmp_path / "copy" / "a.jsonl").key == first.key
-    (tmp_path / "folder").mkdir()
-    shutil.move(lines_file, tmp_path / "folder" / "a.jsonl")
-    folder = stream(tmp_path / "folder").key
-    (tmp_path / "folder" / "b.txt").write_text("more")
-    assert stream(tmp_path / "folder").key != folder
+    first = stream(lines_file)
+    assert first.train(0, 9).any() and first.folder.name == first.key
+    (copied := tmp_path / "copy").mkdir()
+    shutil.copy(lines_file, copied)
+    assert key(copied / "a.jsonl") == first.key
+    lines_file.write_bytes(lines_file.read_bytes()[:-4] + b'y"}\n')
+    os.utime(lines_file, (1, 1))  # of the same size and time
+    assert key() not in keys and key() == key() and first.folder.exists()
+    of_folder = key(copied)
+    assert key(put(copied, {"b.txt": "more"})) != of_folder
     monkeypatch.setattr(model_loaders, "LARGE", 9)
-    large = stream(tmp_path / "folder").key
-    shutil.copystat(tmp_path / "folder" / "a.jsonl", tmp_path / "folder" / "a.jsonl")
-    assert stream(tmp_path / "folder").key != large  # when it was last touched
+    large = key(copied)
+    shutil.copystat(copied / "a.jsonl", copied / "a.jsonl")
+    assert key(copied) != large  # when it was last touched
+
+
+def test_a_dataset_is_known_by_its_commit(monkeypatch, capsys):
+    """Nor do datasets share what is remembered of each."""
+    names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
+    about = SimpleNamespace(sha="c")
+    monkeypatch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: about)
+    now = {name: model_loaders.source_now(name) for name in names}
+    assert len({folder for *_, folder in now.values()}) == 5
+    assert capsys.readouterr().out == ""
+    del about.sha
+    assert model_loaders.source_now(names[0]) == now[names[0]]  # the last time's, with a word
+    told = "note: o/a.b is out of reach, and read as it was last: c\n"
+    assert capsys.readouterr().out == told
 
 
 def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
@@ -3546,80 +3472,87 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
         stream(other, tokenizer, sae=short).train(10**6, 1)
 
 
-def test_a_models_key_is_its_files(tmp_path):
-    folder = tokenizer_folder(tmp_path / "model", BYTE, hidden_size=8)
+def test_the_key_of_a_model_or_an_sae_is_of_its_files(tmp_path):
+    folder = put(tmp_path / "model", {"tokenizer.json": BYTE, "config.json": {"hidden_size": 8}})
     for name in ("model-1.safetensors", "model-2.safetensors"):
         model_loaders.write_safetensors(folder / name, {"a": torch.ones(3)}, {})
+    put(folder, {"pytorch_model.bin": b"12"})
     keys = [model_loaders.model_key(str(folder))]
-    (folder / "README.md").write_text("not of the model")
-    assert model_loaders.model_key(str(folder)) == keys[0]
-    for name in ("model-2.safetensors", "config.json", "tokenizer.json"):
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + b" ")  # of the same size
+    assert model_loaders.model_key(str(put(folder, {"README.md": "not of the model"}))) == keys[0]
+    for name in ("model-2.safetensors", "config.json", "tokenizer.json", "pytorch_model.bin"):
+        put(folder, {name: (folder / name).read_bytes()[:-1] + b" "})  # of the same size
         os.utime(folder / name, (1, 1))  # and time
         keys.append(model_loaders.model_key(str(folder)))
-    assert len({*keys}) == 4
+    assert len({*keys}) == 5
     shutil.copytree(folder, tmp_path / "copy")
     assert model_loaders.model_key(str(tmp_path / "copy")) == keys[-1]
     fails(["has no config.json"], model_loaders.model_key, str(tmp_path))
+    for i in (1.0, 2.0):
+        sae_folder(tmp_path, {"b_dec": torch.full((6,), i)})
+        keys.append(model_loaders.sae_key(str(tmp_path)))
+    assert len({*keys}) == 7
 
 
-def test_a_run_goes_on_with_the_same_model_and_data_alone(tmp_path):
-    settings, identity = {"model": "./m", "data": "./d", "k": 3}, {"model": "1", "data": "2"}
+def test_a_run_goes_on_with_the_same_settings_model_and_data_alone(tmp_path):
+    settings = vars(Config(model="./m", data="./d", k=[3]))
+    identity, metrics = {"model": "1", "data": "2"}, tmp_path / "metrics.jsonl"
     folder = model_loaders.RunFolder(tmp_path, [])
     folder.begin(settings)
+    folder.log(["1"])
     folder.save_state({"config": settings, "identity": identity, "world": 1}, "0-0")
+    folder.log(["2"])  # after it
     saved = folder.load_state("cpu")
-    folder.go_on(saved, settings, identity, 1)
     for part in identity:
-        other = identity | {part: "x"}
         words = [f"{part} {settings[part]} is not what it was"]
-        fails(words, folder.go_on, saved, settings, other, 1)
-    fails(["--k was 3, is 4"], folder.go_on, saved, settings | {"k": 4}, {"data": "x"}, 1)
-    folder.go_on(saved, settings | {"data": "/abs/d", "log_every": 5, "name": "n"}, identity, 1)
-    (tmp_path / "metrics.jsonl").write_text("1\n2\n")
-    saved["logged"] = 9
-    folder.go_on(saved, settings, identity, 1)  # nothing is filled up with zeros
-    assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n"
-    (tmp_path / "metrics.jsonl").unlink()
+        fails(words, folder.go_on, saved, settings, identity | {part: "x"}, 1)
+    may = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
+    for name in settings.keys() - may:
+        words = [f"--{name.replace('_', '-')} was {settings[name]}, is other"]
+        fails(words, folder.go_on, saved, settings | {name: "other"}, {}, 1)
+    fails(["it was 1 processes"], folder.go_on, saved, settings, identity, 2)
+    fails(["--k was [3], is 4"], folder.go_on, saved, settings | {"k": 4}, {"data": "x"}, 1)
+    assert metrics.read_text() == "1\n2\n"
+    folder.go_on(saved, settings | dict.fromkeys(may) | {"data": "/abs/d"}, identity, 1)
+    assert metrics.read_text() == "1\n"
+    folder.go_on(saved | {"logged": 9}, settings, identity, 1)  # nothing is filled up with zeros
+    assert metrics.read_text() == "1\n"
+    metrics.unlink()
     folder.go_on(saved, settings, identity, 1)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-    for name in ("k4", "k4-best", "kl-only"):  # the last is of a method of another program
-        model_loaders.write_text(tmp_path / name / "cfg.json", "{}")
-    model_loaders.write_text(tmp_path / "config.json", '{"method": ["kl-only", "../x", ".."]}')
-    model_loaders.write_text(tmp_path.parent / "cfg.json", "mine")
-    folder.clear()
-    assert [path.name for path in tmp_path.glob("k*")] == ["k4-best"]
-    assert (tmp_path.parent / "cfg.json").read_text() == "mine"
-    folder.log([])
+    assert metrics.read_text() == ""
     folder.save_state({"config": settings, "identity": identity, "world": 2}, "1-0")
     other = model_loaders.RunFolder(tmp_path, [], rank=1)
     fails(["cannot read a checkpoint", "checkpoint-1-0-1.pt"], other.load_state, "cpu")
-    run = {"name": "n", "start": None, "model": "./m", "out": str(tmp_path / "outer")}
-    model_loaders.write_text(tmp_path / "outer" / ".saeft", "")
-    fails(["outer is a run's own folder"], model_loaders.run_path, run)
 
 
-def test_what_changed_since_a_run_is_told(tmp_path, capsys):
+def test_what_is_cleared_is_a_runs_own(tmp_path):
+    run = tmp_path / "run"  # the last is of a method of another program
+    put(run, {f"{name}/cfg.json": "{}" for name in ("k4", "k4-best", "kl-only")})
+    put(run, {"config.json": {"method": ["kl-only", "../x", ".."]}, "../cfg.json": "mine"})
+    model_loaders.RunFolder(run, []).clear()
+    assert [path.name for path in run.glob("*")] == ["k4-best"]
+    assert (tmp_path / "cfg.json").read_text() == "mine"
+    outer = put(tmp_path / "outer", {".saeft": ""})
+    settings = {"name": "n", "start": None, "model": "./m", "out": str(outer)}
+    fails(["outer is a run's own folder"], model_loaders.run_path, settings)
+
+
+@pytest.mark.parametrize("metadata, told", [
+    (None, ""),
+    ({}, ""),
+    ({"identity": "x"}, ""),
+    ({"identity": {"model": "1", "data": "2"}}, ""),
+    ({"identity": {"model": "0", "data": "2"}}, "the model, ./m, is not what"),
+    ({"identity": {"data": "0"}}, "the data, ./d, or its <bos> is not what"),
+])  # fmt: skip
+def test_what_changed_since_a_run_is_told(tmp_path, capsys, metadata, told):
+    sae = model_loaders.sae_cfg(put(tmp_path, {"cfg.json": {"metadata": metadata}}))
     settings, now = {"model": "./m", "data": "./d"}, {"model": "1", "data": "2"}
-    for metadata, told in [
-        (None, []),
-        ({}, []),
-        ({"identity": "x"}, []),
-        ({"identity": now}, []),
-        ({"identity": {**now, "model": "0"}}, ["the model, ./m, is not what"]),
-        ({"identity": {"data": "0"}}, ["the data, ./d, or its <bos> is not what"]),
-    ]:
-        (tmp_path / "cfg.json").write_text(json.dumps({"metadata": metadata}))
-        sae = model_loaders.sae_cfg(tmp_path)
-        model_loaders.note_changes(sae, str(tmp_path), settings, now)
-        out = capsys.readouterr().out
-        assert out.count("\n") == len(told) and all(words in out for words in told)
+    model_loaders.note_changes(sae, str(tmp_path), settings, now)
+    out = capsys.readouterr().out
+    assert told in out and out.count("\n") == bool(told)
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(
-    tmp_path, lines_file, stream, monkeypatch
-):
+def test_a_source_that_changes_while_it_is_read_is_refused(lines_file, stream, monkeypatch):
     """And what was read before stays: the file as it was gives the same ids as ever."""
     monkeypatch.setattr(model_loaders, "BLOCK", 1 << 12)
     lines_file.write_bytes(content := jsonl(lines := texts(3000)))
@@ -3631,38 +3564,34 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
                 lines_file.with_name("new").replace(lines_file)
             return super().encode(text)
 
-    with pytest.raises(UserError, match="changed meanwhile: start again"):
-        stream(lines_file, Slow(), train=100_000).train(6000, 1)
+    changing = stream(lines_file, Slow(), train=100_000)
+    fails(["changed meanwhile: start again"], changing.train, 6000, 1)
     lines_file.write_bytes(content)
     whole = stream(lines_file, train=100_000)
     assert ids(whole.train(0, 6250)) == joined(lines, False)[:100_000]
 
 
-def test_files_of_runs_are_no_data(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(9)))
+def test_files_of_runs_are_no_data(tmp_path, lines_file):
     before = model_loaders.source_files(str(tmp_path))
-    for name in (".saeft", "metrics.jsonl", "k4/metrics.jsonl"):
-        model_loaders.write_text(tmp_path / "runs" / "x" / name, "")
+    names = (".saeft", "metrics.jsonl", "k4/metrics.jsonl")
+    run = put(tmp_path / "runs" / "x", dict.fromkeys(names, ""))
     assert model_loaders.source_files(str(tmp_path)) == before
-    fails(["no text in"], model_loaders.source_files, str(tmp_path / "runs" / "x"))
+    fails(["no text in"], model_loaders.source_files, str(run))
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_a_long_document_is_on_one_side_whole(tmp_path, folder, stream):
+@pytest.mark.parametrize("form", ["jsonl", "txt"])
+def test_a_long_document_is_on_one_side_whole(tmp_path, form, stream):
     """A document: an object of a .jsonl, or one of a hundred .txt. One end of text is after it."""
     rng = random.Random(1)
     made = [f"{i} " + "".join(rng.choices("abc \n", k=90_000)) + f" {i}\n" for i in range(100)]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(made))
-    if folder:
-        (tmp_path / "a.jsonl").unlink()
-        for i, text in enumerate(made):
-            (tmp_path / f"{i}.txt").write_text(text)
+    files = {f"{i}.txt": text for i, text in enumerate(made)}
+    put(tmp_path, files if form == "txt" else {"a.jsonl": jsonl(made)})
     for held in (False, True):
         found = [text for text, side, _ in model_loaders.pieces(str(tmp_path)) if side == held]
         assert found and max(map(len, found)) <= 1 << 16
         wanted = {text for text in made if held_out(text) == held}
         assert {"".join(pair) for pair in zip(found[::2], found[1::2])} == wanted
-    if not folder:
+    if form == "jsonl":
         s = stream(tmp_path / "a.jsonl", train=10**7, short_ok=True)
         assert ids(s.train(0, s.n_train)) == joined(made, False)[: s.n_train * 16]
 
@@ -3671,38 +3600,34 @@ def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):
     """And a copy goes on in the middle of it."""
     monkeypatch.setattr(model_loaders, "BLOCK", 1000)
     stored = np.random.default_rng(0).integers(1, 256, (4, 4000), np.uint16)
-    (folder := tmp_path / "my-pythia-preshuffled").mkdir()
-    for i, part in enumerate(stored):
-        part.tofile(folder / f"document-{i:05d}-of-00003.bin")
-    (folder / "README.md").write_text("ids")
+    parts = {f"document-{i:05d}-of-00003.bin": part for i, part in enumerate(stored)}
+    folder = put(tmp_path / "my-pythia-preshuffled", {**parts, "README.md": "ids"})
     for train in (1600, 4000, 6400, 12_000):
         s = stream(folder, train=train, val=640)
         assert s.train(0, s.n_train).flatten().tolist() == stored.flatten().tolist()[:train]
         assert s.validation().flatten().tolist() == stored[3, :640].tolist()
         s.close()
-    with pytest.raises(UserError, match="has 12,000 training tokens, 16,000 were"):
-        (more := stream(folder, train=16_000)).train(more.n_train - 1, 1)
-    (folder / "notes.txt").write_text("text")
-    with pytest.raises(UserError, match="has text and ids, .*document-00000.*: name one"):
-        stream(folder)
+    more = stream(folder, train=16_000)
+    fails(["has 12,000 training tokens, 16,000 were"], more.train, more.n_train - 1, 1)
+    put(folder, {"notes.txt": "text"})
+    fails(["has text and ids, ", "document-00000", ": name one"], stream, folder)
 
 
 def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys):
     model_loaders.say_once.cache_clear()
     marked = [line + "~" if i % 10 == 0 else line for i, line in enumerate(texts(400))]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(marked))
+    path = put(tmp_path, {"a.jsonl": jsonl(marked)}) / "a.jsonl"
     kept = [line for line in marked if "~" not in line]
-    s = stream(tmp_path / "a.jsonl", n_rows=126, train=10**6, short_ok=True)
+    s = stream(path, n_rows=126, train=10**6, short_ok=True)
     assert ids(s.train(0, s.n_train)) == joined(kept, False)[: s.n_train * 16]
     assert capsys.readouterr().out.count("leaving out documents that hold ids from 126 on") == 1
-    s = stream(tmp_path / "a.jsonl", n_rows=127)
-    assert ids(s.train(0, 100)) == joined(marked, False)[:1600]
+    assert ids(stream(path, n_rows=127).train(0, 100)) == joined(marked, False)[:1600]
     assert "leaving" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="has no row in the embedding: 7"):
-        stream(tmp_path / "a.jsonl", Bytes(bos_id=7), n_rows=7)
-    np.array([50] * 5000 + [126] * 5000, np.uint16).tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match="a.bin: as uint16 it holds 126"):
-        stream(tmp_path / "a.bin", n_rows=126, train=9000).train(0, 500)
+    beyond = functools.partial(stream, path, Bytes(bos_id=7), n_rows=7)
+    fails(["has no row in the embedding: 7"], beyond)
+    put(tmp_path, {"a.bin": np.array([50, 126] * 5000, np.uint16)})
+    s = stream(tmp_path / "a.bin", n_rows=126, train=9000)
+    fails(["a.bin: as uint16 it holds 126"], s.train, 0, 500)
 
 
 def test_quantised_tensors_say_what_they_are(tmp_path):
@@ -4306,36 +4231,11 @@ def test_checkpoints_are_minutes_apart_and_a_second_signal_ends(minutes, due, tm
         run.on_signal(signal.SIGINT, None)
 
 
-def test_a_resumed_run_has_the_same_settings_and_processes(tmp_path):
-    folder, settings = model_loaders.RunFolder(tmp_path, []), vars(Config())
-    folder.begin(settings)
-    folder.log(["1"])
-    folder.save_state({"config": settings, "identity": {}, "world": 1}, "0-1")
-    folder.log(["2"])  # after it
-    state = folder.load_state("cpu")
-    may = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
-    for name in settings.keys() - may:
-        words = [f"--{name.replace('_', '-')} was"]
-        fails(words, folder.go_on, state, settings | {name: "other"}, {}, 1)
-    fails(["it was 1 processes"], folder.go_on, state, settings, {}, 2)
-    folder.go_on(state, settings, {}, 1)
-    assert (tmp_path / "metrics.jsonl").read_text() == "1\n"
-
-
 def test_flags_beside_start_are_those_of_the_sae(tmp_path):
     TopK(128, 96, k=4).save(tmp_path, TOLD)
     for flags in ("--d-sae 64", "--layer 3", "--k 5", "--sae relu"):
         line = ["--start", str(tmp_path), *flags.split()]
         fails([f"{flags.split()[0]} ", "the SAE of --start has"], saeft.parse, line)
-
-
-def test_weights_in_a_bin_and_an_saes_are_in_their_keys(tmp_path):
-    folder, keys = tokenizer_folder(tmp_path / "m", BYTE), set()
-    for i in (1, 2):
-        (folder / "pytorch_model.bin").write_bytes(bytes([i]))
-        sae_folder(tmp_path, {"b_dec": torch.full((6,), float(i))})
-        keys |= {model_loaders.model_key(str(folder)), model_loaders.sae_key(str(tmp_path))}
-    assert len(keys) == 4
 
 
 def test_text_of_a_folder_is_mixed_and_a_piece_of_just_the_longest_ends(tmp_path):
