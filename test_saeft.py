@@ -3656,101 +3656,6 @@ def test_runs_are_called_after_their_model(tmp_path):
         assert str(path) == f"runs/{expected}-layer2-topk-k3-seed0"
 
 
-BESIDE = """
-try: eos = L.load_tokenizer("o/m").eos_id
-except L.UserError as error: eos = str(error)
-print(json.dumps([said, eos]))
-"""
-
-
-def test_a_file_out_of_reach_is_not_one_that_is_not_there(tmp_path):
-    """tokenizer_config.json names the end of text: a busy Hub is no answer, and without a network
-    it is what the cache holds, or a line says that the cache does not know."""
-    token = {"content": "<end>", "special": True, "normalized": False, "lstrip": False}
-    spec = json.loads((model_loaders.TINY / "tokenizer.json").read_text())
-    spec["added_tokens"].append({**token, "rstrip": False, "single_word": False, "id": 2048})
-    files = {"tokenizer.json": json.dumps(spec), "tokenizer_config.json": '{"eos_token": "<end>"}'}
-    files = {name: text.encode() for name, text in files.items()}
-    code = f"said = []; L.say_once = said.append\n{BESIDE}"
-    with Hub({"o/m": files}) as hub:
-        env = hub.env(tmp_path / "home")
-        refusals = {503: "cannot fetch o/m (error: 503)", 404: "'o/m' has no tokenizer_config.json"}
-        for status, words in refusals.items():  # that 404 is no Hub's, which says what it lacks
-            hub.fail = {"tokenizer_config.json": status}
-            said, eos = child(code, **env)
-            assert said == [] and words in str(eos)
-        hub.fail = {}
-        assert child(code, **env) == [[], 2048]
-        partial = hub.env(tmp_path / "partial")
-        child('L.fetch("o/m", "tokenizer.json"); print(1)', **partial)
-    offline = {"HF_HUB_OFFLINE": "1"}
-    assert child(code, **env, **offline) == [[], 2048]  # that others are not there is known, too
-    said, eos = child(code, **partial, **offline)
-    assert eos == 0 and said[1] == (
-        "note: tokenizer_config.json of o/m is out of reach, and taken as not there"
-    )
-
-
-KEY = """
-keys = [L.model_key("o/m"), L.load_config("o/m"), sorted(L.load_weights("o/m", "cpu", None))]
-print(json.dumps(keys))
-"""
-
-
-def test_a_model_on_the_hub_is_of_one_commit(tmp_path):
-    """Its config.json is in the cache, then the model changes: all files are of the first commit."""
-    x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
-    old = {f"{COMMIT}/config.json": b'{"v": 1}', f"{COMMIT}/model.safetensors": x}
-    new = {"config.json": b'{"v": 2}', "model.safetensors": y}
-    with Hub({"o/m": new | old}) as hub:
-        env = hub.env(tmp_path / "home")
-        found = child(f'L.fetch("o/m@{COMMIT}", "config.json"); print(1)', **env)
-        refs = next((tmp_path / "home").rglob("snapshots")).parent / "refs"
-        refs.mkdir(exist_ok=True)
-        (refs / "main").write_text(COMMIT)
-        hub.commit = "f" * 40
-        assert child(KEY, **env) == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
-    assert child(KEY, **env, HF_HUB_OFFLINE="1") == [f"o/m@{COMMIT}", {"v": 1}, ["a"]] and found
-
-
-def test_a_dataset_on_the_hub_that_changes(tmp_path):
-    """More tokens of the new version come from the new version alone; offline it is the last."""
-    first, second = texts(700, 100, 1), texts(700, 100, 2)
-    files = {"train.jsonl": jsonl(first), "test.jsonl": jsonl(["no"]), "LICENSE.md": b"x"}
-    with Hub(datasets={"o/d": files}) as hub:
-        small = client(hub, tmp_path, ("o/d", 16_000, 640, 256))[0]
-        assert bytes(small[0]) == joined(first, False)[:16_000]
-        files["train.jsonl"], hub.commit = jsonl(second), "f" * 40
-        more = client(hub, tmp_path, ("o/d", 32_000, 640, 256))[0]
-        named = [(f"o/d@{name}", 32_000, 640, 256) for name in ("main", "f" * 40)]
-        assert client(hub, tmp_path, *named) == [more, more]
-        expected = joined(second, False)[:32_000], joined(second, True)[:640]
-        assert tuple(map(bytes, more)) == expected
-    offline = client(hub, tmp_path, ("o/d", 32_000, 640, 256), ("o/d", 48_000, 640, 256))
-    assert offline[0] == more and "cannot fetch datasets/o/d" in offline[1]
-    assert "cannot fetch datasets/o/new" in client(hub, tmp_path, ("o/new", 640, 64, 256))[0]
-
-
-def test_an_answer_that_is_not_the_range_asked_for_is_no_part_of_a_file(tmp_path):
-    """An empty one is not the end of the file, nor is a login page its text, and neither is kept."""
-    made = texts(700, 100, 1)
-    plain = "<|endoftext|>".join(made).encode()
-    numbers = np.arange(1, 20_001, dtype=np.uint16) % 250 + 1
-    sets = {"o/t": {"a.txt": plain}, "o/j": {"a.jsonl": jsonl(made)}}
-    sets |= {"o/z": {"a.jsonl.gz": gzip.compress(jsonl(made))}, "o/i": {"a.bin": numbers.tobytes()}}
-    cases = [(name, 6400, 640, 256) for name in sets]
-    with Hub(datasets=sets) as hub:
-        for body in (b"", b"<html>log in</html>", plain + plain):
-            hub.instead = {name: body for files in sets.values() for name in files}
-            for error in client(hub, tmp_path, *cases):
-                assert "bytes came of" in error
-        hub.instead = {}
-        *of_text, of_ids = client(hub, tmp_path, *cases)
-    for ids, held in (of_text[0], of_text[1], of_text[2]):
-        assert bytes(ids) == joined(made, False)[:6400] and bytes(held) == joined(made, True)[:640]
-    assert of_ids[0] == numbers[:6400].tolist()
-
-
 # ---- A loopback Hub ---------------------------------------------------------------------------
 
 GOOD, OTHER = "hf_good", "hf_other"  # a token that may read gated repos, and one that may not
@@ -3758,32 +3663,28 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """A loopback Hub, enough for the real huggingface_hub client.
-
-        with Hub(models={"o/m": {"config.json": b"{}"}}, datasets={"o/d": {"a.gz": b"..."}}) as hub:
-            subprocess.run([...], env={**os.environ, **hub.env(tmp_path)})
-            hub.sent["a.gz"], hub.requests  # body bytes by file, [(method, path, status), ...]
+    """A loopback Hub, enough for the real huggingface_hub client: `with Hub(...) as hub`.
 
     gated: repo ids that want the token GOOD: none -> 401 GatedRepo, OTHER -> 403 GatedRepo, else 401.
     cut {file: (n, k)}: its first k GETs end after n bytes. fail {file: status}: the answer, e.g. 503.
     instead {file: bytes}: what comes of any range of it. commit: of main. All can change while it
-    runs.
-    """
+    runs. sent: body bytes by file. n_requests: so far."""
 
     daemon_threads, block_on_close = True, False
 
     def __init__(self, models=None, datasets=None, gated=(), cut=None, fail=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = {"models": models or {}, "datasets": datasets or {}}
-        self.gated, self.cut, self.fail = set(gated), dict(cut or {}), dict(fail or {})
-        self.commit, self.instead = COMMIT, {}
-        self.requests, self.sent, self.lock = [], Counter(), threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.gated, self.cut, self.fail, self.instead = gated, cut or {}, fail or {}, {}
+        self.commit, self.n_requests = COMMIT, 0
+        self.sent, self.lock = Counter(), threading.Lock()
 
     def env(self, home, **more):
-        """Environment of a client process: this endpoint, an empty HF_HOME below `home`, no proxy."""
-        env = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
-        return env | {f"HF_HUB_DISABLE_{x}": "1" for x in ("PROGRESS_BARS", "TELEMETRY")} | more
+        """Environment of a client process: this endpoint, caches below `home`, no proxy."""
+        url = f"http://127.0.0.1:{self.server_address[1]}"
+        env = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "", "NO_PROXY": "*"}
+        env |= {f"HF_HUB_DISABLE_{x}": "1" for x in ("PROGRESS_BARS", "TELEMETRY")}
+        return env | {"XDG_CACHE_HOME": str(home)} | more
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -3828,7 +3729,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         with hub.lock:  # counted before the last byte leaves: a client that has it all may look
-            hub.requests.append((self.command, urlsplit(self.path).path, status))
+            hub.n_requests += 1
             if file and self.command == "GET":
                 after, times = hub.cut.get(file, (0, 0))
                 if times:
@@ -3876,22 +3777,40 @@ class Handler(BaseHTTPRequestHandler):
         self.reply((206 if part else 416) if asked else 200, headers, part, file)
 
 
-SAE_CFG = {"architecture": "topk", "d_in": 6, "d_sae": 20, "k": 3}
-ASK = """
-if sys.argv[2] == "False": time.sleep = lambda seconds: None
-def ask(call, name, what, token):
+ASK = r"""
+def fetch(name, file, token=""):
     os.environ["HF_TOKEN"] = token
-    if call == "fetch": return [L.fetch(name, what).read_text()]
-    if call == "weights": return sorted(L.load_weights(name, "cpu", torch.float32))
-    if call == "sae": return sorted(L.read_sae(name)[0])
-    with L.open_file(f"hf://datasets/{name}/{what}") as file:
+    return L.fetch(name, file).read_text()
+
+def weights(name):
+    return sorted(L.load_weights(name, "cpu", torch.float32))
+
+def part(path):
+    with L.open_file(f"hf://datasets/{path}") as file:
         return [file.seek(50_000), len(file.read(1000))]
-answers = []
-for case in json.load(open(sys.argv[1])):
-    try: answers.append(ask(*case))
-    except L.UserError as error: answers.append(str(error))
-print(json.dumps(answers))
+
+def ids(data, train, val=640, n_vocab=256):
+    stream = L.TokenStream(data, Bytes(n_vocab=n_vocab), 64, train, val)
+    sides = stream.train(0, stream.n_train), stream.validation()
+    return [rows.flatten().tolist() for rows in sides]
+
+def answer(question):
+    try:
+        return eval(question)
+    except L.UserError as error:
+        return str(error)
+
+said, L.progress = [], str
+L.say_once = said.append
+if sys.argv[2] == "False":
+    time.sleep = lambda seconds: None
+print(json.dumps([*map(answer, json.loads(sys.argv[1]))]))
 """
+
+
+def answers(*questions, nap=False, **env):
+    """What each expression is in a fresh Python, or why not. No `nap`: no pauses before retries."""
+    return child(inspect.getsource(Bytes) + ASK, json.dumps(questions), nap, **env)
 
 
 def test_hub_through_the_real_client(tmp_path):
@@ -3901,85 +3820,136 @@ def test_hub_through_the_real_client(tmp_path):
     models["o/two"]["model.safetensors.index.json"] = index
     models |= {"o/one": {"model.safetensors": x}, "google/gemma-2-2b": {"config.json": b"{}"}}
     models["o/sick"] = {"fail.json": b"f", "cut.json": b"c" * 999}
-    models["o/sae"] = {"a/cfg.json": json.dumps(SAE_CFG).encode(), "x/a/cfg.json": b"3"}
-    tensors = {name: torch.ones(shape) for name, shape in SAE_SHAPES.items()}
-    models["o/sae"]["a/sae_weights.safetensors"] = safetensors.save(tensors)
+    sae_folder(tmp_path / "sae")
+    sae = {f"a/{path.name}": path.read_bytes() for path in (tmp_path / "sae").iterdir()}
+    models["o/sae"] = sae | {"x/a/cfg.json": b"3"}
     models["EleutherAI/pythia-14m"] = {"config.json": b'{"a": 1}', "step8/config.json": b'{"a": 2}'}
     data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
 
-    def check(cases, nap, **env):
-        """An expected str: words of the error, split at |. No `nap`: no pauses before retries."""
-        (tmp_path / "ask").write_text(json.dumps([case[:-1] for case in cases]))
-        answers = child(ASK, tmp_path / "ask", nap, **env)
-        for case, answer in zip(cases, answers, strict=True):
-            words = case[-1].split("|") if isinstance(case[-1], str) else []
-            assert all(word in answer for word in words) and "\n" not in answer, (case, answer)
-            assert words or answer == case[-1], (case, answer)
+    def check(cases, **how):
+        """{expression: value}; words of an error are a str, split at |."""
+        for (question, expected), answer in zip(cases.items(), answers(*cases, **how), strict=True):
+            if isinstance(expected, str):
+                assert all(word in answer for word in expected.split("|")), (question, answer)
+                assert "\n" not in answer
+            else:
+                assert answer == expected, question
 
-    loads = [("weights", "o/one", "", "", ["a"]), ("weights", "o/two", "", "", ["a", "b"])]
-    gemma, terms = ("fetch", "gemma-2-2b", "config.json"), "its licence at https://huggingface.co/"
+    loads = {'weights("o/one")': ["a"], 'weights("o/two")': ["a", "b"]}
+    terms = "its licence at https://huggingface.co/"
     refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
-    cases = [
-        ("weights", "o/old", "", "", "'o/old' has no model.safetensors|only"),
-        ("fetch", "o/none", "config.json", "", "'o/none' has no config.json: give a folder"),
-        ("fetch", "o--o/x", "config.json", "", "'o--o/x' has no config.json"),
-        *[(*gemma, token, f"{refused}{n}") for token, n in (("", 401), (OTHER, 403), ("hf_", 401))],
-        (*gemma, GOOD, ["{}"]),
-        ("fetch", "o/sick", "fail.json", "", "cannot fetch o/sick|503|--model tiny"),
-        ("fetch", "pythia-14m", "config.json", "", ['{"a": 1}']),
-        ("fetch", "pythia-14m@step8", "config.json", "", ['{"a": 2}']),
-        ("fetch", "EleutherAI/pythia-14m@step8", "config.json", "", ['{"a": 2}']),
-        ("fetch", "EleutherAI/pythia-14m@step8", "no.json", "", "has no no.json|revision"),
-        ("sae", "o/sae:a", "", "", sorted(SAE_SHAPES)),
-        ("sae", "o/sae@x:a", "", "", "cfg.json|'int'"),
-        ("sae", "o/sae:b", "", "", "'o/sae' has no b/cfg.json"),
-        ("fetch", "o/sick", "cut.json", "", "cannot fetch o/sick|100 |--model tiny"),
-        ("dataset", "o/data", "d/x.bin", "", [50_000, 1000]),
-        ("dataset", "o/data", "d/y.bin", "", "'datasets/o/data' has no d/y.bin"),
-        ("dataset", "o/none", "x.bin", "", "'datasets/o/none' has no x.bin"),
-        ("dataset", "o/gated", "x.bin", "", f"{terms}datasets/o/gated|401"),
-    ]
+    cases = {
+        'weights("o/old")': "'o/old' has no model.safetensors|only",
+        'fetch("o/none", "config.json")': "'o/none' has no config.json: give a folder",
+        'fetch("o--o/x", "config.json")': "'o--o/x' has no config.json",
+        'fetch("gemma-2-2b", "config.json")': f"{refused}401",
+        'fetch("gemma-2-2b", "config.json", "hf_other")': f"{refused}403",
+        'fetch("gemma-2-2b", "config.json", "hf_")': f"{refused}401",
+        '[fetch("gemma-2-2b", "config.json", "hf_good")]': ["{}"],
+        'fetch("o/sick", "fail.json")': "cannot fetch o/sick|503|--model tiny",
+        '[fetch("pythia-14m", "config.json")]': ['{"a": 1}'],
+        '[fetch("pythia-14m@step8", "config.json")]': ['{"a": 2}'],
+        '[fetch("EleutherAI/pythia-14m@step8", "config.json")]': ['{"a": 2}'],
+        'fetch("EleutherAI/pythia-14m@step8", "no.json")': "has no no.json|revision",
+        'sorted(L.read_sae("o/sae:a")[0])': sorted(SAE_SHAPES),
+        'L.read_sae("o/sae@x:a")': "cfg.json|'int'",
+        'L.read_sae("o/sae:b")': "'o/sae' has no b/cfg.json",
+        'fetch("o/sick", "cut.json")': "cannot fetch o/sick|100 |--model tiny",
+        'part("o/data/d/x.bin")': [50_000, 1000],
+        'part("o/data/d/y.bin")': "'datasets/o/data' has no d/y.bin",
+        'part("o/none/x.bin")': "'datasets/o/none' has no x.bin",
+        'part("o/gated/x.bin")': f"{terms}datasets/o/gated|401",
+    }
     with Hub(models, data, {"google/gemma-2-2b", "o/gated"}, fail={"fail.json": 503}) as hub:
         hub.cut = {"cut.json": (100, 99)}
         env = hub.env(tmp_path / "home")
-        check(loads + cases, nap=False, **env)
+        check(loads | cases, **env)
         assert 1000 <= hub.sent["d/x.bin"] <= 4000  # of 100,000: a byte range
     for word, more in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
-        gone = [("fetch", "pythia-70m", "config.json", "", f"cannot fetch EleutherAI/|{word}")]
-        words = f"cannot fetch datasets/o/data|{word}|--data tiny"
-        gone += [("dataset", "o/data", "d/x.bin", "", words)]
+        gone = {'fetch("pythia-70m", "config.json")': f"cannot fetch EleutherAI/|{word}"}
+        gone['part("o/data/d/x.bin")'] = f"cannot fetch datasets/o/data|{word}|--data tiny"
         start = time.monotonic()
-        check(loads + gone, nap=True, **env, **more)
+        check(loads | gone, nap=True, **env, **more)
         assert time.monotonic() - start < 20  # the client alone would try for half a minute
 
 
-CLIENT = """
-import json, sys, time
-import numpy as np
-time.sleep = lambda seconds: None  # the client's waits between its tries
-from model_loaders import TokenStream, UserError
-"""
-RUN = """
-for data, train, val, vocab in json.loads(sys.argv[1]):
-    try:
-        s = TokenStream(data, Bytes(n_vocab=vocab), 64, train, val)
-        both = s.train(0, s.n_train), s.validation()
-        print(json.dumps([rows.flatten().tolist() for rows in both]))
-    except UserError as error:
-        print(json.dumps(str(error)))
-"""
+def test_a_file_out_of_reach_is_not_one_that_is_not_there(tmp_path):
+    """tokenizer_config.json names the end of text: a busy Hub is no answer, and without a network
+    it is what the cache holds, or a line says that the cache does not know."""
+    files = {"tokenizer.json": json.dumps(SPEC), "tokenizer_config.json": '{"eos_token": "</s>"}'}
+    files = {name: text.encode() for name, text in files.items()}
+    ask = functools.partial(answers, 'L.load_tokenizer("o/m").eos_id', "said")
+    with Hub({"o/m": files}) as hub:
+        env, partial = hub.env(tmp_path / "home"), hub.env(tmp_path / "partial")
+        refusals = {503: "cannot fetch o/m (error: 503)", 404: "'o/m' has no tokenizer_config.json"}
+        for status, words in refusals.items():  # that 404 is no Hub's, which says what it lacks
+            hub.fail = {"tokenizer_config.json": status}
+            eos, said = ask(**env)
+            assert said == [] and words in str(eos)
+        hub.fail = {}
+        assert ask(**env) == [2048, []]
+        answers('fetch("o/m", "tokenizer.json")', **partial)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert ask(**env, **offline) == [2048, []]  # that others are not there is known, too
+    eos, said = ask(**partial, **offline)
+    note = "note: tokenizer_config.json of o/m is out of reach, and taken as not there"
+    assert eos == 0 and said[1] == note
 
 
-def client(hub, tmp_path, *cases, **env):
-    """For each (data, train, val, vocab): [train ids, val ids] or the error, from one process."""
-    paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent)]
-    env = {**os.environ, **hub.env(tmp_path / "hf", **env), "PYTHONPATH": os.pathsep.join(paths)}
-    code = CLIENT + inspect.getsource(Bytes) + RUN
-    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-    command = [sys.executable, "-c", code, json.dumps(cases)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines() if line[0] in '["']
+def test_a_model_on_the_hub_is_of_one_commit(tmp_path):
+    """Its config.json is in the cache, then the model changes: all files are of the first commit."""
+    x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
+    old = {f"{COMMIT}/config.json": b'{"v": 1}', f"{COMMIT}/model.safetensors": x}
+    new = {"config.json": b'{"v": 2}', "model.safetensors": y}
+    ask = functools.partial(answers, 'L.model_key("o/m")', 'L.load_config("o/m")', 'weights("o/m")')
+    with Hub({"o/m": new | old}) as hub:
+        env = hub.env(tmp_path / "home")
+        assert answers(f'fetch("o/m@{COMMIT}", "config.json")', **env) == ['{"v": 1}']
+        refs = next((tmp_path / "home").rglob("snapshots")).parent / "refs"
+        put(refs, {"main": COMMIT})
+        hub.commit = "f" * 40
+        assert ask(**env) == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
+    assert ask(**env, HF_HUB_OFFLINE="1") == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
+
+
+def test_a_dataset_on_the_hub_that_changes(tmp_path):
+    """More tokens of the new version come from the new version alone; offline it is the last."""
+    first, second = texts(700, 100, 1), texts(700, 100, 2)
+    files = {"train.jsonl": jsonl(first), "test.jsonl": jsonl(["no"]), "LICENSE.md": b"x"}
+    with Hub(datasets={"o/d": files}) as hub:
+        env = hub.env(tmp_path)
+        ((small, _),) = answers('ids("o/d", 16_000)', **env)
+        assert bytes(small) == joined(first, False)[:16_000]
+        files["train.jsonl"], hub.commit = jsonl(second), "f" * 40
+        named = [f'ids("o/d{at}", 32_000)' for at in ("", "@main", f"@{'f' * 40}")]
+        more, *others = answers(*named, **env)
+        assert others == [more, more]
+        expected = [joined(second, False)[:32_000], joined(second, True)[:640]]
+        assert [*map(bytes, more)] == expected
+    gone = ['ids("o/d", 32_000)', 'ids("o/d", 48_000)', 'ids("o/new", 640)']
+    offline, *errors = answers(*gone, **env)
+    assert offline == more and "cannot fetch datasets/o/d" in errors[0]
+    assert "cannot fetch datasets/o/new" in errors[1]
+
+
+def test_an_answer_that_is_not_the_range_asked_for_is_no_part_of_a_file(tmp_path):
+    """An empty one is not the end of the file, nor is a login page its text, and neither is kept."""
+    made = texts(700, 100, 1)
+    plain = "<|endoftext|>".join(made).encode()
+    numbers = np.arange(1, 20_001, dtype=np.uint16) % 250 + 1
+    sets = {"o/t": {"a.txt": plain}, "o/j": {"a.jsonl": jsonl(made)}}
+    sets |= {"o/z": {"a.jsonl.gz": gzip.compress(jsonl(made))}, "o/i": {"a.bin": numbers.tobytes()}}
+    ask = functools.partial(answers, *(f'ids("{name}", 6400)' for name in sets))
+    with Hub(datasets=sets) as hub:
+        env = hub.env(tmp_path)
+        for body in (b"", b"<html>log in</html>", plain + plain):
+            hub.instead = {name: body for files in sets.values() for name in files}
+            assert all("bytes came of" in error for error in ask(**env))
+        hub.instead = {}
+        *of_text, of_ids = ask(**env)
+    for sides in of_text:
+        assert [*map(bytes, sides)] == [joined(made, False)[:6400], joined(made, True)[:640]]
+    assert of_ids[0] == numbers[:6400].tolist()
 
 
 def test_text_from_the_hub(tmp_path):
@@ -3990,36 +3960,36 @@ def test_text_from_the_hub(tmp_path):
     data = gzip.compress(jsonl(texts()))
     sets = {"allenai/c4": c4, "o/cut": {"train.jsonl.gz": data}, "o/other": {"a.parquet": b"PAR1"}}
     sets["o/gated"] = {"a.jsonl.gz": data, "_gated.py": b"x", "README.md": b"# x"}
-    cases = [(name, 6400, 640, 256) for name in ("o/gated", "o/other", "o/none", "o/cut")]
-    big = ("c4", 384_000, 640, 256)
+    refused = {"o/gated": "HF_TOKEN", "o/other": "no text", "o/none": "", "o/cut": ""}
     cut = {names[0]: (50_000, 1), "train.jsonl.gz": (300, 99)}
     with Hub(datasets=sets, gated={"o/gated"}, cut=cut) as hub:
-        *errors, rows = client(hub, tmp_path, *cases, big)
-        said = ["HF_TOKEN", "no text", "", ""]
-        for error, (name, *_), words in zip(errors, cases, said, strict=True):
+        env, big = hub.env(tmp_path), 'ids("c4", 384_000)'
+        *errors, rows = answers(*(f'ids("{name}", 6400)' for name in refused), big, **env)
+        for error, (name, words) in zip(errors, refused.items(), strict=True):
             assert name in error and words in error and "\n" not in error
         if isinstance(rows, str):  # older clients do not ask again after a cut: the next run does
             assert "allenai/c4" in rows
-            rows = client(hub, tmp_path, big)[0]
-        for side in (False, True):
-            assert bytes(rows[side]) == joined(sum(shards, []), side)[: big[1 + side]]
+            (rows,) = answers(big, **env)
+        for side, n in enumerate((384_000, 640)):
+            assert bytes(rows[side]) == joined(sum(shards, []), side)[:n]
         assert hub.sent[names[2]] == 0  # shard after shard, as needed
-        asked = len(hub.requests)
-        assert client(hub, tmp_path, big) == [rows]
-        assert len(hub.requests) == asked + 1  # whether it is still that commit
-        open_to_it = client(hub, tmp_path, cases[0], HF_TOKEN="hf_good")[0]
-        assert bytes(open_to_it[0]) == joined(texts(), False)[:6400]
+        asked = hub.n_requests
+        assert answers(big, **env) == [rows]
+        assert hub.n_requests == asked + 1  # whether it is still that commit
+        ((train, _),) = answers('ids("o/gated", 6400)', **env | {"HF_TOKEN": GOOD})
+        assert bytes(train) == joined(texts(), False)[:6400]
 
 
 def test_pythia_ids_by_byte_range(tmp_path):
     stored = np.random.default_rng(0).integers(1, 50_000, (3, 100_000)).astype("<u2")
     names = [f"document-{i:05d}-of-00002.bin" for i in range(3)]
     files = {name: part.tobytes() for name, part in zip(names, stored, strict=True)}
-    cases = [("pythia", tokens, 640, 50_277) for tokens in (6400, 32_000, 640_000)]
+    ask = [f'ids("pythia", {tokens}, 640, 50_277)' for tokens in (6400, 32_000, 640_000)]
     with Hub(datasets={"EleutherAI/pile-standard-pythia-preshuffled": files}) as hub:
-        small = client(hub, tmp_path, cases[0])[0]
+        env = hub.env(tmp_path)
+        (small,) = answers(ask[0], **env)
         assert [hub.sent[name] for name in names] == [12_800, 0, 1280]  # not a byte more
-        more, short, other = client(hub, tmp_path, *cases[1:], ("pythia", 6400, 640, 256))
+        more, short, other = answers(*ask[1:], 'ids("pythia", 6400)', **env)
     assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
     assert more == [stored[0, :32_000].tolist(), small[1]]
     assert "has 200,000 training tokens, 640,000 were asked for" in short
