@@ -2777,9 +2777,10 @@ OVERLAPPING = [("    ", False), ("<|padding|>", False), ("<|pad", True), ("\n", 
 def test_byte_level_ids(normalizer, added):
     spec = train_byte_level(2000, library(0, 200_000), normalizer, added)
     long = [] if added is OVERLAPPING else [run + end for run in LONG[:3] for end in ("", "x")]
-    random_ones = random_texts(300_000, 3)
-    random_ones = settled(random_ones) if normalizer else random_ones
-    assert_same(spec, library(2_000_000, 300_000) + random_ones + long)
+    drawn = random_texts(300_000, 3)
+    assert_same(
+        spec, library(2_000_000, 300_000) + (settled(drawn) if normalizer else drawn) + long
+    )
 
 
 def test_what_changes_no_id(tmp_path):
@@ -2917,9 +2918,8 @@ def test_real_vocabularies(path):
         pytest.skip(f"{path} is not here")
     spec = json.loads(path.read_text("utf-8"))
     tokens = [token.replace("▁", " ") for token in spec["model"]["vocab"]]
-    random_ones = random_texts(300_000, 4)
-    random_ones = settled(random_ones) if path == NEOX_FILE else random_ones
-    texts = library(0, 300_000) + random_ones
+    drawn = random_texts(300_000, 4)
+    texts = library(0, 300_000) + (settled(drawn) if path == NEOX_FILE else drawn)
     texts += [f"<p>{word}</p> </td> > </b>  <i> x> y" for word in WORDS]
     texts += [" YYYY-MM-DD", " ======", "   the", " diffformul"] + tokens[::40]
     texts += [" " + token for token in tokens[::40]] + ["> " * 20_000]
@@ -3048,15 +3048,19 @@ def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
 
 
 def test_forms_of_text(tmp_path):
-    """A .txt is cut where a line ends; what is hidden, no file, or of other kinds is left out."""
+    """A .txt is cut where a line ends; what is hidden, of a run, no file, or of other kinds is left
+    out."""
     put(tmp_path, {"a.txt": b"\xef\xbb\xbfx\0 = 1\r\n\n", "d.parquet": b"PAR1"})
     put(tmp_path, {"b.TXT.GZ": gzip.compress((PARAGRAPH * 12).encode())})
+    read = model_loaders.source_files(str(tmp_path))
     put(tmp_path, {".hidden.txt": "no", ".git/e.txt": "no"})
+    run = put(tmp_path / "x", {".saeft": "", "metrics.jsonl": "", "k4/metrics.jsonl": ""})
     os.mkfifo(tmp_path / "f.txt")
+    assert model_loaders.source_files(str(tmp_path)) == read and len(read) == 2
+    fails(["no text in"], model_loaders.source_files, str(run))
     cut = documents(str(tmp_path / "b.TXT.GZ"))
     assert "".join(cut) == PARAGRAPH * 12 and all(piece.endswith("\n") for piece in cut)
     assert documents(str(tmp_path / "a.txt")) == ["x\0 = 1\r\n\n"]
-    assert len(documents(str(tmp_path))) == len(cut) + 1
 
 
 def test_links(tmp_path, monkeypatch):
@@ -3087,11 +3091,9 @@ print(json.dumps([found, peak() - before, time.monotonic() - start]))
 """
     found, megabytes, seconds = child(code, tmp_path / "blank.txt.gz")
     assert found == 0 and megabytes < 100 and seconds < 60
-    zstandard = pytest.importorskip("zstandard")
-    packer = zstandard.ZstdCompressor().compressobj()
+    packer = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
     packed = b"".join(packer.compress(b"x" * 2**20) for _ in range(200)) + packer.flush()
-    (tmp_path / "x.txt.zst").write_bytes(packed)
-    found, megabytes, seconds = child(code, tmp_path / "x.txt.zst")
+    found, megabytes, seconds = child(code, put(tmp_path, {"x.txt.zst": packed}) / "x.txt.zst")
     assert found == 200 * 2**20 and megabytes < 500 and seconds < 60
 
 
@@ -3113,13 +3115,6 @@ def test_a_truncated_file_is_no_end_of_the_data(tmp_path, packed, kept):
     put(tmp_path, {f"a.jsonl.{packed}": data[: int(len(data) * kept)]})
     with pytest.raises(UserError, match="cannot read .*(ends in the middle|ended before)"):
         documents(str(tmp_path))
-
-
-def test_the_split_is_a_twentieth_and_the_embedded_text_is_found(monkeypatch, tmp_path):
-    assert 0.03 < np.mean([held_out(line) for line in [*texts(4000), "\ud800 alone"]]) < 0.07
-    (path := tmp_path / "text.jsonl.gz").write_bytes(gzip.compress(jsonl(["embedded"])))
-    monkeypatch.setitem(model_loaders.DATASETS, "tiny", str(path))
-    assert documents("tiny") == ["embedded"]
 
 
 @pytest.mark.parametrize(
@@ -3169,25 +3164,10 @@ META = [None, b"", b"[1, 2, [3", b"{}", b"text", b"[1, 2]", b"[[0, 0], [0, 0], 0
 META += [b"[[9e9, 0], [0, 0]]", b"[[-1, 0], [0, 0]]", b"[[9000000, 0], [1, 1]]", b'[["1", 0], [0]]']
 
 
-@pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
-def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path, meta):
-    monkeypatch.setattr(model_loaders, "BATCH", 20)
-    s = stream(lines_file, train=4000)
-    s.train(0, 250), s.close()
-    for path in s.files:  # written, but not yet in meta.json
-        path.write_bytes(path.read_bytes() + b"half a block")
-    if meta is not None:
-        (s.folder / "meta.json").write_bytes(meta)
-    resumed = stream(lines_file, whole := Bytes(), train=12_800)
-    assert ids(resumed.train(0, 800)) == joined(texts(), False)[:12_800]
-    assert ids(resumed.validation()) == joined(texts(), True)[:160]
-    stream(lines_file, fresh := Bytes(), train=12_800, cache=tmp_path / "other").train(0, 800)
-    resumed.close()
-    assert (whole.calls < fresh.calls) == (meta is None)  # what was done is not done again
-
-
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkeypatch, side):
+@pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
+def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path, meta, side):
+    """A kill between the two sides; what is written, but not yet, or wrongly, in meta.json."""
     monkeypatch.setattr(model_loaders, "BATCH", 20)
     append, left = TokenStream._append, iter(range(2 + side, -1, -1))
 
@@ -3198,10 +3178,18 @@ def test_a_kill_between_the_two_sides_leaves_no_trace(lines_file, stream, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TokenStream, "_append", dies)
-        stream(lines_file, train=9600).train(0, 600)
-    s = stream(lines_file, train=9600, val=320)
-    assert ids(s.train(0, 600)) == joined(texts(), False)[:9600]
-    assert ids(s.validation()) == joined(texts(), True)[:320]
+        killed = stream(lines_file, train=9600)
+        killed.train(0, 600)
+    for path in killed.files:
+        path.write_bytes(path.read_bytes() + b"half a block")
+    if meta is not None:
+        (killed.folder / "meta.json").write_bytes(meta)
+    resumed = stream(lines_file, whole := Bytes(), train=12_800, val=320)
+    assert ids(resumed.train(0, 800)) == joined(texts(), False)[:12_800]
+    assert ids(resumed.validation()) == joined(texts(), True)[:320]
+    stream(lines_file, fresh := Bytes(), train=12_800, cache=tmp_path / "other").train(0, 800)
+    resumed.close()
+    assert (whole.calls < fresh.calls) == (meta is None)  # what was done is not done again
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -3244,21 +3232,29 @@ def test_short_data(tmp_path, lines_file, stream):
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
-def test_ids_in_a_bin(tmp_path, stream, n_vocab, dtype):
-    """Their width, as in the cache, is the tokenizer's: two bytes where its ids fit in, else four."""
+@pytest.mark.parametrize("name, have, held", [("IDS.BIN", 9500, 9701), ("{}-of-3.bin", 7500, 7500)])
+def test_files_of_ids(tmp_path, stream, monkeypatch, name, have, held, n_vocab, dtype):
+    """Two bytes each where the tokenizer's fit in, else four, as in the cache. The last file is held
+    out, of one file its last documents. A copy goes on in the middle of it."""
+    monkeypatch.setattr(model_loaders, "BLOCK", 1000)
     stored = np.random.default_rng(0).integers(1, n_vocab, 10_000).astype(dtype)
     stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
-    stored.tofile(path := tmp_path / "IDS.BIN")
-    make = functools.partial(stream, path, Bytes(n_vocab=n_vocab))
-    s = make(train=8000)
-    assert s.train(0, 500).flatten().tolist() == stored[:8000].tolist()
-    assert s.validation().flatten().tolist() == stored[9701:9861].tolist()
+    parts = [stored] if name == "IDS.BIN" else np.split(stored, 4)
+    files = {name.format(i): part for i, part in enumerate(parts)}
+    folder = put(tmp_path / "my-pythia-preshuffled", {**files, "README.md": "ids"})
+    make = functools.partial(stream, folder, Bytes(n_vocab=n_vocab))
+    for train in (1600, 4000, 6400):
+        s = make(train=train)
+        assert s.train(0, s.n_train).flatten().tolist() == stored[:train].tolist()
+        assert s.validation().flatten().tolist() == stored[held : held + 160].tolist()
+        s.close()
     long = make(train=10_000)
-    fails(["has 9,500 training tokens, 10,000 were"], long.train, long.n_train - 1, 1)
+    fails([f"has {have:,} training tokens, 10,000 were"], long.train, long.n_train - 1, 1)
     short = make(train=10_000, short_ok=True)
-    assert short.train(0, short.n_train).flatten().tolist() == stored[: 9500 // 16 * 16].tolist()
-    of_text = put(tmp_path, {"a.jsonl": jsonl(texts())}) / "a.jsonl"
-    rows = stream(of_text, Bytes(n_vocab=n_vocab)).train(0, 100)
+    assert short.train(0, short.n_train).flatten().tolist() == stored[: have // 16 * 16].tolist()
+    put(folder, {"a.jsonl": jsonl(texts())})
+    fails([f"has text and ids, ['{name.format(0)}']: name one"], make)
+    rows = stream(folder / "a.jsonl", Bytes(n_vocab=n_vocab)).train(0, 100)
     assert ids(rows) == joined(texts(), False)[:1600]
 
 
@@ -3387,11 +3383,10 @@ def test_the_training_split_is_whole_words(tmp_path, capsys, monkeypatch, taken,
     assert told.count("\n") == 1 and f"reading {len(taken)} of {len(names)} files: " in told
     assert sum(name in told for name in taken) == min(3, len(taken))
 
-    class Files:
-        def find(self, path, detail):
-            return {f"{path}/{name}": {"size": 1} for name in [*names, "load.py", "README.md"]}
+    def find(self, path, detail):
+        return {f"{path}/{name}": {"size": 1} for name in [*names, "load.py", "README.md"]}
 
-    monkeypatch.setattr(model_loaders.hf, "HfFileSystem", Files)
+    monkeypatch.setattr(model_loaders.hf.HfFileSystem, "find", find)
     for data, folder in (("o/n@c", ""), ("allenai/c4@c", "en/")):  # its others are other data
         found = [path for path, _ in model_loaders.source_files(f"hf://datasets/{data}")]
         assert found == sorted(f"hf://datasets/{data}/{folder}{name}" for name in taken)
@@ -3421,9 +3416,13 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     changed = [dict(bos_id=0), dict(bos_id=7), dict(eos_id=1), dict(n_vocab=300), dict(n_rows=200)]
     keys = {key(), *(key(**change) for change in changed), key(fingerprint="x")}
     assert len(keys) == 7 and key(n_rows=256) == key(n_rows=999) == key() in keys
+    names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
     with monkeypatch.context() as patch:
         patch.setattr(model_loaders, "RULES", 99)
         assert key() not in keys
+        about = SimpleNamespace(sha="c")  # nor do datasets share what is remembered of each
+        patch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: about)
+        assert len({model_loaders.source_now(name)[-1] for name in names}) == 5
     first = stream(lines_file)
     assert first.train(0, 9).any() and first.folder.name == first.key
     (copied := tmp_path / "copy").mkdir()
@@ -3440,20 +3439,6 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     assert key(copied) != large  # when it was last touched
 
 
-def test_a_dataset_is_known_by_its_commit(monkeypatch, capsys):
-    """Nor do datasets share what is remembered of each."""
-    names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
-    about = SimpleNamespace(sha="c")
-    monkeypatch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: about)
-    now = {name: model_loaders.source_now(name) for name in names}
-    assert len({folder for *_, folder in now.values()}) == 5
-    assert capsys.readouterr().out == ""
-    del about.sha
-    assert model_loaders.source_now(names[0]) == now[names[0]]  # the last time's, with a word
-    told = "note: o/a.b is out of reach, and read as it was last: c\n"
-    assert capsys.readouterr().out == told
-
-
 def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
     """Nothing of it is given again, wherever the file lies and however long sequences are."""
     (other := tmp_path / "moved").mkdir()
@@ -3467,9 +3452,8 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
         s = stream(other, tokenizer, context, train=2 * context, sae=sae)
         assert s.key == key and s.n_train == seen + 2 and len(s.train(seen, 2)) == 2
     assert stream(other, Bytes(), train=0, sae={**sae, "identity": {"data": "x"}}).n_train == 1
-    with pytest.raises(UserError, match="were asked for"):
-        short = {**sae, "first_sequence": 10**6}
-        stream(other, tokenizer, sae=short).train(10**6, 1)
+    short = stream(other, tokenizer, sae={**sae, "first_sequence": 10**6})
+    fails(["were asked for"], short.train, 10**6, 1)
 
 
 def test_the_key_of_a_model_or_an_sae_is_of_its_files(tmp_path):
@@ -3571,14 +3555,6 @@ def test_a_source_that_changes_while_it_is_read_is_refused(lines_file, stream, m
     assert ids(whole.train(0, 6250)) == joined(lines, False)[:100_000]
 
 
-def test_files_of_runs_are_no_data(tmp_path, lines_file):
-    before = model_loaders.source_files(str(tmp_path))
-    names = (".saeft", "metrics.jsonl", "k4/metrics.jsonl")
-    run = put(tmp_path / "runs" / "x", dict.fromkeys(names, ""))
-    assert model_loaders.source_files(str(tmp_path)) == before
-    fails(["no text in"], model_loaders.source_files, str(run))
-
-
 @pytest.mark.parametrize("form", ["jsonl", "txt"])
 def test_a_long_document_is_on_one_side_whole(tmp_path, form, stream):
     """A document: an object of a .jsonl, or one of a hundred .txt. One end of text is after it."""
@@ -3594,23 +3570,6 @@ def test_a_long_document_is_on_one_side_whole(tmp_path, form, stream):
     if form == "jsonl":
         s = stream(tmp_path / "a.jsonl", train=10**7, short_ok=True)
         assert ids(s.train(0, s.n_train)) == joined(made, False)[: s.n_train * 16]
-
-
-def test_a_folder_of_ids_is_read_whole(tmp_path, stream, monkeypatch):
-    """And a copy goes on in the middle of it."""
-    monkeypatch.setattr(model_loaders, "BLOCK", 1000)
-    stored = np.random.default_rng(0).integers(1, 256, (4, 4000), np.uint16)
-    parts = {f"document-{i:05d}-of-00003.bin": part for i, part in enumerate(stored)}
-    folder = put(tmp_path / "my-pythia-preshuffled", {**parts, "README.md": "ids"})
-    for train in (1600, 4000, 6400, 12_000):
-        s = stream(folder, train=train, val=640)
-        assert s.train(0, s.n_train).flatten().tolist() == stored.flatten().tolist()[:train]
-        assert s.validation().flatten().tolist() == stored[3, :640].tolist()
-        s.close()
-    more = stream(folder, train=16_000)
-    fails(["has 12,000 training tokens, 16,000 were"], more.train, more.n_train - 1, 1)
-    put(folder, {"notes.txt": "text"})
-    fails(["has text and ids, ", "document-00000", ": name one"], stream, folder)
 
 
 def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys):
@@ -3927,8 +3886,9 @@ def test_a_dataset_on_the_hub_that_changes(tmp_path):
         expected = [joined(second, False)[:32_000], joined(second, True)[:640]]
         assert [*map(bytes, more)] == expected
     gone = ['ids("o/d", 32_000)', 'ids("o/d", 48_000)', 'ids("o/new", 640)']
-    offline, *errors = answers(*gone, **env)
+    offline, *errors, said = answers(*gone, "said", **env)
     assert offline == more and "cannot fetch datasets/o/d" in errors[0]
+    assert "note: o/d is out of reach, and read as it was last: ffffffffffff" in said
     assert "cannot fetch datasets/o/new" in errors[1]
 
 
@@ -3952,7 +3912,7 @@ def test_an_answer_that_is_not_the_range_asked_for_is_no_part_of_a_file(tmp_path
     assert of_ids[0] == numbers[:6400].tolist()
 
 
-def test_text_from_the_hub(tmp_path):
+def test_text_and_ids_from_the_hub(tmp_path):
     shards = [texts(700, 500, seed) for seed in range(3)]
     names = [f"en/c4-train.{i:05d}-of-00003.json.gz" for i in range(3)]
     c4 = {n: gzip.compress(jsonl(s)) for n, s in zip(names, shards, strict=True)}
@@ -3960,6 +3920,9 @@ def test_text_from_the_hub(tmp_path):
     data = gzip.compress(jsonl(texts()))
     sets = {"allenai/c4": c4, "o/cut": {"train.jsonl.gz": data}, "o/other": {"a.parquet": b"PAR1"}}
     sets["o/gated"] = {"a.jsonl.gz": data, "_gated.py": b"x", "README.md": b"# x"}
+    stored = np.random.default_rng(0).integers(1, 50_000, (3, 100_000)).astype("<u2")
+    bins = {f"document-{i:05d}-of-00002.bin": part.tobytes() for i, part in enumerate(stored)}
+    sets["EleutherAI/pile-standard-pythia-preshuffled"] = bins
     refused = {"o/gated": "HF_TOKEN", "o/other": "no text", "o/none": "", "o/cut": ""}
     cut = {names[0]: (50_000, 1), "train.jsonl.gz": (300, 99)}
     with Hub(datasets=sets, gated={"o/gated"}, cut=cut) as hub:
@@ -3976,20 +3939,12 @@ def test_text_from_the_hub(tmp_path):
         asked = hub.n_requests
         assert answers(big, **env) == [rows]
         assert hub.n_requests == asked + 1  # whether it is still that commit
-        ((train, _),) = answers('ids("o/gated", 6400)', **env | {"HF_TOKEN": GOOD})
-        assert bytes(train) == joined(texts(), False)[:6400]
 
-
-def test_pythia_ids_by_byte_range(tmp_path):
-    stored = np.random.default_rng(0).integers(1, 50_000, (3, 100_000)).astype("<u2")
-    names = [f"document-{i:05d}-of-00002.bin" for i in range(3)]
-    files = {name: part.tobytes() for name, part in zip(names, stored, strict=True)}
-    ask = [f'ids("pythia", {tokens}, 640, 50_277)' for tokens in (6400, 32_000, 640_000)]
-    with Hub(datasets={"EleutherAI/pile-standard-pythia-preshuffled": files}) as hub:
-        env = hub.env(tmp_path)
-        (small,) = answers(ask[0], **env)
-        assert [hub.sent[name] for name in names] == [12_800, 0, 1280]  # not a byte more
-        more, short, other = answers(*ask[1:], 'ids("pythia", 6400)', **env)
+        of_pythia = [f'ids("pythia", {n}, 640, 50_277)' for n in (6400, 32_000, 640_000)]
+        opened, small = answers('ids("o/gated", 6400)', of_pythia[0], **env | {"HF_TOKEN": GOOD})
+        assert bytes(opened[0]) == joined(texts(), False)[:6400]
+        assert [hub.sent[name] for name in bins] == [12_800, 0, 1280]  # not a byte more
+        more, short, other = answers(*of_pythia[1:], 'ids("pythia", 6400)', **env)
     assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
     assert more == [stored[0, :32_000].tolist(), small[1]]
     assert "has 200,000 training tokens, 640,000 were asked for" in short
@@ -4043,56 +3998,40 @@ def test_defaults_follow_what_they_say(tmp_path):
     assert config.layer == 3  # of 0 to 5
     x = torch.tensor([100.0, 100.0, 1.0, 2.0, 3.0])[None, :, None]
     assert saeft.sink_limit(x, 1, 4.0) == 8.0  # the median of 100, 1, 2, 3 is 2
-
-
-def test_end_to_end_the_rate_warms_up_and_lambda_rises(lm, monkeypatch):
-    config, t = replace(LOOP, kl_tokens=1200, warmup=10), Trainee(small_sae())
+    config, t = replace(LOOP, kl_tokens=1200, warmup=10), Trainee(small_sae())  # end to end
     assert [t.rate(step, 200, config) for step in (0, 4, 50)] == pytest.approx([1e-3, 5e-3, 1e-2])
-    seen, stream = [], Stream(TOKENS[:1].repeat(60, 1))
-    monkeypatch.setattr(saeft, "update", lambda t, lr: None)
-    monkeypatch.setattr(ReLU, "penalty", lambda *args: seen.append(args[-1]) or 0.0)
-    saeft.finetune(phase_of(Trainee(small_sae("relu"), lm), steps=4), lm, stream, LOOP, nothing)
-    assert seen == [0, 0.25, 0.5, 0.75]
-
-
-def test_a_frozen_sae_does_not_move_and_other_norms_stay(lm, tmp_path, monkeypatch):
-    sae = small_sae("relu")  # in the mode of evaluation
-    sae.l0_target, before = 2.5, float(sae.l1)
-    monkeypatch.setattr(saeft, "update", lambda t, lr: None)
-    saeft.finetune(phase_of(Trainee(sae, lm), steps=1), lm, Stream(TOKENS), LOOP, nothing)
-    assert float(sae.l1) == before
-    for size in (1.0, 1.01):
+    for size in (1.0, 1.01):  # a loaded SAE keeps other norms
         sae = small_sae()
         sae.W_dec.data.mul_(size)
         sae.save(tmp_path, {})
         assert SAE.load(tmp_path).unit_norm == (size == 1.0)
 
 
-def test_a_last_position_has_no_next_token(lm):
-    seen = []
+def test_what_a_step_of_the_fine_tune_is_given(lm, monkeypatch):
+    """The next tokens, the share of the steps that are done, draws of the seed and the step alone."""
 
-    def divergence(log_p, log_q, next_token):
-        seen.append(next_token)
-        return saeft.kl_divergence(log_p, log_q, next_token)
+    def run(first=0, seed=0):
+        next_tokens, done, draws = [], [], []
 
-    phase = phase_of(Trainee(small_sae(), lm, divergence), steps=1)
-    saeft.finetune(phase, lm, Stream(TOKENS), LOOP, nothing)
-    next_token = torch.cat(seen).view(3, 20)
-    assert torch.equal(next_token[:, :-1], TOKENS[:, 1:]) and (next_token[:, -1] == -100).all()
+        def divergence(log_p, log_q, next_token):
+            next_tokens.append(next_token)
+            return saeft.kl_divergence(log_p, log_q, next_token)
 
+        monkeypatch.setattr(ReLU, "penalty", lambda *args: done.append(args[-1]) or 0.0)
+        monkeypatch.setattr(saeft, "update", lambda t, lr: draws.append(float(torch.rand(()))))
+        sae, stream = small_sae("relu"), Stream(TOKENS.repeat(4, 1))
+        sae.l0_target, before = 2.5, float(sae.l1)
+        phase = phase_of(Trainee(sae, lm, divergence), steps=4, step=first)
+        torch.rand(first)  # whatever was drawn before
+        saeft.finetune(phase, lm, stream, replace(LOOP, seed=seed), nothing)
+        assert float(sae.l1) == before  # in the mode of evaluation nothing moves
+        next_token = torch.cat(next_tokens).view(-1, 3, 20)
+        assert (next_token[..., :-1] == TOKENS[:, 1:]).all() and (next_token[..., -1] == -100).all()
+        return done, draws
 
-def test_what_a_method_draws_is_of_the_seed_and_the_step(lm, monkeypatch):
-    def draws(seed, step):
-        seen = []
-        monkeypatch.setattr(saeft, "update", lambda t, lr: seen.append(float(torch.rand(()))))
-        stream, config = Stream(TOKENS.repeat(3, 1)), replace(LOOP, seed=seed)
-        torch.rand(step)  # whatever was drawn before
-        phase = phase_of(Trainee(small_sae(), lm), steps=3, step=step)
-        saeft.finetune(phase, lm, stream, config, nothing)
-        return seen
-
-    first = draws(0, 0)
-    assert len({*first}) == 3 and draws(0, 2) == first[2:] and draws(1, 0) != first
+    done, draws = run()
+    assert done == [0, 0.25, 0.5, 0.75] and len({*draws}) == 4
+    assert run(first=2)[1] == draws[2:] and run(seed=1)[1] != draws
 
 
 def dtypes_given(monkeypatch, name):
@@ -4209,10 +4148,10 @@ def test_flags_beside_start_are_those_of_the_sae(tmp_path):
 
 
 def test_text_of_a_folder_is_mixed_and_a_piece_of_just_the_longest_ends(tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i:02}.txt").write_text(str(i))
+    assert 0.03 < np.mean([held_out(line) for line in [*texts(4000), "\ud800 alone"]]) < 0.07
+    put(tmp_path, {f"{i:02}.txt": str(i) for i in range(20)})
     found = documents(str(tmp_path))
     assert found != sorted(found, key=int) == [str(i) for i in range(20)]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["x" * model_loaders.LONGEST]))
-    ((_, _, ends),) = model_loaders.pieces(str(tmp_path / "a.jsonl"))
+    longest = put(tmp_path, {"a.jsonl": jsonl(["x" * model_loaders.LONGEST])}) / "a.jsonl"
+    ((_, _, ends),) = model_loaders.pieces(str(longest))
     assert ends
