@@ -42,7 +42,7 @@ bench: .venv/main
 	touch $@
 
 .venv/test: .venv/main
-	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout pytest-xdist hypothesis
+	$(BIN)/pip install --quiet pytest safetensors sentencepiece "tokenizers>=0.20" transformers pytest-timeout pytest-xdist hypothesis zstandard
 	touch $@
 
 .PHONY: demo test compare lesson bench
