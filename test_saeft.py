@@ -43,9 +43,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 import model_loaders
 import saeft
@@ -1609,22 +1609,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak, self.largest = {}, 0, 0, 0
+        self.alive, self.peak, self.largest = WeakIdKeyDictionary(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                self.note(t.untyped_storage())
+        found = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.alive.update({storage: storage.nbytes() for storage in found})
+        self.peak = max(self.peak, sum(self.alive.values()))
+        self.largest = max([self.largest, *self.alive.values()])
         return out
-
-    def note(self, storage):
-        if storage._cdata not in self.alive or self.alive[storage._cdata][0].expired():
-            self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-            self.alive = {key: row for key, row in self.alive.items() if not row[0].expired()}
-            self.now = sum(size for _, size in self.alive.values())
-            self.peak = max(self.peak, self.now)
-            self.largest = max(self.largest, storage.nbytes())
 
 
 def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
@@ -2082,33 +2075,23 @@ def test_count_is_exact(unit, size):
     assert model_loaders.count(f"25{unit}") == 25 * size and model_loaders.count("1e6") == 10**6
 
 
-def config_folder(folder, config):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 def test_flags_override_presets_which_follow_what_the_model_is(tmp_path, configs, capsys):
     assert saeft.parse([]).k == [16] and saeft.parse([]).data is None
     tiny = model_loaders.load_config("tiny")
-    named = config_folder(tmp_path / "EleutherAI" / "pythia-160m", tiny)
+    named = str(tokenizer_folder(tmp_path / "EleutherAI" / "pythia-160m", {}, **tiny))
     assert saeft.parse(["--model", named]) == replace(saeft.parse([]), model=named)
     pythia = {**configs["pythia"], **PYTHIA_160M}
-    model = config_folder(tmp_path / "tiny", pythia)  # as a name does not tell
-    given = ["--model", model, "--k", "20", "40", "--tokens", "1e6", "--overwrite"]
+    model = tokenizer_folder(tmp_path / "tiny", {}, **pythia)  # as a name does not tell
+    given = f"--model {model} --k 20 40 --tokens 1e6 --overwrite".split()
     config = saeft.parse(given)
     assert (config.layer, config.k, config.tokens, config.overwrite) == (8, [20, 40], 10**6, True)
     assert saeft.parse([*given, "--layer", "3"]).layer == 3
-    other = config_folder(tmp_path / "other", {**pythia, "num_hidden_layers": 11})
+    other = str(tokenizer_folder(tmp_path / "x", {}, **{**pythia, "num_hidden_layers": 11}))
     assert saeft.parse(["--model", other]) == Config(model=other)
     for family in ("gemma2", "gemma3"):
-        config = saeft.parse(["--model", config_folder(tmp_path / family, configs[family])])
+        folder = tokenizer_folder(tmp_path / family, {}, **configs[family])
+        config = saeft.parse(["--model", str(folder)])
         assert (config.dtype, config.kl_batch, config.layer) == ("bfloat16", 2, None)
-
-
-SOURCE = "\n".join(text for text, _ in zip(documents("tiny"), range(50)))
-SHAPE = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-SHAPE.update(intermediate_size=64, num_key_value_heads=2, sliding_window=8)
 
 
 # ---- The pretended device ----------------------------------------------------------------------
@@ -2153,24 +2136,18 @@ class OnCuda(torch.Tensor):
         return self.detach().clone().requires_grad_(self.requires_grad)
 
 
-NO_KERNELS = "detach", "empty", "new_empty", "_unsafe_view", "_record_function"
-
-
 class Operators(TorchDispatchMode):
-    """Counts operators that would be kernels, and the waits of the host for the device."""
+    """Notes the operators that make the host wait for the device."""
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.waits = Counter(), []
+        self.waits = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count(func, args, kwargs or {})
+        self.note(func.overloadpacket.__name__, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def count(self, func, args, kwargs):
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(NO_KERNELS):
-            self.kernels[name] += 1
+    def note(self, name, args, kwargs):
         moved = name in ("_to_copy", "copy_") and not kwargs.get("non_blocking")
         devices = [t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         devices += [torch.device(kwargs["device"])] if kwargs.get("device") else []
@@ -2182,19 +2159,19 @@ class PretendedCuda(Operators):
     """Runs operators of OnCuda on the CPU. RuntimeError where an operator mixes devices."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        self.count(func, args, kwargs)
+        kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
+        self.note(name, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         here = any(isinstance(t, OnCuda) for t in tensors)
-        copies = func.overloadpacket.__name__ in ("_to_copy", "copy_")
+        copies = name in ("_to_copy", "copy_")
         if here and not copies and any(t.dim() and not isinstance(t, OnCuda) for t in tensors):
             raise RuntimeError(f"{func}: some tensors are on cuda:0 and some on the CPU")
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             here, kwargs["device"] = True, torch.device("cpu")
-        if func.overloadpacket.__name__ == "zeros" and torch._C._current_graph_task_id() >= 0:
+        if name == "zeros" and torch._C._current_graph_task_id() >= 0:
             here = True  # autograd's own, for topk in torch 2.6, on the device that C++ sees
         out = func(*tree_map(values_of, args), **tree_map(values_of, kwargs))
-        if func.overloadpacket.__name__ == "copy_":
+        if name == "copy_":
             return args[0]
         if not here:
             return out
@@ -2223,120 +2200,70 @@ def cuda(monkeypatch):
         yield mode
 
 
-# ---- Whole runs --------------------------------------------------------------------------------
-def lm_folder(folder: Path, family: str) -> str:
-    """A model with random weights, as on the Hub."""
-    tiny = Path(model_loaders.MODELS["tiny"])
-    config = {**SHAPE, "model_type": family}
-    config["vocab_size"] = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    if family != "gpt_neox":
-        config["head_dim"] = 16
-    if family == "gemma2":
-        config.update(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
-    weights = dict(random_lm(config).named_parameters())
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(tiny / "tokenizer.json", folder)
-    model_loaders.write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
-    texts = [{"text": SOURCE[i : i + 500]} for i in range(0, 100_000, 500)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    return str(folder)
-
-
-def device_run(folder: Path, *flags: str) -> dict:
-    """A whole run on the device; its report."""
-    sizes = "--device cuda --context 32 --kl-tokens 2k --eval-tokens 500 --batch 256"
-    sizes += "" if "--start" in flags else " --tokens 6k"
-    sizes += " --d-sae 64 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
-    argv = [*sizes.split(), "--data", str(folder / "text.jsonl"), "--out", str(folder / "runs")]
-    run = saeft.Run(saeft.parse([*argv, *flags]))
-    run.run()
-    return report_of(run.folder.path)
-
-
+# ---- The device's branch: whole runs, and what the host waits for ------------------------------
 @pytest.mark.parametrize(
-    ("kind", "family", "dtype"),
+    "kind, family, dtype",
     [
-        ("topk", "gpt_neox", "float32"),
+        ("topk", "pythia", "float32"),
         ("relu", "gemma2", "bfloat16"),
-        ("batchtopk", "gemma3_text", "float32"),
-        ("batchtopk", "gpt_neox", "bfloat16"),
+        ("batchtopk", "gemma3", "float32"),
+        ("batchtopk", "pythia", "bfloat16"),
     ],
 )
 def test_whole_run_on_cuda(cuda, tmp_path, kind, family, dtype):
-    model = lm_folder(tmp_path / "lm", family)
-    flags = "--model", model, "--sae", kind, "--k", "4", "--dtype", dtype
-    report = device_run(tmp_path / "lm", *flags, "--method", "kl", "mse")
-    on_cpu = device_run(tmp_path / "lm", *flags, *"--method kl mse --device cpu --name cpu".split())
+    """It comes to what one on the CPU does, and --start goes on from its SAE."""
+    reference(family, vocab_size=2048).save_pretrained(tmp_path / "lm")
+    shutil.copy(model_loaders.TINY / "tokenizer.json", tmp_path / "lm")
+    sizes = f"--k 4 --data tiny --context 32 --kl-tokens 2k --eval-tokens 500 --dtype {dtype}"
+    sizes += " --batch 256 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
+    new = f"--model {tmp_path / 'lm'} --sae {kind} --d-sae 64 --tokens 6k --method kl mse"
+    start, results = f"--device cuda --start {tmp_path / 'cuda' / 'before'}", []
+    for name, line in {"cuda": new + " --device cuda", "cpu": new, "again": start}.items():
+        line = f"{line} {sizes} --out {tmp_path} --name {name}"
+        assert saeft.main(line.split()) == 0
+        results.append(report_of(tmp_path / name))
+    report, on_cpu, loaded = results
     exact = 1e-3 if dtype == "float32" else 3e-2
     for name in ("ce_original", "ce", "fvu"):
         assert report[name] == pytest.approx(on_cpu[name], rel=exact), name
-    before, other = report["results"]["MSE"], on_cpu["results"]["MSE"]
-    assert before["ce"] == pytest.approx(other["ce"], rel=exact)
-
-
-def test_fine_tune_from_a_loaded_sae_on_cuda(cuda, tmp_path):
-    model = lm_folder(tmp_path / "lm", "gpt_neox")
-    flags = "--model", model, "--k", "4"
-    own = "--name before --method mse --kl-lr 0".split()
-    before = device_run(tmp_path / "lm", *flags, *own)
-    start = str(tmp_path / "lm" / "runs" / "before")
-    loaded = device_run(tmp_path / "lm", *flags, "--name", "after", "--start", start)
-    assert loaded["results"]["MSE"]["ce"] == pytest.approx(before["ce"], rel=1e-4)
-    assert loaded["ce"] != loaded["results"]["MSE"]["ce"]
-
-
-# ---- Steps: host waits, kernels, faults put in on purpose --------------------------------------
-def count_step(cuda, kind="topk", name="MSE", family="gpt_neox", n_steps=3) -> tuple[list, Counter]:
-    """What made the host wait, and operators, in the last of `n_steps` steps of a phase."""
-    lm = random_lm({**SHAPE, "model_type": family}).to("cuda:0")
-    sae = saeft.KINDS[kind](32, 64, k=4).to("cuda:0")
-    t = Trainee(sae.train(), lm)
-    config = Config(layer=1, batch=64, kl_batch=2, context=16, lr=1e-3, kl_lr=1e-3)
-    x, tokens = torch.randn(64, 32).to("cuda:0"), torch.randint(4096, (2, 16))
-    no_limit = torch.full((), torch.inf, device="cuda:0")
-    phase = Phase("test", [t], n_steps + 1, no_limit, step=1)  # the first looks for dead latents
-    phase.buffer = SimpleNamespace(next_batch=lambda n: x)
-
-    def after_step(phase, figures):
-        if phase.step == n_steps:
-            cuda.waits.clear()
-            cuda.kernels.clear()
-
-    if name == "MSE":
-        saeft.train_mse(phase, config, after_step)
-    else:
-        stream = SimpleNamespace(train=lambda start, n: tokens)
-        saeft.finetune(phase, lm, stream, config, after_step)
-    return list(cuda.waits), Counter(cuda.kernels)
+    before, other, again = (row["results"]["MSE"]["ce"] for row in results)
+    assert before == pytest.approx(other, rel=exact)
+    assert again == pytest.approx(before, rel=1e-4) and loaded["ce"] != again
 
 
 @pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "gemma3_text"])
-def test_host_waits_for_the_tokens_alone(cuda, kind, family):
-    if family == "gpt_neox":
-        assert count_step(cuda, kind)[0] == []
-    assert count_step(cuda, kind, "kl", family)[0] == ["_to_copy"]  # of the tokens
+def test_host_waits_for_the_tokens_alone(lm, cuda, kind):
+    """In the last of some steps of each phase; the first one looks for dead latents."""
+    t = Trainee(small_sae(kind).to("cuda:0").train(), lm.to("cuda:0"))
+    x, no_limit = (y.to("cuda:0") for y in (torch.randn(50, 32), torch.tensor(torch.inf)))
+    stream, waits = Stream(TOKENS[:1].repeat(12, 1)), []
+
+    def after_step(phase, figures):
+        waits[:] = cuda.waits
+        cuda.waits.clear()
+
+    phase = Phase("MSE", [t], 4, no_limit, step=1)
+    phase.buffer = SimpleNamespace(next_batch=lambda n: x)
+    saeft.train_mse(phase, LOOP, after_step)
+    assert waits == []
+    saeft.finetune(Phase("kl", [t], 4, no_limit), t.lm, stream, LOOP, after_step)
+    assert waits == ["_to_copy"]  # of the tokens
 
 
 # ---- Memory ---------------------------------------------------------------------------------
 def test_kl_step_at_the_shape_of_gemma_2_2b_fits_16_gib(monkeypatch):
-    shape = {"model_type": "gemma2", "vocab_size": 256_000, "hidden_size": 2304}
-    shape.update(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
-    shape.update(intermediate_size=9216, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
     config = Config(layer=12, kl_batch=2, dtype="bfloat16")
     slices = [slice(i, i + 512) for i in range(0, 2048, 512)]
     monkeypatch.setattr(saeft, "slices", lambda n, W_U: slices)
     monkeypatch.setattr(saeft, "FAST", False)  # the device's path
-    lm = saeft.build_lm(shape)
+    lm = saeft.build_lm(transformers.Gemma2Config().to_dict())  # that of the 2B
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as memory:
         empty = functools.partial(torch.empty, dtype=torch.bfloat16)
         lm.load_state_dict({k: empty(p.shape) for k, p in lm.named_parameters()}, assign=True)
         lm.requires_grad_(False)
         t = Trainee(TopK(2304, 2**14, k=80).train(), lm)
-        stream = SimpleNamespace(train=lambda start, n: torch.zeros(2, 1024, dtype=torch.long))
-        phase = Phase("kl", [t], 2, torch.tensor(torch.inf))
-        saeft.finetune(phase, lm, stream, config, lambda *_: None)
+        stream = Stream(torch.zeros(4, 1024, dtype=torch.long))
+        saeft.finetune(phase_of(t, steps=2), lm, stream, config, nothing)
     print(f"peak of the KL step at Gemma-2-2B's shape: {memory.peak / 2**30:.2f} GiB")
     assert 5 * 2**30 < memory.peak < 16 * 2**30
 
