@@ -1256,20 +1256,15 @@ def largest(pre, k):
     return pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(k).indices, 1.0)
 
 
-def dense_f(pre, kind, k=5, threshold=0.0):
-    """f [N, F] of pre [N, F], by the equations of each kind."""
+def dense_sae(x, W_enc, b_enc, W_dec, b_dec, kind="topk", k=5, threshold=0.0):
+    """x_hat [N, D] and f [N, F] by the equations of each kind, f dense."""
+    pre = (x - b_dec) @ W_enc.T + b_enc
     if kind == "topk":
-        return largest(pre, k)
-    if kind == "batchtopk":
-        flat = pre.relu().flatten()
-        top = flat.topk(round(k * len(pre)))
-        return torch.zeros_like(flat).scatter(0, top.indices, top.values).view_as(pre)
-    return pre.relu() * (pre >= threshold)
-
-
-def dense_sae(x, W_enc, b_enc, W_dec, b_dec, kind="topk", **more):
-    """x_hat [N, D] and f [N, F] by the equations, f dense."""
-    f = dense_f((x - b_dec) @ W_enc.T + b_enc, kind, **more)
+        f = largest(pre, k)
+    elif kind == "batchtopk":
+        f = largest(pre.reshape(1, -1), round(k * len(pre))).view_as(pre)
+    else:
+        f = pre.relu() * (pre >= threshold)
     return f @ W_dec + b_dec, f
 
 
@@ -1456,15 +1451,13 @@ def test_update_equals_projection_clipping_adamw_and_unit_norm(kind, size, fast)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad, fast):
     sae, x = small_sae(), torch.randn(64, 32)
-    trainee = Trainee(sae, divergence=None)
-
-    def step(factor):
+    trainee, seen = Trainee(sae, divergence=None), []
+    for factor in (1.0, 1.0, bad):
         (factor * F.mse_loss(sae(x)[0], x)).backward()
         saeft.update(trainee, 1e-2)
         state = [t for p in parameters(sae) for t in trainee.optimizer.state[p].values()]
-        return [t.detach().clone() for t in parameters(sae)], [t.clone() for t in state]
-
-    (first, _), (before, state), (after, state_after) = step(1.0), step(1.0), step(bad)
+        seen.append(copy.deepcopy((parameters(sae), state)))
+    (first, _), (before, state), (after, state_after) = seen
     assert not any(map(torch.equal, first, before))
     assert all(map(torch.equal, state, state_after))
     for a, b in zip(after, before):  # W_dec is normalised once more
@@ -1491,12 +1484,11 @@ def test_a_saved_sae_works_by_saelens_equations_and_load_is_the_inverse(kind, tm
     assert_close(ours.to_dense(), f)
     assert 1 < ours.counts().sum() / 100 == (f > 0).sum(1).float().mean()
 
-    for source in (tmp_path / "a", str(tmp_path / "a")):
-        loaded = SAE.load(source)
-        assert type(loaded) is type(sae) and loaded.unit_norm == (kind in ("topk", "batchtopk"))
-        assert all(getattr(loaded, name) == getattr(sae, name) for name in sae.numbers)
-        same = [torch.equal(v, loaded.state_dict()[k]) for k, v in sae.state_dict().items()]
-        assert all(same) and torch.equal(loaded(x)[0], x_hat) and not loaded.training
+    loaded = SAE.load(tmp_path / "a")
+    assert type(loaded) is type(sae) and loaded.unit_norm == (kind in ("topk", "batchtopk"))
+    assert all(getattr(loaded, name) == getattr(sae, name) for name in sae.numbers)
+    assert same(loaded.state_dict(), sae.state_dict())
+    assert torch.equal(loaded(x)[0], x_hat) and not loaded.training
     loaded.save(tmp_path / "b", {"hook_name": "blocks.1.hook_resid_post"})
     for name in ("cfg.json", "sae_weights.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -1556,37 +1548,12 @@ def slices_of_7(monkeypatch):
     monkeypatch.setattr(saeft, "slices", few)
 
 
-def resids(n, d_model, dtype=torch.double):
-    """For p and for three q's."""
-    p, *noise = torch.randn(4, n, d_model, dtype=dtype, generator=torch.manual_seed(2))
-    return p, [(p + size * e).requires_grad_() for size, e in zip((0.3, 0.1, 0.2), noise)]
-
-
 def reverse_kl(log_p, log_q, next_token):
     return saeft.kl_divergence(log_q, log_p, next_token)
 
 
 def cross_entropy(log_p, log_q, next_token):
     return F.nll_loss(log_q, next_token, reduction="none")
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.float64, 1e-12)])
-def test_sliced_losses_of_several_q_equal_whole_logits(lm, dtype, tolerance, slices_of_7):
-    p, qs = resids(50, 32, dtype)
-    weight, next_token = torch.rand(50, dtype=dtype), torch.randint(96, (50,))
-    weight[3:5] = 0  # tokens that do not count
-    next_token[[9, 49]] = -100  # ends of sequences
-    divergences = [saeft.kl_divergence, reverse_kl, cross_entropy]  # each q has its own
-    sums = SlicedLoss.apply(lm.to(dtype), divergences, weight, next_token, p, *qs)
-    factors, lm, weight = torch.arange(1, 4).to(dtype), lm.double(), weight.double()
-    grads = torch.autograd.grad(factors @ sums, qs)
-    logits = [lm.unembed(resid.double()) for resid in (p, *qs)]
-    log_p, log_q, reverse_q, _ = (z.log_softmax(-1) for z in logits)
-    ce = weight @ F.cross_entropy(logits[-1], next_token, reduction="none")
-    expected = [whole_kl(log_p, log_q, weight), whole_kl(reverse_q, log_p, weight), ce]
-    expected_grads = torch.autograd.grad(factors.double() @ torch.stack(expected), qs)
-    for a, b in zip([*sums, *grads], [*expected, *expected_grads]):
-        assert_close(a, b, tolerance)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1607,7 +1574,7 @@ class LiveBytes(TorchDispatchMode):
 
 def test_no_tensor_of_tokens_times_vocabulary_exists(configs):
     config = {**configs["pythia"], "vocab_size": 50304, "hidden_size": 8}
-    lm, (p, (q, *_)) = random_lm(config), resids(400, 8, torch.float32)
+    lm, p, q = random_lm(config), torch.randn(400, 8), torch.randn(400, 8, requires_grad=True)
     next_token = torch.arange(400)
     with LiveBytes() as memory:
         (kl,) = SlicedLoss.apply(lm, [saeft.kl_divergence], torch.ones(400) / 400, next_token, p, q)
@@ -1667,7 +1634,7 @@ def sinks(lm, tokens, n_skip):
     return limit, keep
 
 
-@pytest.mark.parametrize("method", ["kl", "mse"])
+@pytest.mark.parametrize("method", ["kl", "mse", "own"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, method, slices_of_7, monkeypatch):
     """Against autograd in float64 through the whole model, without <bos> and without sinks."""
@@ -1677,35 +1644,45 @@ def test_the_finetunes_losses_and_gradients_end_to_end(lm, kind, method, slices_
     for sae in saes if kind in ("relu", "batchtopk") else ():
         sae.l0_target = 2.5
     weights = [leaves(sae) for sae in saes]
-    trainees = [saeft.METHODS[method](lm, sae, LOOP) for sae in saes]
+    if method == "own":  # each SAE has its own divergence
+        trainees = [Trainee(sae, lm, d) for sae, d in zip(saes, (reverse_kl, cross_entropy))]
+    else:
+        trainees = [saeft.METHODS[method](lm, sae, LOOP) for sae in saes]
     ours, seen = [], []
     monkeypatch.setattr(
         saeft, "update", lambda t, lr: ours.append([p.grad for p in parameters(t.sae)])
     )
     phase = Phase("x", trainees, 1, limit)
     saeft.finetune(phase, lm, Stream(TOKENS), LOOP, lambda phase, figures: seen.extend(figures))
-    for sae, w, gradients, row in zip(saes, weights, ours, seen):
-        x, x_hat, f, log_p, log_q = dense_splice(lm, sae, w, TOKENS, keep)
+    for t, w, gradients, row in zip(trainees, weights, ours, seen):
+        x, x_hat, f, log_p, log_q = dense_splice(lm, t.sae, w, TOKENS, keep)
         mse = (x - x_hat).square().mean()
-        kl = whole_kl(log_p[keep], log_q[keep], 1 / keep.sum())
-        beta = (mse / kl).detach()
-        expected = {"kl": (beta * kl + mse) / 2, "mse": mse}[method]
         figures = {"mse": mse, "l0": (f > 0).sum(1).double().mean()}
         figures["fvu"] = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-        if method != "mse":
+        expected = mse
+        if t.divergence:
+            next_token = F.pad(TOKENS[:, 1:], (0, 1), value=-100)[keep]
+            log_p, log_q, each = log_p[keep], log_q[keep], 1 / keep.sum()
+            kl = whole_kl(log_p, log_q, each)
+            if t.divergence is reverse_kl:
+                kl = whole_kl(log_q, log_p, each)
+            elif t.divergence is cross_entropy:
+                kl = F.cross_entropy(log_q, next_token, reduction="sum") * each
+            beta = (mse / kl).detach()
             figures.update(kl=kl, beta=beta)
+            expected = (beta * kl + mse) / 2
         if kind == "relu":
             # In phase one's units, x / scale, the loss is D / scale^2 times that of x, and lambda
             # 0.3 weighs f / scale; it is raw here, which is another factor of all alone.
             penalty = 0.3 * (f / SCALE @ w[2].norm(dim=1)).mean()
             expected = expected + penalty * SCALE**2 / 32
-            assert float(sae.l1) == pytest.approx(0.3 * SCALE * 1.001)
+            assert float(t.sae.l1) == pytest.approx(0.3 * SCALE * 1.001)
         figures["loss"] = expected
         for name, value in figures.items():
-            assert row[name].item() == pytest.approx(value.item(), rel=1e-4), name
+            assert row[name].item() == pytest.approx(value.item(), rel=5e-5), name
         theirs = torch.autograd.grad(expected, w)
         for a, b in zip(gradients, theirs):
-            assert_close(a, b, 1e-4)
+            assert_close(a, b, 5e-5)
 
 
 def test_lambda_rises_in_phase_one_and_follows_the_l0_in_phase_two():
@@ -1845,28 +1822,6 @@ def test_activations_in_half_precision_do_not_overflow(kind):
         row = saeft.mse_step(t, given, 1e-3, 5, 9, Config())
         figures.append([value.item() for value in row.values()])
     assert figures[0] == pytest.approx(figures[1], rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["topk", "relu", "batchtopk"])
-def test_an_own_loop_on_own_activations_trains_saves_and_loads(kind, tmp_path):
-    """As in a notebook: no language model, no run, default settings."""
-    x, config = torch.randn(2000, 8) @ torch.randn(8, 32) + 5, Config()
-    sae = saeft.KINDS[kind](32, 64, k=4)
-    scale = x.pow(2).sum(-1).mean().sqrt()
-    sae.start(x / scale, config)
-    trainee, fvus = Trainee(sae, divergence=None, decay=0.0), []
-    for step in range(60):
-        batch = x[torch.randint(2000, (200,))] / scale
-        lr = 20 * config.peak_lr * saeft.lr_factor(step, 60, config.warmup, 0.2)
-        fvus.append(saeft.mse_step(trainee, batch, lr, step, 60, config)["fvu"].item())
-    assert sum(fvus[-5:]) < 0.8 * sum(fvus[:5])
-    sae.eval().rescale(scale)
-    sae.save(tmp_path, {})
-    x_hat, f = SAE.load(tmp_path)(x)
-    fvu = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-    assert fvu.item() == pytest.approx(fvus[-1], rel=0.1)
-    if kind != "relu":
-        assert saeft.counts(f).sum().item() / 2000 == pytest.approx(4, rel=0.1)
 
 
 def test_the_time_left_is_at_the_pace_of_steps_and_of_refills():
@@ -2387,8 +2342,6 @@ def test_saes_are_read_as_they_were_written(tmp_path):
     read, told = model_loaders.read_sae(tmp_path)
     cfg["metadata"]["sae_lens_version"] = "6.54.0"
     assert same(read, tensors) and told == {**told, **cfg, **cfg["metadata"]}
-    stored = safetensors.load_file(tmp_path / "sae_weights.safetensors")
-    assert torch.equal(stored["W_enc"], tensors["W_enc"].T) and stored.keys() == tensors.keys()
     fixed = {"d_in": 6, "d_sae": 20, "apply_b_dec_to_input": True, "dtype": "float32"}
     assert told == told | fixed | {"normalize_activations": "none", "reshape_activations": "none"}
     sae_folder(tmp_path, {"b_dec": torch.ones(6).half()}, metadata=7)
