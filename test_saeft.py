@@ -1866,7 +1866,7 @@ def steps_of_a_process(rank, world, kind, method, folder, file):
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     lm, sae, rows = saeft.load_lm(folder), small_sae(kind, k=2).train(), []
-    config = replace(LOOP, kl_batch=4 // world, dead_after=200)
+    config = replace(LOOP, kl_batch=4 // world, dead_after=90)
     if method == "MSE":
         t, mix = Trainee(sae, divergence=None, decay=0.0), SCALE * torch.randn(32, 32)
         for step in range(30):
