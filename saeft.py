@@ -376,7 +376,7 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 def kind_of(cfg: dict, source="") -> type[SAE]:
     """The class of a cfg of `read_sae`: what wrote it, where that is known here, else whatever has
     SAELens's architecture. UserError for others."""
-    unsaid = "architecture" not in cfg and cfg.get("k")
+    unsaid = cfg.get("architecture") is None and cfg.get("k")
     refuse(unsaid, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture")
     architecture = str(cfg.get("architecture", "standard"))
     kind = KINDS.get(str(cfg["saeft"].get("kind")))
@@ -1394,7 +1394,8 @@ def check(config: Config) -> LanguageModel:
         config.layer = (last + 1) // 2
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
-    layer, k, context = config.layer, max(config.k), config.context
+    layer, context = config.layer, config.context
+    k = max(config.k) if "k" in KINDS[config.sae].numbers else 0
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
     saved_as = model_loaders.read_hook(model_loaders.hook_name(layer, config.place))
     refuse(saved_as != (layer, config.place), f"--place {config.place}: SAEs call it {saved_as}")
