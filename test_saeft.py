@@ -517,7 +517,8 @@ def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, monkeypatc
 
     # The disk is full in the second method: the SAEs of phase one and of the first stay.
     with monkeypatch.context() as patch:
-        patch.setitem(saeft.METHODS, "mse", Mock(side_effect=UserError("No space left on device")))
+        full = Mock(side_effect=UserError("No space left on device"))
+        patch.setitem(saeft.METHODS, "mse", lambda lm, sae, config: Trainee(sae, lm, full))
         refused(f"{line} y", "No space left")
     assert weights_of(tmp_path / "y" / "before") == before
     assert weights_of(tmp_path / "y") == weights_of(tmp_path / "whole")
