@@ -31,6 +31,7 @@ from dataclasses import fields, make_dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
@@ -77,20 +78,34 @@ def no_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """A run sets the precision of products, and handlers of signals, which it gives back."""
+    """A run gives back the handlers of signals."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     assert all(signal.getsignal(number) == handler for number, handler in handlers.items())
-    torch.set_float32_matmul_precision("highest")
 
 
 def documents(data):
     return [text for text, *_ in model_loaders.pieces(data)]
 
 
-def command(line, out, settings=Config):
+def command(line, out, settings=Config, sizes=SMALL):
     """saeft.py's exit status for a command line, with runs in `out`."""
-    return saeft.main([*SMALL.split(), *line.split(), "--out", str(out)], settings)
+    return saeft.main([*sizes.split(), *line.split(), "--out", str(out)], settings)
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """A call with a command line, which gets status 2 and one line that has the words."""
+
+    def call(line, *words, out=tmp_path, sizes=SMALL):
+        capsys.readouterr()
+        assert command(line, out, sizes=sizes) == 2
+        printed, error = capsys.readouterr()
+        assert error.count("\n") == 1 and error.startswith("saeft: ")
+        assert all(word in error for word in words), error
+        return printed, error
+
+    return call
 
 
 def report_of(folder):
@@ -101,28 +116,18 @@ def weights_of(folder):
     return (folder / "sae_weights.safetensors").read_bytes()
 
 
-MAY_DIFFER = {"seconds", "resume", "out", "name", "checkpoint_minutes"}
+MAY_DIFFER = rb'"(seconds|resume|out|name|checkpoint_minutes)": ("[^"]*"|{[^}]*}|[^,}\n]*)'
 
 
-def without_seconds(value):
-    """JSON without the keys that may differ between two runs that are the same."""
-    if isinstance(value, dict):
-        return {key: without_seconds(v) for key, v in value.items() if key not in MAY_DIFFER}
-    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+def snapshot(folder):
+    """What stands in a folder, by path: content of files, None for all else."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def content_of(folder):
-    """All that stands in a run's folder, by path, without what may differ."""
-    content = {}
-    for path in filter(Path.is_file, folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix in (".json", ".jsonl") and path.name != "cfg.json":
-            text = path.read_text()
-            values = map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text])
-            content[name] = [without_seconds(value) for value in values]
-        else:
-            content[name] = path.read_bytes()
-    return content
+    """All files of a run's folder, by path, without the JSON that may differ."""
+    files = [(str(path.relative_to(folder)), found) for path, found in snapshot(folder).items()]
+    return {name: re.sub(MAY_DIFFER, b"", found) for name, found in files if found is not None}
 
 
 def differences(a, b):
@@ -151,12 +156,10 @@ def test_what_a_run_leaves(tmp_path, capsys):
 
     # metrics.jsonl: a line every --log-every steps, and at the end of each phase.
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = {"MSE": [*range(5, 27, 5), 27]}
-    steps.update(dict.fromkeys(("kl", "mse"), [*range(5, 39, 5), 39]))
-    for name, expected in steps.items():
+    for name, steps, tokens in ("MSE", 27, 256), ("kl", 39, 128), ("mse", 39, 128):
         of_phase = [line for line in lines if line["phase"] == name]
-        assert [line["step"] for line in of_phase] == expected
-        assert of_phase[-1]["tokens"] == (27 * 256 if name == "MSE" else 39 * 128)
+        assert [line["step"] for line in of_phase] == [*range(5, steps, 5), steps]
+        assert of_phase[-1]["tokens"] == steps * tokens
     for line in lines:
         assert 0 < line["fvu"] < 2 and line["l0"] == pytest.approx(4, abs=0.01)
         if line["phase"] == "kl":
@@ -172,23 +175,20 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert results["kl"]["ce"] == report["ce"] and results["mse"]["fvu"] < before["fvu"]
 
     # The closing table shows them, and nothing went to stderr.
-    table = out.splitlines()[-6:]
+    rows = out.splitlines()[-5:]
     names = ["original model", "x replaced by 0", "after MSE", "after KL+MSE"]
     names.append("after MSE alone, same tokens")
-    assert [row.split("  ")[0] for row in table[1:]] == names and err == ""
-    assert f"{report['ce']:.4f}" in table[4] and f"{report['gap_closed']:.1%}" in table[4]
+    assert [row.split("  ")[0] for row in rows] == names and err == ""
+    assert f"{report['ce']:.4f}" in rows[3] and f"{report['gap_closed']:.1%}" in rows[3]
 
-    # Three SAEs, in SAELens's layout, for raw activations: after KL+MSE, of phase one, the control.
-    lm = saeft.load_lm("tiny")
+    # Three SAEs for raw activations: after KL+MSE, of phase one, the control.
     tokens = torch.randint(200, (4, 64), generator=torch.Generator().manual_seed(0))
-    x = lm.prefix(tokens, 2).flatten(0, 1)
+    x = saeft.load_lm("tiny").prefix(tokens, 2).flatten(0, 1)
     left = {".saeft", "config.json", "metrics.jsonl", "report.json"}
     for part in ("", "before/", "mse/"):
         left |= {f"{part}cfg.json", f"{part}sae_weights.safetensors"}
-        tensors = safetensors.load_file(folder / part / "sae_weights.safetensors")
         cfg = json.loads((folder / part / "cfg.json").read_text())
-        assert tensors["W_enc"].shape == (128, 64) and cfg["architecture"] == "topk"
-        assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+        assert cfg["d_sae"] == 64 and cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
         x_hat, f = SAE.load(folder / part)(x)
         assert f.counts().sum() == 4 * len(x) and (x - x_hat).pow(2).sum() < 0.9 * x.pow(2).sum()
     assert {*content_of(folder)} == left
@@ -228,88 +228,68 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
     assert not (tmp_path / "end" / "before" / "cfg.json").exists()
 
     # --start on a run's own before/ goes on as that run did: model, layer, data, K from the SAE.
-    before = tmp_path / "both" / "before"
-    line = ["--start", str(before), "--out", str(tmp_path), "--name", "again", "--method", "kl"]
-    small = "--kl-tokens 5k --eval-tokens 2k --kl-batch 2 --log-every 5"
-    assert saeft.main([*line, *small.split()]) == 0
+    small = "--kl-tokens 5k --eval-tokens 2k --kl-batch 2 --log-every 5 --method kl"
+    line = f"--start {tmp_path / 'both' / 'before'} --name again"
+    assert command(line, tmp_path, sizes=small) == 0
     again = report_of(tmp_path / "again")
     for part in ("MSE", "kl"):  # the gap and shares of it are as exact as the CEs they come from
         one, other = (report["results"][part] for report in (both, again))
-        for row in (one, other):
-            [row.pop(name, None) for name in ("gap", "gap_closed", "loss_recovered")]
-        assert other == pytest.approx(one, rel=2e-4)
+        for name in one.keys() - {"gap", "gap_closed", "loss_recovered"}:
+            assert other[name] == pytest.approx(one[name], rel=2e-4), name
     assert "as loaded" in capsys.readouterr().out
-    a, b = SAE.load(tmp_path / "both"), SAE.load(tmp_path / "again")
-    for name, value in a.state_dict().items():
-        assert torch.allclose(value, b.state_dict()[name], rtol=1e-3, atol=1e-4), name
-
-
-def test_start_says_what_it_cannot_mean(tmp_path, capsys):
-    """--tokens beside it; an SAE of another width than the model; a folder that the run itself
-    would clear."""
-    assert command("--sae relu --l1 0.03 --name own", tmp_path) == 0
-    line = ["--start", str(tmp_path / "own"), "--out", str(tmp_path), "--kl-tokens", "5k"]
-    TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
-    start = ["--name", "x", "--eval-tokens", "2k", "--start"]
-    for flags, words in [
-        (["--name", "x", "--tokens", "1M"], "--tokens: with --start"),
-        (["--name", "x", "--context", "1"], "--context 1 is not from 2"),
-        (["--name", "x", "--k", "3", "--sae", "topk"], "the SAE of --start has relu"),
-        ([*start, str(tmp_path / "narrow")], "--start: width 64; tiny has 128"),
-    ]:
-        assert saeft.main([*line, *flags]) == 2
-        err = capsys.readouterr().err
-        assert words in err and err.count("\n") == 1
-    assert not (tmp_path / "x").exists()
-    published = saeft.JumpReLU(128, 96)
-    for thresholds, notes in (([0.5] * 96, 1), ([0.5] * 95 + [0.6], 0)):
-        published.threshold.copy_(torch.tensor(thresholds))
-        published.save(tmp_path / f"jump{notes}", TOLD)
-        saeft.parse(["--start", str(tmp_path / f"jump{notes}")])
-        assert capsys.readouterr().out.count("has one threshold for all latents") == notes
-    before = weights_of(tmp_path / "own")
-    for start in (tmp_path / "own", tmp_path / "own" / "before"):
-        assert saeft.main([*line, "--name", "own", "--overwrite", "--start", str(start)]) == 2
-        assert "lies in this run's own folder" in capsys.readouterr().err
-    assert weights_of(tmp_path / "own") == before
-    config = saeft.parse(line)
-    assert (config.l1, config.sae, config.tokens) == (None, "relu", 5000)
-    assert saeft.parse([*line, "--kl-tokens", "0"]).tokens == 1
-    capsys.readouterr()
-    saeft.parse(["--sae", "relu", "--k", "4"])
-    saeft.parse(["--sae", "topk", "--l1", "4"])
-    notes = [
-        f"note: a new {kind} SAE has no use of --{x}" for kind, x in (("relu", "k"), ("topk", "l1"))
-    ]
-    assert capsys.readouterr().out.splitlines() == notes
-    saeft.parse(["--sae", "batchtopk", "--k", "4"])
-    assert capsys.readouterr().out == ""
-    saeft.parse([*line, "--batch", "9", "--lr", "1"])
-    assert "note: a relu SAE of --start has no use of --batch, --lr" in capsys.readouterr().out
+    a, b = (SAE.load(tmp_path / name).state_dict() for name in ("both", "again"))
+    torch.testing.assert_close(dict(b), dict(a), rtol=1e-3, atol=1e-4)
 
 
 TOLD = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "dataset_path": "tiny"}
 TOLD.update(context_size=64, prepend_bos=False, first_sequence=0)
 
 
-def test_lambda_of_relu_saes_is_in_raw_units_and_kept(tmp_path, monkeypatch):
-    """End to end, too, where there is no L0 to go back to: --l1 is that of x / scale."""
-    argv = "--sae relu --kl-tokens 12k --l1 0.3 --name end".split()
-    run = saeft.Run(saeft.parse([*SMALL.split(), *argv, "--out", str(tmp_path)]))
+def test_start_takes_lambda_and_says_what_it_cannot_mean(tmp_path, capsys, monkeypatch, refused):
+    """Lambda is raw, end to end too, where there is no L0 to go back to; --l1 that of x / scale."""
+    run = a_run(tmp_path, "--sae relu --kl-tokens 12k --l1 0.3 --name own")
     run.run()
-    assert float(run.done.scale) > 1
-    assert float(SAE.load(tmp_path / "end").l1) == pytest.approx(0.3 * float(run.done.scale))
-    # What --start takes from that SAE is its lambda; --l1 again that of x / scale.
+    scale, own = float(run.done.scale), f"--start {tmp_path / 'own'} --kl-tokens 5k"
+    assert scale > 1 and float(SAE.load(tmp_path / "own").l1) == pytest.approx(0.3 * scale)
     first = []
-    monkeypatch.setattr(saeft, "finetune", lambda phase, *_: first.append(phase.trainees[0].sae.l1))
-    for flags, l1 in [("", 0.3), ("--l1 0.2", 0.2)]:
-        line = f"--start {tmp_path / 'end'} --kl-tokens 5k --eval-tokens 2k --name x --overwrite"
-        assert saeft.main([*f"{line} {flags} --out {tmp_path}".split()]) == 0
-        assert float(first.pop()) == pytest.approx(l1 * float(run.done.scale), rel=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(saeft, "finetune", lambda phase, *_: first.append(phase.trainees[0].sae.l1))
+        for flags, l1 in ("", 0.3), ("--l1 0.2", 0.2):
+            line = f"{own} --eval-tokens 2k --name y --overwrite {flags}"
+            assert command(line, tmp_path, sizes="") == 0
+            assert float(first.pop()) == pytest.approx(l1 * scale, rel=0.02)
 
+    before = weights_of(tmp_path / "own")
+    TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
+    for flags, words in {
+        "--name x --tokens 1M": "--tokens: with --start",
+        "--name x --context 1": "--context 1 is not from 2",
+        f"--name x --start {tmp_path / 'narrow'}": "--start: width 64; tiny has 128",
+        "--name own --overwrite": "lies in this run's own folder",  # which would clear it
+        f"--name own --overwrite --start {tmp_path / 'own/mse'}": "lies in this run's own",
+    }.items():
+        refused(f"{own} {flags}", words, sizes="")
+    assert weights_of(tmp_path / "own") == before and not (tmp_path / "x").exists()
+    config = saeft.parse(own.split())
+    assert (config.l1, config.sae, config.tokens) == (None, "relu", 5000)
+    assert saeft.parse([*own.split(), "--kl-tokens", "0"]).tokens == 1
 
-def test_batchtopk_without_a_latent_that_fires_ends(tmp_path):
-    assert command("--sae batchtopk --lr 1 --name x", tmp_path) in (0, 2)
+    def told(line):
+        capsys.readouterr()
+        saeft.parse(line.split())
+        return capsys.readouterr().out
+
+    for flags, words in ("relu --k 4", "--k"), ("topk --l1 4", "--l1"):
+        assert told(f"--sae {flags}") == f"note: a new {flags[:4]} SAE has no use of {words}\n"
+    assert told("--sae batchtopk --k 4") == ""
+    note = "note: a relu SAE of --start has no use of --batch, --lr"
+    assert note in told(f"{own} --batch 9 --lr 1")
+    published = saeft.JumpReLU(128, 96)
+    for last, notes in (0.5, 1), (0.6, 0):
+        published.threshold.copy_(torch.tensor([0.5] * 95 + [last]))
+        published.save(tmp_path / f"{last}", TOLD)
+        note = "has one threshold for all latents"
+        assert told(f"--start {tmp_path / f'{last}'}").count(note) == notes
 
 
 def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
@@ -322,10 +302,10 @@ def test_batchtopk_of_200_steps_is_evaluated_at_its_k(tmp_path):
         results = report_of(tmp_path / "x" / f"k{k}")["results"]
         # Held-out text is other text than that of the last steps: 0.5 to 5.5% off.
         assert [row["l0"] for row in results.values()] == pytest.approx([k, k], rel=0.07)
+    assert command("--sae batchtopk --lr 1 --name y", tmp_path) in (0, 2)  # no latent fires
 
 
-@pytest.fixture
-def fork(monkeypatch):
+def test_a_fork_adds_its_own_by_name(tmp_path, capsys, monkeypatch, refused):
     """A kind, a method, a place and a family of somebody else's, each by a name of its own."""
     for names in (saeft.KINDS, saeft.METHODS, saeft.PLACES, saeft.FAMILIES):
         monkeypatch.setitem(names, "mine", None)
@@ -347,17 +327,13 @@ def fork(monkeypatch):
     saeft.METHODS["mine"] = lambda lm, sae, config: Trainee(sae, lm, reverse_kl)
     saeft.PLACES["mine"] = mlp_out
     saeft.FAMILIES["mine"] = type("Mine", (saeft.Pythia,), {})
-    return Gated
-
-
-def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
     model = model_folder(tmp_path / "model", model_type="mine")
     line = f"--model {model} --layer 2 --data tiny --sae mine --method mine --place mine --name x"
     assert command(line, tmp_path) == 0
     report, sae = report_of(tmp_path / "x"), SAE.load(tmp_path / "x")
     before = report["results"]["MSE"]
     assert report["kl"] < before["kl"] and before["ce"] < report["ce_zero"]
-    assert type(sae) is fork and sae.gate not in (0, 1) and fork.architecture == "mine"
+    assert type(sae) is Gated and sae.gate not in (0, 1) and Gated.architecture == "mine"
     cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
     assert cfg["metadata"]["hook_name"] == "blocks.2.hook_mine"
     assert saeft.parse(["--start", str(tmp_path / "x")]).place == "mine"
@@ -368,25 +344,15 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, fork):
     for name, names in [("sae", "KINDS"), ("method", "METHODS"), ("place", "PLACES")]:
         known = getattr(saeft, names)
         assert f"{{{','.join(known)}}}" in words and "mine" in known
-        assert command(f"--{name} x", tmp_path) == 2
-        assert "mine" in capsys.readouterr().err
-    assert "mine" in refusal({"model_type": "x"})
-
-
-def test_a_parameter_of_ones_own_is_saved_and_asked_for(tmp_path, capsys, fork):
-    sae = fork(128, 64, k=4)
+        refused(f"--{name} x", "mine")
+    fails(["mine"], saeft.build_lm, {"model_type": "x"})
+    # A parameter of one's own is saved, and asked for where the fork is not imported.
     sae.gate.data.fill_(3.0)
-    sae.save(tmp_path, TOLD)
-    x = torch.randn(9, 128)
-    assert SAE.load(tmp_path).gate == 3.0 and torch.equal(SAE.load(tmp_path)(x)[0], sae(x)[0])
-    del saeft.KINDS["mine"]  # as where the fork is not imported
-    line = ["--start", str(tmp_path), "--out", str(tmp_path), "--name", "x"]
-    for architecture, words in (("mine", "architecture 'mine'"), ("topk", "gate")):
-        cfg = json.loads((tmp_path / "cfg.json").read_text())
-        (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "architecture": architecture}))
-        assert saeft.main(line) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and words in err and not (tmp_path / "x").exists()
+    sae.save(tmp_path / "own", TOLD)
+    assert SAE.load(tmp_path / "own").gate == 3.0
+    del saeft.KINDS["mine"]
+    refused(f"--start {tmp_path / 'own'} --name y", "architecture 'mine'", sizes="")
+    assert not (tmp_path / "y").exists()
 
 
 # ---- The README ---------------------------------------------------------------------------------
@@ -437,16 +403,13 @@ MISTAKES = {
     "shortened flag": ("--overw", "--overw"),
     "no such card": ("--device cuda:99", "--device cuda:99"),
     "a device that holds no numbers": ("--device meta", "--device meta"),
-    "a place that is called otherwise": (
-        "--place out",
-        "--place out: SAEs call it (2, 'resid_post')",
-    ),
+    "a place called otherwise": ("--place out", "--place out: SAEs call it (2, 'resid_post')"),
     "no model": ("--model pythia-161m", "pythia-161m"),
     "no data": ("--data /nowhere/at/all", "/nowhere/at/all"),
     "empty data": ("--data=", "--data is empty"),
     "two ways to go on": ("--resume --overwrite", "give one"),
     "more than there is": ("--tokens 90M", "90,000,000"),
-    "context beyond the model": ("--context 4k", "--context 4000"),
+    "context beyond the model": ("--context 4k", "--context 4000 is above the model's 512"),
     "lr nan": ("--lr nan", "--lr nan"),
     "seed 1e30": ("--seed 1e30", "--seed"),
     "d-sae 1e15": ("--d-sae 1e15", "--d-sae"),
@@ -464,124 +427,79 @@ MISTAKES = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("line, words", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_and_status_2(tmp_path, capsys, monkeypatch, line, words):
+def test_a_mistake_gets_one_line_and_status_2(tmp_path, refused, monkeypatch, line, words):
     monkeypatch.setitem(saeft.PLACES, "out", saeft.resid_post)
-    assert command(f"{line} --name x", tmp_path / "runs") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("saeft: ") and len(error) < 600
-    assert words in error
+    _, error = refused(f"{line} --name x", words, out=tmp_path / "runs")
+    assert len(error) < 600
     assert not list(tmp_path.rglob("*x*"))
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "/tmp/x", "a/b", "n" * 300])
-def test_names_that_are_no_folder_of_out_are_refused(tmp_path, capsys, name):
-    (tmp_path / "thesis.txt").write_text("mine")
-    line = [*SMALL.split(), "--out", str(tmp_path / "runs"), f"--name={name}", "--overwrite"]
-    assert saeft.main(line) == 2
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "loading the model" not in out
-    assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == ["thesis.txt"]
+NO_RUNS = [("runs", name, f"--name {name}") for name in ("..", ".", "", "/tmp/x", "a/b")]
+NO_RUNS += [(out, "x", "cannot write") for out in ("file", "file/no", "dangling", "/proc/nothing")]
+NO_RUNS += [("runs", "n" * 300, "cannot write")]
+NO_RUNS += [("", name, "no run's folder") for name in ("model", "project", "link")]
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", "dangling", "/proc/nothing"])
-def test_an_out_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, capsys, out):
+@pytest.mark.parametrize("out, name, words", NO_RUNS)
+def test_what_is_no_runs_folder_is_left_alone_and_no_model_loaded(
+    tmp_path, refused, out, name, words
+):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "x")
-    assert command("--name x", tmp_path / out) == 2
-    printed, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "cannot write" in err and "loading the model" not in printed
-    assert (tmp_path / "file").read_text() == "mine"
+    model_folder(tmp_path / "model")  # has a config.json, as a run has
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "report.json").write_text("{}")
+    before = snapshot(tmp_path)
+    for flags in ("", "--overwrite", "--resume"):
+        printed, _ = refused(f"--name={name} {flags}", words, out=tmp_path / out)
+        assert "loading the model" not in printed
+        assert snapshot(tmp_path) == before
 
 
-def test_a_tilde_in_out_is_the_home(tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    )
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert command("--name x", "~/my runs".replace(" ", "-")) == 0
-    assert (tmp_path / "my-runs" / "x" / "report.json").exists()
+def test_a_tilde_in_out_is_the_home():
+    assert a_run("~/runs", "--name x").folder.path == Path(os.environ["HOME"]) / "runs" / "x"
 
 
-def model_folder(folder, **changes):
-    """A copy of the embedded model, with other settings in its config.json."""
+def model_folder(folder, tensors=dict, **changes):
+    """A copy of the embedded model, with other tensors, and other settings in its config.json."""
     shutil.copytree(model_loaders.TINY, folder, ignore=shutil.ignore_patterns("text*"))
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit(folder, tensors, **changes)
     return folder
 
 
-def edit_weights(folder, change):
-    path = folder / "model.safetensors"
-    tensors = safetensors.load_file(path)
-    change(tensors)
-    safetensors.save_file(tensors, path, {"format": "pt"})
+def test_models_that_cannot_be_are_told_before_training(tmp_path, refused):
+    def fewer_rows(tensors):
+        return {name: t[:1000].clone() if len(t) == 2048 else t for name, t in tensors.items()}
 
-
-def test_models_that_cannot_be_are_told_before_training(tmp_path, capsys):
-    small = model_folder(tmp_path / "fewer-rows", vocab_size=1000)
-
-    def cut(tensors):
-        for name in {"gpt_neox.embed_in.weight", "embed_out.weight"} & tensors.keys():
-            tensors[name] = tensors[name][:1000].clone()
-
-    edit_weights(small, cut)
-    short = model_folder(tmp_path / "short", max_position_embeddings=32)
     # Documents with other ids are left out, and of this text that is all.
-    cases = [(small, ["0 training tokens", "give more text"]), (short, ["--context 64", "32"])]
-    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
-    for value in ("nan", "inf"):
-        folder = model_folder(tmp_path / value)
-        edit_weights(folder, lambda tensors: tensors[name].view(-1)[7:8].fill_(float(value)))
-        cases.append((folder, [name.removeprefix("gpt_neox."), "not finite"]))
+    few = model_folder(tmp_path / "few", fewer_rows, vocab_size=1000)
     beside = model_folder(tmp_path / "beside")
     (beside / "adapter_config.json").write_text("{}")
-    cases.append((beside, ["has an adapter beside the model"]))
-    (old := model_folder(tmp_path / "old") / "model.safetensors").rename(old.with_suffix(".bin"))
-    cases.append((old.parent, ["has no model.safetensors: ", "read from safetensors files only"]))
-    for folder, words in cases:
-        line = f"--model {folder} --data tiny --layer 2 --method kl --name x"
-        assert command(line, tmp_path / "runs") == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and all(word in err for word in words), err
+    for model, words in {
+        few: ["0 training tokens", "give more text"],
+        beside: ["has an adapter beside the model"],
+    }.items():
+        refused(f"--model {model} --data tiny --layer 2 --name x", *words, out=tmp_path / "runs")
         assert not (tmp_path / "runs" / "x").exists()
 
 
-# ---- No file lost --------------------------------------------------------------------------------
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
-    model_folder(tmp_path / "model")  # has a config.json, as a run has
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "report.json").write_text("{}")
-    (tmp_path / "link").symlink_to(tmp_path / "model")
-    before = snapshot(tmp_path)
-    for name in ("model", "project", "link"):
-        for flags in ("", "--overwrite", "--resume"):
-            assert command(f"--name {name} {flags}", tmp_path) == 2
-            assert "no run's folder" in capsys.readouterr().err
-    assert snapshot(tmp_path) == before
-
-
-def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, capsys):
+# ---- No file and no work lost --------------------------------------------------------------------
+def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, refused):
     assert command("--k 4 8 --name x --method kl mse", tmp_path) == 0
     folder = tmp_path / "x"
-    mine = [folder / "notes.txt", folder / "before" / "model.bin", folder / "k8" / "plot.png"]
-    mine += [folder / "k16" / "thesis.tex", folder / "data" / "metrics.jsonl", folder / ".hidden"]
+    mine = ["notes.txt", "before/model.bin", "k8/plot.png", "k16/thesis.tex", "data/metrics.jsonl"]
+    mine = [folder / name for name in (*mine, ".hidden")]
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     before = snapshot(folder)
-    assert command("--k 4 8 --name x", tmp_path) == 2
-    assert "--overwrite" in capsys.readouterr().err and snapshot(folder) == before
-
-    # A run that fails before model and data are there leaves the old one as it was.
+    # Without the flag, or if model or data are not there, the old run stays as it was.
+    refused("--k 4 8 --name x", "--overwrite")
     for line in ("--context 100k", "--data /nowhere", "--model /nowhere"):
-        assert command(f"--k 4 8 --name x --overwrite {line}", tmp_path) == 2
+        refused(f"--k 4 8 --name x --overwrite {line}")
         assert snapshot(folder) == before, line
-    capsys.readouterr()
-
     # One that succeeds takes its place: nothing of the old run is left, all of the user's is.
     assert command("--name x --overwrite --seed 1", tmp_path) == 0
     assert [path.read_text() for path in mine] == ["mine"] * len(mine)
@@ -590,49 +508,37 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, c
     assert report_of(folder)["seed"] == 1
 
 
-def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, capsys, monkeypatch):
-    assert command("--name whole --method kl mse", tmp_path) == 0
-    assert command("--name x --kl-lr 1e18", tmp_path) == 2
-    err = capsys.readouterr().err
-    assert "loss of kl" in err and err.count("\n") == 1
+def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, monkeypatch, refused):
+    line = "--method kl mse --name"
+    assert command(f"{line} whole", tmp_path) == 0
+    refused("--name x --kl-lr 1e18", "loss of kl")
     before = weights_of(tmp_path / "whole" / "before")
     assert weights_of(tmp_path / "x" / "before") == before
     assert not (tmp_path / "x" / "cfg.json").exists()  # no SAE that was not finished
 
     # The disk is full in the second method: the SAEs of phase one and of the first stay.
-    log = model_loaders.RunFolder.log
-
-    def full(self, lines):
-        if any('"phase": "mse"' in line for line in lines):
-            raise UserError("cannot write metrics.jsonl (No space left on device)")
-        log(self, lines)
-
-    monkeypatch.setattr(model_loaders.RunFolder, "log", full)
-    assert command("--name y --method kl mse", tmp_path) == 2
+    with monkeypatch.context() as patch:
+        full = Mock(side_effect=UserError("No space left on device"))
+        patch.setitem(saeft.METHODS, "mse", lambda lm, sae, config: Trainee(sae, lm, full))
+        refused(f"{line} y", "No space left")
     assert weights_of(tmp_path / "y" / "before") == before
     assert weights_of(tmp_path / "y") == weights_of(tmp_path / "whole")
-    assert command("--name y --method kl mse", tmp_path) == 2
-    assert "--resume" in capsys.readouterr().err  # and says how to go on
-    monkeypatch.undo()
-    assert command("--name y --method kl mse --resume", tmp_path) == 0
+    refused(f"{line} y", "--resume")  # and says how to go on
+    assert command(f"{line} y --resume", tmp_path) == 0
     assert differences(tmp_path / "whole", tmp_path / "y") == []
 
 
-def test_a_figure_that_is_not_finite_is_no_result(tmp_path, capsys):
+def test_a_figure_that_is_not_finite_is_no_result(tmp_path, refused):
     """The last step's rate was too high; a model overflows behind the SAE's layer."""
-    assert command("--name x --kl-tokens 128 --kl-lr 1e18", tmp_path) == 2
-    assert "CE nan: lower its rate" in capsys.readouterr().err
-    model = model_folder(tmp_path / "model")
+    refused("--name x --kl-tokens 128 --kl-lr 1e18", "CE nan: lower its rate")
     name = "gpt_neox.layers.4.mlp.dense_4h_to_h.weight"
-    edit_weights(model, lambda tensors: tensors.update({name: tensors[name].float() * 1e38}))
+    model = model_folder(tmp_path / "model", lambda t: t | {name: t[name].float() * 1e38})
     line = f"--model {model} --layer 2 --data tiny --kl-tokens 0 --name y"
-    assert command(line, tmp_path) == 2
-    assert "own CE is not finite: a damaged model" in capsys.readouterr().err
+    refused(line, "own CE is not finite: a damaged model")
     assert not list(tmp_path.rglob("report.json"))
 
 
-# ---- No work lost --------------------------------------------------------------------------------
-def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch, refused):
     # Stopped by a signal in phase one, at step 7 ...
     after_step = saeft.Run.after_step
 
@@ -641,85 +547,71 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         after_step(self, phase, figures)
 
-    monkeypatch.setattr(saeft.Run, "after_step", stop)
-    assert command("--name x", tmp_path) == 143
+    line = "--k 4 8 --method kl --name"
+    with monkeypatch.context() as patch:
+        patch.setattr(saeft.Run, "after_step", stop)
+        assert command(f"{line} x", tmp_path) == 143
     out, err = capsys.readouterr()
-    assert err == "saeft: interrupted\n"
+    assert err == "saeft: interrupted\n" and "note: no checkpoint" not in out
     assert "a checkpoint is saved: --resume goes on from step 7 of MSE" in out
-    monkeypatch.undo()
     before = snapshot(tmp_path / "x")
-    assert "note: no checkpoint" not in out
     # ... the same command says that it is there, another one that it is another, and a file that
     # is damaged that it is.
-    for line, words in {
-        "": "unfinished run",
-        "--resume --kl-lr 1e-3": "--kl-lr was 0.0015",
-        "--resume --seed 5": "--seed was 0",
-    }.items():
-        assert command(f"--name x {line}", tmp_path) == 2
-        assert words in capsys.readouterr().err and snapshot(tmp_path / "x") == before
+    refused(f"{line} x", "unfinished run")
+    refused(f"{line} x --resume --kl-lr 1e-3", "--kl-lr was 0.0015")
+    assert snapshot(tmp_path / "x") == before
     (checkpoint,) = (tmp_path / "x").glob("checkpoint-*.pt")
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[:5000])
-    assert command("--name x --resume", tmp_path) == 2
-    assert "cannot read a checkpoint" in capsys.readouterr().err
-    checkpoint.write_bytes(whole)
-    assert command("--name x --resume", tmp_path) == 0
-    assert command("--name y --resume", tmp_path) == 0  # there is nothing to resume
+    checkpoint.write_bytes(before[checkpoint][:5000])
+    refused(f"{line} x --resume", "cannot read a checkpoint")
+    checkpoint.write_bytes(before[checkpoint])
+    # Killed after the first SAE's report, it goes on with the second's.
+    report = saeft.Run.report
+
+    def killed(self, i):
+        report(self, i)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saeft.Run, "report", killed)
+        assert command(f"{line} x --resume", tmp_path) == 130
+    assert not (tmp_path / "x" / "k8" / "report.json").exists()
+    assert command(f"{line} x --resume", tmp_path) == 0
+    assert command(f"{line} y --resume", tmp_path) == 0  # there is nothing to resume
     assert "note: no checkpoint in" in capsys.readouterr().out
     assert differences(tmp_path / "x", tmp_path / "y") == []
 
 
-def test_what_ends_a_run_is_a_line_or_a_traceback(tmp_path, capsys, monkeypatch):
+def test_what_ends_a_run_is_a_line_or_a_traceback(tmp_path, monkeypatch, refused):
     """Too little memory is the user's to mend; so are torchrun's variables without torchrun."""
     with monkeypatch.context() as patch:
-        for text in ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to"):
-            error = torch.OutOfMemoryError if text.startswith("CUDA") else RuntimeError
-
-            def fail(self, text=f"{text} allocate 2 GiB", error=error):
-                raise error(text)
-
-            patch.setattr(saeft.Run, "run", fail)
-            assert command("--name x", tmp_path) == 2
-            assert "out of memory: lower --batch" in capsys.readouterr().err
+        for error in (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: allocate 2 GiB"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        ):
+            patch.setattr(saeft.Run, "run", Mock(side_effect=error))
+            refused("--name x", "out of memory: lower --batch")
         patch.setattr(saeft.Run, "run", lambda self: torch.zeros(2) @ torch.zeros(3))
         with pytest.raises(RuntimeError, match="size"):
             command("--name x", tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("RANK", raising=False)
-    assert command("--name x", tmp_path) == 2
-    assert "LOCAL_RANK is set" in capsys.readouterr().err
-
-
-def test_a_kill_after_the_first_report_can_be_resumed(tmp_path, monkeypatch):
-    def stop(self, i):
-        report(self, i)
-        raise KeyboardInterrupt  # as if killed
-
-    report = saeft.Run.report
-    monkeypatch.setattr(saeft.Run, "report", stop)
-    assert command("--name x --k 4 8 --method kl", tmp_path) == 130
-    monkeypatch.undo()
-    assert command("--name x --k 4 8 --method kl --resume", tmp_path) == 0
-    assert report_of(tmp_path / "x" / "k8")["l0"] > 4
-    assert not (tmp_path / "x" / "checkpoint").exists()
+    refused("--name x", "LOCAL_RANK is set")
 
 
 # ---- Signals and streams, in processes of their own ----------------------------------------------
-def spawn(line, cwd, **options):
+def spawn(line, cwd, launcher="", **options):
     """saeft.py in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    words = [sys.executable, str(HERE / "saeft.py"), *SMALL.split(), *line.split()]
-    return subprocess.Popen(words, cwd=cwd, env=env, **pipes)
+    words = [*launcher.split(), str(HERE / "saeft.py"), *SMALL.split(), *line.split()]
+    return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, **pipes)
 
 
-def wait_for(path, process, text=""):
-    """Until a file has a text, or the process has ended."""
-    poll = getattr(process, "poll", lambda: process.exitcode)
-    while poll() is None and not (path.exists() and text in path.read_text()):
+def wait_for(path, process, text):
+    """Until a file has a text; the process goes on."""
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, process
         time.sleep(0.02)
-    assert poll() is None, process
 
 
 LONG_RUN = "--kl-tokens 4k --tokens 1.6M --log-every 1"  # longer than any test waits
@@ -785,30 +677,24 @@ def test_a_cause_is_told_in_its_own_words():
             raise error
 
 
-# ---- Several processes ---------------------------------------------------------------------------
 def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    flags = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 --rdzv-backend c10d"
-    words = [sys.executable, "-m", "torch.distributed.run", *flags.split()]
-    words += ["--rdzv-endpoint", "127.0.0.1:0", "--", str(HERE / "saeft.py"), *SMALL.split()]
-    words += ["--out", str(tmp_path), "--checkpoint-minutes", "0"]
+    launcher = (
+        "-m torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0"
+        " --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --"
+    )
 
-    def start(flags):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([*words, *flags.split()], env=env, start_new_session=True, **pipes)
-
-    process = start("--name killed --method kl")
+    options = {"stderr": subprocess.STDOUT, "start_new_session": True, "launcher": launcher}
+    line = f"--method kl --out {tmp_path} --checkpoint-minutes 0 --name"
+    process = spawn(f"{line} killed", tmp_path, **options)
     wait_for(tmp_path / "killed" / "metrics.jsonl", process, '"phase": "kl"')
     os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # in sessions of their own
     process.communicate()
-    resumed = start("--name killed --method kl --resume")
-    out, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, out.decode()
-    assert out.decode().count("original model") == 1  # one process speaks
-    whole = start("--name whole --method kl")
-    out, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, out.decode()
+    for name in ("killed --resume", "whole"):
+        process = spawn(f"{line} {name}", tmp_path, **options)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out.decode()
+        assert out.decode().count("original model") == 1  # one process speaks
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
     report = report_of(tmp_path / "whole")
     assert report["gap"] < report["results"]["MSE"]["gap"]
@@ -820,27 +706,22 @@ def test_torchrun_runs_two_processes_and_resumes_after_a_kill(tmp_path):
 
 def hand_sae():
     sae = TopK(2, 2, k=1)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(2))
-        sae.W_dec.copy_(torch.eye(2))
+    sae.load_state_dict({"W_enc": torch.eye(2), "W_dec": torch.eye(2)}, strict=False)
     return sae
 
 
 HAND_X = torch.tensor([[3.0, 1.0], [1.0, 2.0], [-1.0, -1.0]])
 
 
-def test_by_hand_the_sae():
+def test_by_hand_the_sae(fast):
     x_hat, f = hand_sae()(HAND_X)
     # Each token keeps its largest positive latent; the third has none.
     assert x_hat.tolist() == f.to_dense().tolist() == [[3, 0], [0, 2], [0, 0]]
     assert saeft.counts(f).tolist() == [1, 1] and f.sum() == 5
     # Squared errors are 1, 1 and 2. The mean of x is (1, 2/3), the squares around it sum to 38/3.
     assert (HAND_X - x_hat).pow(2).sum(-1).tolist() == [1, 1, 2]
-
-
-def test_x_of_sequences_is_refused(fast):
-    with pytest.raises(UserError, match=r"shape \[2, 3, 2\]: give \[N, D\]"):
-        hand_sae()(torch.stack([HAND_X, HAND_X]))
+    # Sequences of tokens are to be flattened first.
+    fails(["shape [2, 3, 2]: give [N, D]"], hand_sae(), torch.stack([HAND_X, HAND_X]))
 
 
 def test_by_hand_beta_and_kl():
@@ -858,25 +739,23 @@ def test_by_hand_a_step_of_phase_one(scale):
     # One step on the three tokens, rate 0.1. The loss is (1 + 1 + 2) / 3. Of W_dec[0] the gradient
     # is -2/3 f e = -2/3 * 3 * (0, 1) = (0, -2); nothing of it lies along (1, 0). All gradients
     # together have a norm above 1; Adam's first step is the rate times the sign.
-    sae = hand_sae()
+    trainee, seen = Trainee(hand_sae(), divergence=None, decay=0.0), []
     buffer = SimpleNamespace(next_batch=lambda n: scale * HAND_X)
-    trainees = [Trainee(sae, divergence=None, decay=0.0)]
-    phase = Phase("MSE", trainees, 1, torch.tensor(9.0), scale, buffer=buffer)
-    seen = []
+    phase = Phase("MSE", [trainee], 1, torch.tensor(9.0), scale, buffer=buffer)
     config = Config(lr=0.1, warmup=0, batch=3)
     saeft.train_mse(phase, config, lambda phase, figures: seen.extend(figures))
     expected = {"loss": 4 / 3, "l0": 2 / 3, "fvu": 4 / (38 / 3)}
     assert {name: value.item() for name, value in seen[0].items()} == pytest.approx(expected)
     expected = F.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0]]), dim=-1)
-    assert torch.allclose(sae.W_dec.data, expected, atol=1e-6)
+    assert torch.allclose(trainee.sae.W_dec.data, expected, atol=1e-6)
 
 
 # ---- Language models -----------------------------------------------------------------------------
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_attention_heads=4)
 NEOX = {**SIZES, "num_hidden_layers": 3}
 GEMMA = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
-GEMMA_2 = {**GEMMA, "num_hidden_layers": 4, "query_pre_attn_scalar": 24}
-GEMMA_2.update(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+GEMMA_2 = {**GEMMA, **CAPS, "num_hidden_layers": 4, "query_pre_attn_scalar": 24}
 GEMMA_3 = {**GEMMA, "num_hidden_layers": 7, "query_pre_attn_scalar": 168}
 FAMILIES = {
     "pythia": ("GPTNeoX", "GPTNeoXConfig", NEOX),
@@ -912,7 +791,7 @@ def random_lm(config):
     return lm.eval()
 
 
-def edit(folder, tensors=lambda t: t, drop=(), **changes):
+def edit(folder, tensors=dict, drop=(), **changes):
     """Rewrites what save_pretrained wrote: a function of the tensors; keys of config.json."""
     path, weights = folder / "config.json", folder / "model.safetensors"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
@@ -940,6 +819,12 @@ def assert_close(ours, theirs, tolerance=1e-5):
     assert error < tolerance, f"relative error {error}"
 
 
+def as_read(folder):
+    """The model that transformers reads in a folder."""
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
 @torch.no_grad()
 def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
     """Logits and each block's resid_post equal transformers'; prefix and suffix make the whole."""
@@ -949,8 +834,7 @@ def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
     hidden = theirs.hidden_states[1:-1]
     assert len(hidden) == len(ours.blocks) - 1
     for layer in (-2, len(ours.blocks)):
-        with pytest.raises(UserError, match=f"there is no block {layer}"):
-            ours.prefix(tokens, layer)
+        fails([f"there is no block {layer}"], ours.prefix, tokens, layer)
     for layer, block in enumerate([*hidden, None]):
         resid = ours.prefix(tokens, layer)
         assert torch.equal(ours.unembed(ours.suffix(resid, layer)), logits)
@@ -977,7 +861,8 @@ VARIANTS = {
     "pythia-160m": ("pythia", PYTHIA_160M),
     "gemma2": ("gemma2", {}),
     "gemma2-one-key-head": ("gemma2", {"num_key_value_heads": 1, "rope_parameters": rope(100.0)}),
-    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-no-caps": ("gemma2", dict.fromkeys(CAPS)),
+    "gemma2-usual-caps": ("gemma2", dict(zip(CAPS, (50.0, 30.0)))),
     "gemma2-all-full": ("gemma2", {"layer_types": ["full_attention"] * 4}),
     "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
     "gemma2-linear": ("gemma2", {"rope_parameters": LINEAR}),
@@ -989,85 +874,52 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family, changes", VARIANTS.values(), ids=VARIANTS)
-def test_logits_and_hidden_states(family, changes, tmp_path):
-    model = reference(family, **changes)
-    model.save_pretrained(tmp_path)
-    compare(model, tmp_path)
-
-
+OLD = ["rope_parameters", "layer_types", "_sliding_window_pattern", *CAPS]
 SCALING = {"rope_type": "linear", "factor": 8.0}
-OLD_SPELLINGS = {  # of the settings of VARIANTS: what older config.json files say instead
+OLD_SPELLINGS = {  # of the settings of VARIANTS: what older config.json files say instead of OLD
+    "pythia": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
     "pythia-rotary-half": {"rotary_pct": 0.5, "rotary_emb_base": 10000},
     "pythia-rotary-all": {"rotary_pct": 1.0, "rotary_emb_base": 100},
-    "gemma2": {"rope_theta": 10000.0},
-    "gemma2-one-key-head": {"rope_theta": 100.0},
+    "gemma2": {"rope_theta": 10000.0, "sliding_window_pattern": 3, **CAPS},
+    "gemma2-one-key-head": {"rope_theta": 100.0, **CAPS},
+    "gemma2-usual-caps": {"rope_theta": 10000.0},
+    "gemma2-linear": {"rope_theta": 1e4, "rope_scaling": SCALING, **CAPS},
     "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
     "gemma3-bases": {"rope_theta": 500.0, "rope_local_base_freq": 50, "rope_scaling": None},
     "gemma3-linear": {"rope_theta": 1e4, "rope_local_base_freq": 1e4, "rope_scaling": SCALING},
 }
 
 
-@pytest.mark.parametrize("name", OLD_SPELLINGS)
-def test_older_spellings_of_rotary_settings_and_layer_types(name, tmp_path):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_hidden_states(name, tmp_path):
+    """In the spelling of today's transformers and, where there is one, in the older."""
     family, changes = VARIANTS[name]
     model = reference(family, **changes)
     model.save_pretrained(tmp_path)
-    drop = ["rope_parameters", "layer_types", "_sliding_window_pattern"]
-    edit(tmp_path, drop=drop, **OLD_SPELLINGS[name])
     compare(model, tmp_path)
+    if name in OLD_SPELLINGS:
+        edit(tmp_path, drop=OLD, **OLD_SPELLINGS[name])
+        compare(model, tmp_path)
+        compare(as_read(tmp_path), tmp_path)
 
 
-UNUSUAL = {  # what to leave out of Gemma 2's config.json, what to add; transformers knows what it means
-    "no word of caps": (["attn_logit_softcapping", "final_logit_softcapping"], {}),
-    "older scaling": (["rope_parameters"], {"rope_theta": 1e4, "rope_scaling": SCALING}),
-    "a pattern of layers": (["layer_types"], {"sliding_window_pattern": 3}),
-}
-
-
-@pytest.mark.parametrize("drop, changes", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_config_of_gemma_2(drop, changes, tmp_path):
-    reference("gemma2").save_pretrained(tmp_path)
-    edit(tmp_path, drop=drop, **changes)
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    compare(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options), tmp_path)
-
-
-@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
-def test_gemma_3_with_vision(prefix, tmp_path):
-    """The text part stands under text_config and a prefix; what sees is left alone."""
-    model = reference("gemma3")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-
-    seen = "model." if prefix.startswith("model") else ""
-
-    def nested(tensors):
-        names = {name: prefix + name.removeprefix(seen) for name in tensors}
-        tensors = {names[name]: tensor for name, tensor in tensors.items()}
-        sees = ["vision_tower.vision_model.embeddings.patch_embedding.weight"]
-        sees.append("multi_modal_projector.mm_soft_emb_norm.weight")
-        return {**tensors, **{seen + name: torch.ones(3, 3) for name in sees}}
-
-    drop = [key for key in config if key not in ("architectures", "dtype", "transformers_version")]
-    vision = {"model_type": "gemma3", "vision_config": {"hidden_size": 8}}
-    edit(tmp_path, nested, drop, text_config=config, **vision)
-    compare(model, tmp_path)
-
-
-def test_gemma_3_as_first_published(tmp_path):
-    """Its text_config says little, and what stands beside that is not about the text."""
+@pytest.mark.parametrize("published", [False, True])
+def test_gemma_3_with_vision(published, tmp_path):
+    """The text part stands under text_config and a prefix; what sees is left alone. As published,
+    text_config says little, and what stands beside it is not about the text."""
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 7, "sliding_window": 8}
-    text.update(model_type="gemma3_text", rope_scaling={"rope_type": "linear", "factor": 8.0})
+    text.update(model_type="gemma3_text", rope_scaling=SCALING)
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), 8)
     sees = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
     config = transformers.Gemma3Config(text_config=dict(text), vision_config=sees)
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     randomise(model)
-    model.save_pretrained(tmp_path)
-    beside = {"rms_norm_eps": 0.5, "rope_theta": 7.0, "sliding_window_pattern": 2}
-    published = {"model_type": "gemma3", "text_config": text, **beside}
-    (tmp_path / "config.json").write_text(json.dumps(published))
+    model.save_pretrained(tmp_path)  # as language_model.model. and vision_tower.
+    if published:
+        said = {"model_type": "gemma3", "text_config": text, "rms_norm_eps": 0.5}
+        said.update(rope_theta=7.0, sliding_window_pattern=2)
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        edit(tmp_path, lambda t: {f"model.{k.replace('.model', '')}": t[k] for k in t})
     compare(model, tmp_path)
 
 
@@ -1077,9 +929,7 @@ def test_a_head_in_the_file_is_used_as_transformers_uses_it(family, tied, tmp_pa
     """A head that differs from the embedding: without tying it unembeds; with tying it does not."""
     reference(family, tie_word_embeddings=False).save_pretrained(tmp_path)
     edit(tmp_path, tie_word_embeddings=tied)
-    name = FAMILIES[family][0]
-    loader = getattr(transformers, f"{name}ForCausalLM")
-    compare(loader.from_pretrained(tmp_path, attn_implementation="eager"), tmp_path)
+    compare(as_read(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -1098,38 +948,26 @@ def test_logits_from_files_of_each_dtype(family, sharded, tmp_path):
 
 
 NORM = "gpt_neox.final_layer_norm.bias"
-OLD_BUFFERS = {
-    "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
-    "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9),
-    "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(1),
-}
-WRONG_TENSORS = {
-    "Missing": lambda tensors: {k: v for k, v in tensors.items() if k != NORM},
-    "Unexpected": lambda tensors: {**tensors, f"{NORM}es": torch.ones(2)},
-    "size mismatch": lambda tensors: {**tensors, NORM: torch.ones(33)},
-    "not finite": lambda tensors: {**tensors, NORM: tensors[NORM] / 0},
-    "not  finite": lambda tensors: {**tensors, NORM: tensors[NORM] * torch.nan},
-}
+OLD_BUFFERS = ("bias", "masked_bias", "rotary_emb.inv_freq")
+OLD_BUFFERS = {f"gpt_neox.layers.1.attention.{name}": torch.ones(1) for name in OLD_BUFFERS}
+WRONG_TENSORS = [  # what is said; what becomes of the norm; the dtype in which it is loaded
+    ("Missing", lambda norm: {}, torch.float32),
+    ("Unexpected", lambda norm: {NORM: norm, f"{NORM}es": torch.ones(2)}, torch.float32),
+    ("size mismatch", lambda norm: {NORM: torch.ones(33)}, torch.float32),
+    ("not finite", lambda norm: {NORM: F.pad(norm[1:], (1, 0), value=math.inf)}, torch.float32),
+    ("not finite", lambda norm: {NORM: F.pad(norm[1:], (1, 0), value=math.nan)}, torch.float32),
+    ("not finite", lambda norm: {NORM: norm * 1e6}, torch.float16),
+]
 
 
-@pytest.mark.parametrize("problem", WRONG_TENSORS)
-def test_wrong_tensors_are_named_and_old_buffers_ignored(problem, tmp_path):
-    reference("pythia").save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: {**tensors, **OLD_BUFFERS})
-    compare(reference("pythia"), tmp_path)
-    edit(tmp_path, WRONG_TENSORS[problem])
-    with pytest.raises(UserError, match=NORM) as error:
-        saeft.load_lm(str(tmp_path))
-    message = str(error.value)
-    assert " ".join(problem.split()) in message and len(message) < 500 and "\n" not in message
-
-
-def test_weights_too_large_for_the_dtype_are_named(tmp_path):
-    reference("pythia").save_pretrained(tmp_path)
-    edit(tmp_path, lambda tensors: {**tensors, NORM: tensors[NORM] * 1e6})
-    saeft.load_lm(str(tmp_path))
-    with pytest.raises(UserError, match=NORM):
-        saeft.load_lm(str(tmp_path), dtype=torch.float16)
+@pytest.mark.parametrize("words, change, dtype", WRONG_TENSORS)
+def test_wrong_tensors_are_named_and_old_buffers_ignored(words, change, dtype, tmp_path):
+    model = reference("pythia")
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda tensors: tensors | OLD_BUFFERS)
+    compare(model, tmp_path)
+    edit(tmp_path, lambda tensors: change(tensors.pop(NORM)) | tensors)
+    fails([NORM, words], saeft.load_lm, str(tmp_path), "cpu", dtype)
 
 
 GEMMA_3_FOLDER = os.environ.get("SAEFT_GEMMA3", "/nowhere")
@@ -1137,13 +975,10 @@ GEMMA_3_FOLDER = os.environ.get("SAEFT_GEMMA3", "/nowhere")
 
 @pytest.mark.skipif(not os.path.isdir(GEMMA_3_FOLDER), reason="SAEFT_GEMMA3 names no folder")
 def test_gemma_3_270m_itself():
-    text = Path(saeft.__file__).with_name("README.md").read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(GEMMA_3_FOLDER)
-    tokens = torch.tensor(tokenizer(text)["input_ids"][:1024])[None]
+    tokens = torch.tensor(tokenizer(README)["input_ids"][:1024])[None]
     assert tokens.shape == (1, 1024) and tokens[0, 0] == 2
-    options = {"attn_implementation": "eager", "dtype": torch.float32}
-    model = transformers.AutoModelForCausalLM.from_pretrained(GEMMA_3_FOLDER, **options)
-    compare(model, Path(GEMMA_3_FOLDER), tokens)
+    compare(as_read(GEMMA_3_FOLDER), GEMMA_3_FOLDER, tokens)
 
 
 BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and shows the value
@@ -1153,92 +988,62 @@ BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and sho
     ("pythia", "num_attention_heads", [0, -4, "4"]),
     ("pythia", "rotary_pct", [-0.25, "0.25", float("inf")]),
     ("pythia", "hidden_act", ["relu", None, 3, "gelu_new"]),
+    ("pythia", "head_dim", [24]),
     ("pythia", "use_parallel_residual", ["yes", 2, ["x"]]),
     ("pythia", "tie_word_embeddings", ["no", 7]),
     ("gemma2", "attn_logit_softcapping", ["50", 0, -5, [50]]),
     ("gemma2", "sliding_window", [0, -8, "8", None]),
     ("gemma2", "hidden_activation", ["gelu", "silu", None]),
+    ("gemma3", "attn_logit_softcapping", [50.0]),
     ("gemma3", "use_bidirectional_attention", [True, "x"]),
     ("gemma3", "sliding_window_pattern", [0, -6, "6"]),
 ]
 BAD_TOGETHER = [  # each value could be right, not beside the others: UserError, one line
-    ("pythia", {"num_attention_heads": 3}),
-    ("pythia", {"rotary_pct": 7}),
-    ("pythia", {"rope_parameters": {"rope_type": "yarn"}}),
-    ("pythia", {"rope_scaling": {"type": "linear"}}),
-    ("pythia", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": rope(1e4)}),
-    ("gemma2", {"num_key_value_heads": 3}),
-    ("gemma2", {"layer_types": ["full_attention"]}),
-    ("gemma2", {"layer_types": ["x"] * 4}),
-    ("gemma2", {"sliding_window": 2.5}),
-    ("pythia", {"rope_parameters": {"full_attention": rope(1e4)}}),
-    ("pythia", {"head_dim": 24}),
-    ("gemma2", {"rope_parameters": rope(1e4, partial_rotary_factor=0.5)}),
-    ("gemma3", {"rope_parameters": rope(1e4)}),
-    ("gemma3", {"rope_parameters": {"full_attention": rope(1e4)}}),
-    ("gemma3", {"attn_logit_softcapping": 50.0}),
-    ("gemma3", {"rope_parameters": {"full_attention": "x"}}),
+    ("pythia", "num_attention_heads", [3]),
+    ("pythia", "rotary_pct", [7]),
+    ("pythia", "rope_scaling", [{"type": "linear"}]),
+    ("pythia", "rope_parameters", [{"rope_type": "yarn"}, {FULL: rope(1e4)}]),
+    ("gemma2", "num_key_value_heads", [3]),
+    ("gemma2", "layer_types", [[FULL], ["x"] * 4]),
+    ("gemma2", "sliding_window", [2.5]),
+    ("gemma2", "rope_parameters", [rope(1e4, partial_rotary_factor=0.5)]),
+    ("gemma3", "rope_parameters", [rope(1e4), {FULL: rope(1e4)}, {FULL: "x"}]),
 ]
-AS_OLD_FILES_SAY = {
-    "pythia": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
-    "gemma2": {"rope_theta": 1e4},
-    "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
-}
 
 
 @pytest.fixture(scope="module")
 def configs():
     """A config.json of each family, in the older spelling, as Python reads it."""
     found = {}
-    for family in FAMILIES:
-        _, config, settings = FAMILIES[family]
-        config = getattr(transformers, config)(**settings).to_json_string(use_diff=False)
-        config = json.loads(config)
-        for key in ("rope_parameters", "layer_types"):
-            config.pop(key, None)
-        found[family] = {**config, **AS_OLD_FILES_SAY[family]}
+    for family, (_, config, settings) in FAMILIES.items():
+        text = getattr(transformers, config)(**settings).to_json_string(use_diff=False)
+        config = {k: v for k, v in json.loads(text).items() if k not in OLD}
+        found[family] = {**config, **OLD_SPELLINGS[family]}
         saeft.build_lm(found[family])
     return found
 
 
-def refusal(config):
-    """The one line with which a config.json is refused."""
-    with pytest.raises(UserError) as error:
-        saeft.build_lm(config)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 400
-    return message
-
-
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    "family, key, values", BAD_CONFIGS, ids=lambda x: x if isinstance(x, str) else ""
-)
+@pytest.mark.parametrize("family, key, values", BAD_CONFIGS)
 def test_a_bad_setting_is_named(configs, family, key, values):
     for value in values:
-        message = refusal({**configs[family], key: value})
         shown = str(value[0] if isinstance(value, list) else value)
-        assert key in message and (shown in message or isinstance(value, dict)), message
+        fails([key, shown], saeft.build_lm, {**configs[family], key: value})
 
 
-@pytest.mark.parametrize(
-    "family, changes", BAD_TOGETHER, ids=lambda x: x if isinstance(x, str) else str(x)[:60]
-)
-def test_settings_that_do_not_fit_each_other_are_refused(configs, family, changes):
-    assert "config.json" in refusal({**configs[family], **changes})
+@pytest.mark.parametrize("family, key, values", BAD_TOGETHER)
+def test_settings_that_do_not_fit_each_other_are_refused(configs, family, key, values):
+    for value in values:
+        fails(["config.json"], saeft.build_lm, {**configs[family], key: value})
+    scaled = {"rope_parameters": rope(1e4), "rope_scaling": SCALING}
+    fails(["another rope_scaling"], saeft.build_lm, {**configs["pythia"], **scaled})
 
 
 def test_missing_settings_are_named(configs):
     for key in "hidden_size num_hidden_layers num_attention_heads vocab_size model_type".split():
-        config = {k: v for k, v in configs["gemma2"].items() if k != key}
-        with pytest.raises(UserError, match=key):
-            saeft.build_lm(config)
-    vision = {"model_type": "gemma3", "text_config": {**configs["gemma3"], "hidden_size": "x"}}
-    with pytest.raises(UserError, match="hidden_size"):
-        saeft.build_lm(vision)
-    for text_config in (None, [], "x"):
-        with pytest.raises(UserError):
-            saeft.build_lm({"model_type": "gemma3", "text_config": text_config})
+        fails([key], saeft.build_lm, {k: v for k, v in configs["gemma2"].items() if k != key})
+    for text in (None, [], "x", {**configs["gemma3"], "hidden_size": "x"}):
+        fails(["hidden_size"], saeft.build_lm, {"model_type": "gemma3", "text_config": text})
 
 
 # ---- The SAE: plain, fast, and by its equations --------------------------------------------------
