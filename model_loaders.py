@@ -1336,8 +1336,8 @@ class RunFolder:
 
     def finish(self):
         """The run is whole: no checkpoint is needed any more."""
-        last = [self.path / "checkpoint", *self.path.glob("checkpoint-*.pt")]
-        for file in last if self.rank == 0 else ():
+        left = ["checkpoint", "checkpoint-*.pt", ".checkpoint*.part"]  # the last by a kill
+        for file in chain(*map(self.path.glob, left)) if self.rank == 0 else ():
             file.unlink(missing_ok=True)
 
     def leave(self):

@@ -18,7 +18,7 @@
         q     = softmax(logits with x_hat in place of x)
         MSE   = ||x - x_hat||^2 / D
         beta  = MSE / KL(p || q)                             # detached, new for every batch
-        step((beta KL(p || q) + MSE) / 2)                    # both halves weigh alike
+        step((beta KL(p || q) + MSE) / 2)                    # both halves are equally large
     step(loss): the SAE alone trains; gradients along decoder directions are removed, the norm is
         clipped to 1, AdamW steps, and decoder directions get back their unit norm (but those of
         ReLU SAEs, and of SAEs that are loaded with other norms)
@@ -185,7 +185,7 @@ class SAE(nn.Module):
     scaled = ("b_enc", "b_dec")  # what is in units of x
     unit_norm = True  # whether decoder directions keep norm 1
     dead = ()  # in phase one, latents that have not fired for --dead-after tokens
-    l0_target = None  # in phase two, the L0 of phase one
+    l0_target = None  # in phase two, the L0 of the evaluation before it
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
         cls.kind, cls.architecture = kind, architecture or kind
@@ -334,8 +334,9 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
 
 
 class ReLU(SAE, kind="relu", architecture="standard"):
-    """All that are positive; the loss has lambda sum_i f_i ||W_dec[i]||. In phase one lambda rises
-    over the first 20th of the steps; in phase two it moves towards the L0 of phase one."""
+    """All that are positive; lambda sum_i f_i ||W_dec[i]|| takes the place of AuxK. In phase one
+    lambda rises over the first 20th of the steps; in phase two it moves towards the L0 that phase
+    one ended with, as evaluated."""
 
     numbers = ("l1",)
     scaled = ("b_enc", "b_dec", "l1")
@@ -644,8 +645,8 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
 
 def finetune_lr(sae: SAE, steps: int) -> float:
     """The first rate of a fine-tune of so many steps: 0.36 / sqrt(F D), as experiments/length.py
-    found it for short ones; above 740 steps less by their root, to the published 5e-5 for 25M
-    tokens."""
+    found it for short ones; above 740 steps less by their root: for Pythia-160M and 25M tokens the
+    published 5e-5."""
     return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
 
 
@@ -1394,12 +1395,14 @@ def check(config: Config) -> LanguageModel:
         config.layer = (last + 1) // 2
     config.k = [*dict.fromkeys(config.k)]
     config.method = [*dict.fromkeys(config.method)]
-    layer, context = config.layer, config.context
-    k = max(config.k) if "k" in KINDS[config.sae].numbers else 0
+    layer, k, context = config.layer, config.k, config.context
     refuse(layer > last, f"--layer {layer}: {config.model} has layers 0 to {last}")
     saved_as = model_loaders.read_hook(model_loaders.hook_name(layer, config.place))
     refuse(saved_as != (layer, config.place), f"--place {config.place}: SAEs call it {saved_as}")
-    refuse(k > config.d_sae, f"--k {k} is above d_sae = {config.d_sae}")
+    if "k" in KINDS[config.sae].numbers:
+        refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
+    else:
+        refuse(len(k) > 1, f"--k {k}: {config.sae} SAEs have no K to differ by")
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
 
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch

@@ -272,6 +272,7 @@ def test_start_takes_lambda_and_says_what_it_cannot_mean(tmp_path, capsys, monke
     assert weights_of(tmp_path / "own") == before and not (tmp_path / "x").exists()
     config = saeft.parse(own.split())
     assert (config.l1, config.sae, config.tokens) == (None, "relu", 5000)
+    saeft.check(saeft.parse(["--sae", "relu", "--d-sae", "8"]))  # K, 16, is of no use
     assert saeft.parse([*own.split(), "--kl-tokens", "0"]).tokens == 1
 
     def told(line):
@@ -390,6 +391,7 @@ def test_every_command_in_the_readme_is_one():
 # ---- Mistakes: one line, status 2, and nothing is left behind ------------------------------------
 MISTAKES = {
     "k above F": ("--k 65", "--k 65"),
+    "several K for none": ("--sae relu --k 4 8", "--k [4, 8]: relu SAEs have no K"),
     "layer too high": ("--layer 6", "--layer 6: tiny has layers 0 to 5"),
     "kl-tokens above tokens": ("--kl-tokens 50k", "--kl-tokens 50000"),
     "kl-tokens below a step": ("--kl-tokens 100", "--kl-tokens 100"),
@@ -564,6 +566,7 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch, refus
     checkpoint.write_bytes(before[checkpoint][:5000])
     refused(f"{line} x --resume", "cannot read a checkpoint")
     checkpoint.write_bytes(before[checkpoint])
+    (tmp_path / "x" / ".checkpoint-0-9-0.pt.part").write_text("half, by a kill")
     # Killed after the first SAE's report, it goes on with the second's.
     report = saeft.Run.report
 
@@ -1763,18 +1766,19 @@ def test_count_is_exact(unit, size):
 def test_flags_override_presets_which_follow_what_the_model_is(tmp_path, configs, capsys):
     assert saeft.parse([]).k == [16] and saeft.parse([]).data is None
     tiny = model_loaders.load_config("tiny")
-    named = str(tokenizer_folder(tmp_path / "EleutherAI" / "pythia-160m", {}, **tiny))
+    named = str(put(tmp_path / "EleutherAI" / "pythia-160m", {"config.json": tiny}))
     assert saeft.parse(["--model", named]) == replace(saeft.parse([]), model=named)
     pythia = {**configs["pythia"], **PYTHIA_160M}
-    model = tokenizer_folder(tmp_path / "tiny", {}, **pythia)  # as a name does not tell
+    model = put(tmp_path / "tiny", {"config.json": pythia})  # as a name does not tell
     given = f"--model {model} --k 20 40 --tokens 1e6 --overwrite".split()
     config = saeft.parse(given)
     assert (config.layer, config.k, config.tokens, config.overwrite) == (8, [20, 40], 10**6, True)
     assert saeft.parse([*given, "--layer", "3"]).layer == 3
-    other = str(tokenizer_folder(tmp_path / "x", {}, **{**pythia, "num_hidden_layers": 11}))
+    shallow = {**pythia, "num_hidden_layers": 11}
+    other = str(put(tmp_path / "x", {"config.json": shallow}))
     assert saeft.parse(["--model", other]) == Config(model=other)
     for family in ("gemma2", "gemma3"):
-        folder = tokenizer_folder(tmp_path / family, {}, **configs[family])
+        folder = put(tmp_path / family, {"config.json": configs[family]})
         config = saeft.parse(["--model", str(folder)])
         assert (config.dtype, config.kl_batch, config.layer) == ("bfloat16", 2, None)
 
