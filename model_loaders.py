@@ -180,8 +180,8 @@ def hub_errors(repo: str, filename: str = "such file"):
             message = f"no access to {repo} ({status}): check the name; accept its licence at "
             message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
-            advice = "give owner/name@revision on the Hub, a folder or a short name; models are"
-            advice += " read from safetensors files only, SAEs in SAELens's layout, text as .jsonl"
+            advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
+            advice += " (models are read from safetensors files only, SAEs from SAELens's layout)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
             advice = "try again, HF_HUB_OFFLINE=1, a folder, --model tiny, --data tiny"

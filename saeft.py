@@ -97,13 +97,9 @@ class Config:
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
     sink_norm: float = flag(4.0, "leave out tokens above this many median norms; 0: none", 0)
     # Optimisation
-    method: list[str] = flag(
-        ["kl"], "fine-tunes, each from the MSE SAE", nargs="+", choices=METHODS
-    )
+    method: list[str] = flag(["kl"], "fine-tunes of the MSE SAE", nargs="+", choices=METHODS)
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
-    kl_lr: float | None = flag(
-        None, "first rate of the fine-tune (default: 0.36 / sqrt(F D), less above 740 steps)", 0
-    )
+    kl_lr: float | None = flag(None, "of the fine-tune, at first (default: see finetune_lr)", 0)
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
     l1: float | None = flag(None, "lambda / scale, of ReLU SAEs (0.1; --start: what suits it)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
@@ -717,9 +713,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
 
 
 # ---- Phase two: KL+MSE on whole sequences ------------------------------------------------------
-def finetune(
-    phase: Phase, lm: LanguageModel, stream: TokenStream, config: Config, after_step: Callable
-):
+def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: Callable):
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
     divergences = [t.divergence for t in phase.trainees]
