@@ -1355,6 +1355,43 @@ def cross_entropy(log_p, log_q, next_token):
     return F.nll_loss(log_q, next_token, reduction="none")
 
 
+def resids(n, d_model, dtype=torch.double):
+    """For p and for two q's."""
+    p, *noise = torch.randn(3, n, d_model, dtype=dtype, generator=torch.manual_seed(2))
+    return p, [(p + size * e).requires_grad_() for size, e in zip((0.3, 0.1), noise)]
+
+
+DIVERGENCES = {  # ours, and the library's sum of whole log-probabilities [N, V]
+    "kl": (saeft.kl_divergence, lambda p, q, target, weight: whole_kl(p, q, weight)),
+    "reverse kl": (reverse_kl, lambda p, q, target, weight: whole_kl(q, p, weight)),
+    "ce": (cross_entropy, lambda p, q, target, weight: -(weight @ (q * one_hot(target)).sum(1))),
+}
+
+
+def one_hot(target):
+    return torch.arange(96) == target[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ours, theirs", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_sliced_losses_of_several_q_equal_whole_logits(lm, ours, theirs, dtype, slices_of_7):
+    p, qs = resids(50, 32, dtype)
+    weight, next_token = torch.rand(50, dtype=dtype), torch.randint(96, (50,))
+    weight[3:5] = 0  # tokens that do not count
+    next_token[[9, 49]] = -100  # ends of sequences
+    both = [ours, saeft.kl_divergence]  # each q has its own
+    sums = SlicedLoss.apply(lm.to(dtype), both, weight, next_token, p, *qs)
+    grads = torch.autograd.grad(3 * sums[0] + sums[1], qs)
+    lm.double()
+    log_p, *logs = [lm.unembed(resid.double()).log_softmax(-1) for resid in (p, *qs)]
+    both = zip((theirs, DIVERGENCES["kl"][1]), logs)
+    expected = [call(log_p, log_q, next_token, weight.double()) for call, log_q in both]
+    expected_grads = torch.autograd.grad(3 * expected[0] + expected[1], qs)
+    tolerance = 5e-5 if dtype == torch.float32 else 1e-12
+    for a, b in zip([*sums, *grads], [*expected, *expected_grads]):
+        assert_close(a, b, tolerance)
+
+
 class LiveBytes(TorchDispatchMode):
     """The peak of the bytes in tensors, of whatever device, and the bytes of the largest one."""
 
