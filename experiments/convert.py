@@ -381,31 +381,20 @@ def convert(
         tensors, L = build(tensors, cfg), block(cfg, files, layer)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
-    written = in_our_layout(cfg, L, found)
-    # As --start will read it.
-    model_loaders.sae_settings(merged({**written, "d_sae": len(tensors["b_enc"])}))
-    tensors["W_enc"] = tensors["W_enc"].T
+    numbers = {"k": cfg["k"]} if "k" in saeft.KINDS[found].numbers else {}
+    sae = saeft.KINDS[found](*tensors["W_dec"].T.shape, **numbers)
+    sae.load_state_dict({**sae.state_dict(), **tensors, "W_enc": tensors["W_enc"].T})
+    metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
+    metadata["hook_name"] = None if L is None else model_loaders.hook_name(L, "resid_post")
+    model_loaders.sae_settings({**metadata, "d_sae": len(sae.b_enc), "saeft": {}})  # by --start
     with model_loaders.user_errors(f"cannot write {folder}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".") as new:
-            model_loaders.write_sae(Path(new, "sae"), tensors, written)
+            sae.save(Path(new, "sae"), metadata)
             os.replace(Path(new, "sae"), target)
-    hook = written["metadata"]["hook_name"] or "an unknown hook (--layer)"
-    model = written["metadata"].get("model_name", "an unknown model (--model)")
-    return f"{folder}: {cfg['architecture']}, {len(tensors['b_enc']):,} latents, {hook} of {model}"
-
-
-def in_our_layout(cfg: dict, layer: int | None, kind: str) -> dict:
-    """The cfg.json of an SAE of that kind: SAELens knows BatchTopK as JumpReLU."""
-    metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}
-    metadata["hook_name"] = None
-    if layer is not None:
-        metadata["hook_name"] = model_loaders.hook_name(layer, "resid_post")
-    metadata["saeft"] = {"kind": kind, "k": cfg["k"]}
-    written = {"architecture": {"batchtopk": "jumprelu"}.get(kind, cfg["architecture"])}
-    if kind == "topk":
-        written.update(k=int(cfg["k"]), rescale_acts_by_decoder_norm=False)
-    return {**written, "metadata": metadata}
+    hook = metadata["hook_name"] or "an unknown hook (--layer)"
+    model = metadata.get("model_name", "an unknown model (--model)")
+    return f"{folder}: {cfg['architecture']}, {len(sae.b_enc):,} latents, {hook} of {model}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,6 +28,7 @@ BEST, RANGE = 5, 3  # contexts of a latent: where it is strongest, and from the 
 LEFT, RIGHT = 36, 28  # tokens around the strongest
 N_TOKENS = 8  # promoted, and as many suppressed
 LARGEST = 2_000_000  # bytes of a page
+FIRST = 32_768  # training tokens that tell what a sink is, as many as in a run of saeft.py
 
 
 # ---- What the page tells ------------------------------------------------------------------------
@@ -121,10 +122,10 @@ def contexts(f: Tensor, tokens: Tensor, n_skip: int, tokenizer) -> list[dict]:
     return out
 
 
-def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, args) -> dict:
-    """All that the page shows, of tokens [B, T]. args: layer, sink_norm, latents, seed."""
+def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, limit, args) -> dict:
+    """All that the page shows, of tokens [B, T] whose norm is within limit. args: layer, place,
+    latents, seed."""
     resid = saeft.collect(lm, tokens.to(lm.W_U.device), args)  # [B, T, D]
-    limit = saeft.sink_limit(resid, lm.n_skip, args.sink_norm)
     keep = saeft.content(resid, lm.n_skip, limit)  # [B, T]
     rate = firing_rates(sae, resid[keep])
     rate_before = firing_rates(before, resid[keep]) if before else rate
@@ -210,9 +211,9 @@ def parse(argv: list[str] | None):
     return args
 
 
-def load(args, n_train: int = 0) -> tuple:
-    """Model, tokenizer, the SAE, the one in its `before/` or None, and a stream of its data, with
-    about n_train tokens for training."""
+def load(args, n_train: int = FIRST) -> tuple:
+    """Model, tokenizer, the SAE, the one in its `before/` or None, a stream of its data, with about
+    n_train tokens for training, and the norm above which a token is a sink, as in training."""
     folder, device = model_loaders.expanded(args.run), saeft.join_processes(args.device)
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
@@ -222,7 +223,7 @@ def load(args, n_train: int = 0) -> tuple:
     lm.n_skip = int(tokenizer.bos_id is not None)
     widths = sae.W_dec.shape[1], lm.W_U.shape[1]
     refuse(widths[0] != widths[1], f"{args.run} has d_in {widths[0]}, {args.model} {widths[1]}")
-    source = args.data, tokenizer, args.context, max(args.context, n_train), args.tokens
+    source = args.data, tokenizer, args.context, n_train + args.context, args.tokens
     limits = {"layer": (0, len(lm.blocks) - 1), "context": (2, lm.max_context)}
     limits.update(tokens=(1, 10**12), latents=(1, 10**6), sink_norm=(0, 1e9), seed=(0, 2**32 - 1))
     for name, (low, high) in limits.items():
@@ -231,15 +232,17 @@ def load(args, n_train: int = 0) -> tuple:
     stream = model_loaders.TokenStream(*source, short_ok=True, n_rows=len(lm.W_U))
     now = {"model": model_loaders.model_key(args.model), "data": stream.key}
     model_loaders.note_changes(model_loaders.sae_cfg(folder), folder, vars(args), now)
-    return lm, tokenizer, sae, before, stream
+    n = min(stream.n_train, FIRST // args.context + 1)
+    limit = saeft.first_activations(lm, stream, n, args)[1]
+    return lm, tokenizer, sae, before, stream, limit
 
 
 def make_page(args) -> str:
     """Writes the page; returns a line about it."""
     folder = model_loaders.expanded(args.run)
-    lm, tokenizer, sae, before, stream = load(args)
+    lm, tokenizer, sae, before, stream, limit = load(args)
     with contextlib.closing(stream):
-        data = describe(lm, tokenizer, sae, before, stream.validation(), args)
+        data = describe(lm, tokenizer, sae, before, stream.validation(), limit, args)
     if not data["latents"]:
         raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
     report = folder / "report.json"

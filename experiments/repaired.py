@@ -29,11 +29,9 @@ RARE = 1e-5  # of all tokens: what is seldomer is rare
 
 
 @torch.no_grad()
-def losses(lm, tokens: Tensor, trainees: list, args) -> tuple[Tensor, Tensor]:
+def losses(lm, tokens: Tensor, trainees: list, limit, args) -> tuple[Tensor, Tensor]:
     """[1 + m, B, T - 1]: the CE of tokens 1.. of tokens [B, T], of the model's own and with each
-    SAE; [B, T - 1]: which of them count, those whose predecessor has content."""
-    first = saeft.collect(lm, tokens[: 32_768 // tokens.shape[1] + 1], args)
-    limit = saeft.sink_limit(first, lm.n_skip, args.sink_norm)
+    SAE; [B, T - 1]: which of them count, those whose predecessor has content (`limit`)."""
     out, scored = [], []
     for i, batch in enumerate(tokens.split(8)):
         progress(f"{8 * i} of {len(tokens)} sequences")
@@ -88,12 +86,12 @@ def kinds(tokens: Tensor, seen: Tensor, tokenizer) -> dict[str, Tensor]:
 
 def main(argv: list[str] | None = None) -> None:
     args = features.parse(argv)
-    lm, tokenizer, sae, before, stream = features.load(args, n_train=SEEN)
+    lm, tokenizer, sae, before, stream, limit = features.load(args, n_train=SEEN)
     with contextlib.closing(stream):
         tokens, seen = stream.validation(), stream.train(0, stream.n_train).flatten()
     refuse(before is None, f"{args.run} has no before/: give a run of saeft.py")
     trainees = [saeft.Trainee(s, lm) for s in (before, sae)]
-    ce, scored = losses(lm, tokens.to(lm.W_U.device), trainees, args)
+    ce, scored = losses(lm, tokens.to(lm.W_U.device), trainees, limit, args)
     (original, was, now), scored = ce.cpu(), scored.cpu()
     rows = {"all": torch.ones_like(scored), **kinds(tokens, seen, tokenizer)}
     if RARE * len(seen) < 10:  # too few to tell that a token is rare

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gzip
 import html
 import json
 import os
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model_loaders
 import saeft
-from experiments import baselines, compare, convert, features, length, others, repaired
+from experiments import baselines, compare, convert, features, length, manuals, others, repaired
 from saeft import SAE, Phase
 from test_saeft import (
     BYTE,
@@ -1957,11 +1958,13 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
 
 def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, capsys):
     args = features.parse([str(page_run), "--tokens", "3k"])
-    lm, tokenizer, sae, before, stream = features.load(args)
-    tokens = stream.validation()
+    lm, tokenizer, sae, before, stream, limit = features.load(args)
+    first, tokens = stream.train(0, 32_768 // args.context + 1), stream.validation()
     stream.close()
+    norms = lm.prefix(first, 2).norm(dim=-1)
+    torch.testing.assert_close(limit, 4 * norms.median())  # of the text that was trained on
     trainees = [saeft.Trainee(s, lm) for s in (before, sae)]
-    ce, scored = repaired.losses(lm, tokens, trainees, args)
+    ce, scored = repaired.losses(lm, tokens, trainees, limit, args)
     model, rows = saeft.evaluate(lm, tokens, trainees, torch.tensor(1e9), saeft.Config(layer=2))
     wanted = [model["ce_original"], *(row["ce"] for row in rows)]
     assert ce[:, scored].double().mean(1).tolist() == pytest.approx(wanted, abs=1e-4)
@@ -1972,6 +1975,23 @@ def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, caps
     assert share == of_all == "100.0%" and float(figures[0]) == pytest.approx(wanted[0], abs=1e-3)
     (seen,) = re.findall(r"held-out tokens; ([\d,]+) others tell", shown_all)
     assert int(seen.replace(",", "")) < 1_000_000 and "below 1 in" not in shown_all
+
+
+def test_a_page_of_a_manual_becomes_its_text(tmp_path, capsys):
+    body = (
+        "<p>a &lt; b, <b>bold</b>.\n<pre>  x = 1\n  y = 2</pre><script>no</script>" + "<p>z" * 300
+    )
+    page = f"<html><head><title>no</title></head><body><nav><p>no</nav>{body}</body></html>"
+    pages = {"m/b.html": page, "m/c.html": page, "n/sub/a.html": page + "n", "m/d.html": "<p>short"}
+    for name, text in pages.items():
+        model_loaders.write_text(tmp_path / "in" / name, text)
+    assert manuals.main([str(tmp_path / "in"), "--out", str(tmp_path / "docs")]) == 0
+    of_m = [json.loads(line)["text"] for line in open(tmp_path / "docs" / "m.jsonl")]
+    assert len(of_m) == 1 and of_m[0].startswith("a < b, bold.\n\n  x = 1\n  y = 2\n\nz\nz\n")
+    assert "no" not in of_m[0] and capsys.readouterr().out.startswith("m: 1 pages")
+    docs = gzip.open(tmp_path / "docs.jsonl.gz", "rt").readlines()
+    assert {json.loads(line)["text"] for line in docs} == {of_m[0], of_m[0] + "n"}
+    assert manuals.main([str(tmp_path / "docs")]) == 2
 
 
 def test_tokens_are_of_the_kinds_that_their_text_says():
