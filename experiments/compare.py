@@ -52,7 +52,7 @@ def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]
         row["data"] = report["identity"]["data"]
         row["seconds"] = report["seconds"].get(name, 0.0)
         row["cost"] = row["seconds"] / seconds
-        if name != "MSE":
+        if name != "MSE" and before["gap"] > 0:
             row["gap_closed"] = 1 - row["gap"] / before["gap"]
         rows.append(row)
     return rows
@@ -64,6 +64,9 @@ def compare(out: Path, ks: list[int], tokens: list, rate: list, rest: list[str])
     flags, rows = [*rest, *rate, *tokens], []
     usual = saeft.parse(flags)
     kl_tokens, seed = usual.kl_tokens, usual.seed
+    refuse(kl_tokens == 0, "--kl-tokens 0: there is nothing to compare")
+    none = "k" not in saeft.KINDS[usual.sae].numbers
+    refuse(none, f"--sae {usual.sae}: it has no K, which --ks are of; it is compared beside them")
     for k in ks:
         name, cell = f"k{k}-seed{seed}", [*flags, "--k", str(k)]
         full = k == ks[len(ks) // 2]

@@ -104,12 +104,17 @@ def saelens(tensors: dict, source: Source) -> dict:
     k = cfg.get("k")
     function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
     if function != "relu":
-        architecture, k = function, (cfg.get("activation_fn_kwargs") or {}).get("k", k)
+        architecture = function
+        of_function = (cfg.get("activation_fn_kwargs") or {}).get("k", k)
+        refuse(k not in (None, of_function), f"its K is {k!r:.60} and {of_function!r:.60}")
+        k = of_function
+    refuse(architecture == "standard" and k, f"its k is {k!r:.60}, but it is no TopK SAE")
     for key in ("reshape_activations", "hook_head_index", "hook_point_head_index", "adapter"):
         refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
     centred = (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
     refuse(centred, "center_writing_weights: it reads x less its mean, and returns that")
     if "log_threshold" in tensors:  # of older checkpoints
+        refuse("threshold" in tensors, "it has a threshold and a log_threshold")
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if architecture in ARCHITECTURES:
         fold_factors(tensors, cfg, source)
@@ -165,6 +170,8 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     k = [float(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
     refuse(any(n % 1 for n in k), f"its k is {k}")
     refuse(len(set(k)) > 1, f"k is {k[:1]} in config.json, {k[1:]} in {source.weights.name}")
+    of_other = "bias" if name == "AutoEncoderNew" else "decoder.bias"
+    refuse(of_other in tensors, f"it is called {name}, which has no {of_other}")
     unused = {"AutoEncoderTopK": "threshold", "MatryoshkaBatchTopKSAE": "group_sizes"}
     tensors.pop(unused.get(name), None)  # in place of k, if asked for; of the loss
     cfg = {"architecture": CLASSES.get(name, name), "k": int(k[0]) if k else None}
@@ -336,6 +343,8 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
             type(k) is float and (k % 1 == 0 or architecture == "batchtopk")
         )
         refuse(not number or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
+    for key in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"):
+        refuse(cfg.get(key) not in (None, True, False), f"its {key} is {cfg[key]!r:.60}")
     if cfg.get("rescale_acts_by_decoder_norm"):  # norms weigh z, and divide f again
         norms = t["W_dec"].norm(dim=1).clamp_min(1e-8)
         t["W_enc"] = t["W_enc"] * norms
@@ -381,7 +390,8 @@ def convert(
         tensors, L = build(tensors, cfg), block(cfg, files, layer)
     found = {"standard": "relu"}.get(cfg["architecture"], cfg["architecture"])
     refuse(kind not in (None, found), f"--kind {kind}: it is {found}")
-    numbers = {"k": cfg["k"]} if "k" in saeft.KINDS[found].numbers else {}
+    said = {**(cfg.get("saeft") or {}), "k": cfg["k"]}  # the first of an SAE of ours
+    numbers = {n: said[n] for n in saeft.KINDS[found].numbers if said.get(n) is not None}
     sae = saeft.KINDS[found](*tensors["W_dec"].T.shape, **numbers)
     sae.load_state_dict({**sae.state_dict(), **tensors, "W_enc": tensors["W_enc"].T})
     metadata = {key: cfg[key] for key in KEPT if cfg.get(key) is not None}

@@ -149,7 +149,8 @@ def describe(lm, tokenizer, sae: SAE, before: SAE | None, tokens: Tensor, limit,
             ]
         row["contexts"] = contexts(f[..., i].cpu(), tokens, lm.n_skip, tokenizer)
         rows.append(row)
-    facts = f"{sae.kind} SAE of {len(rate):,} latents after block {args.layer} of {args.model}; "
+    place = "" if args.place == "resid_post" else f"{args.place}, "
+    facts = f"{sae.kind} SAE of {len(rate):,} latents, {place}block {args.layer} of {args.model}; "
     facts += f"{int((rate > 0).sum()):,} fire on {int(keep.sum()):,} tokens of {args.data}."
     if before:
         facts += f" Median cosine between directions before and after: {cosine.median():.3f}."
@@ -195,6 +196,7 @@ def parse(argv: list[str] | None):
     for fork in args.fork:
         with user_errors(f"--fork {fork}"):
             spec = importlib.util.spec_from_file_location("fork", fork)
+            refuse(spec is None, f"--fork {fork} is no Python file")
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
     own = model_loaders.sae_settings(model_loaders.read_sae(args.run)[1])
     told = {"bos": "auto", "sink_norm": saeft.Config().sink_norm, **own}
@@ -218,6 +220,9 @@ def load(args, n_train: int = FIRST) -> tuple:
     sae, before = SAE.load(args.run).to(device), None
     if (folder / "before" / "cfg.json").exists():
         before = SAE.load(folder / "before").to(device)
+        cfgs = [model_loaders.sae_cfg(path) for path in (folder, folder / "before")]
+        own, other = ((cfg.get("hook_name"), cfg["d_sae"]) for cfg in cfgs)
+        refuse(own != other, f"{folder} is of {own}, its before/ of {other}")
     lm = saeft.load_lm(args.model, device)
     tokenizer = lm.load_tokenizer(args.model, args.bos)
     lm.n_skip = int(tokenizer.bos_id is not None)
@@ -244,7 +249,8 @@ def make_page(args) -> str:
     with contextlib.closing(stream):
         data = describe(lm, tokenizer, sae, before, stream.validation(), limit, args)
     if not data["latents"]:
-        raise UserError(f"no latent of {args.run} fires on {args.data}: is --model the right one?")
+        why = "is --model the right one, --sink-norm too low?"
+        raise UserError(f"no latent of {args.run} fires on {args.data}: {why}")
     report = folder / "report.json"
     report = model_loaders.read_json(report) if before and report.exists() else {}
     if report.get("identity", {}).get("data") == stream.key:  # of the same text

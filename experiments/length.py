@@ -114,6 +114,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         (sae,) = run.first_saes()
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
+        gap = mean(before)["gap"]
+        refuse(gap <= 0, f"{config.start} has a gap of {gap:.4f}: there is none to close")
         run.done.results["MSE"] = [mean(before)]
         base = {
             **now,
@@ -236,7 +238,9 @@ def main() -> None:
     parser.add_argument("--out", type=expanded, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
     starts = args.start or []
-    refuse(args.seeds < 1 or not min(args.rates) > 0, "--seeds and --rates are above 0")
+    usable = args.seeds > 0 and all(0 < rate < 1e18 for rate in args.rates)
+    refuse(not usable, "--seeds and --rates are numbers above 0")
+    refuse(args.start and args.tokens, "--tokens is of a phase one, which --start has behind it")
     given = vars(flags_of(saeft.Config).parse_args(flags)).keys()
     own = given & {"name", "method", "kl_tokens", "kl_lr", "seed"}
     refuse(own, f"{', '.join(sorted(own))}: --lengths, --rates and --seeds say that here")

@@ -6,9 +6,12 @@ Writes compare.png beside compare.json; a dot for each seed, a line through thei
 matplotlib.
 """
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import saeft
+from model_loaders import Parser, expanded, read_json, refuse
 
 try:
     import matplotlib
@@ -25,17 +28,18 @@ METHODS = [  # in compare.json, in the legend, colour
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "compare.json").exists():
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
-    rows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if row["sae"] == "topk"]
-    ks = sorted({row["k"] for row in rows})
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=expanded, help="of compare.json")
+    folder = parser.parse_args().folder
+    rows = read_json(folder / "compare.json")["rows"]
+    ks = sorted({row["k"] for row in rows if row["sae"] != "relu"})  # which has no K
+    rows = [row for row in rows if row["k"] in ks and row["sae"] != "relu"]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     for method, label, colour in METHODS:
         means = []
         for k in ks:
             gaps = [row["gap"] for row in rows if row["k"] == k and row["method"] == method]
+            refuse(not gaps, f"{folder / 'compare.json'} has no {method} at K = {k}")
             axes.plot([k] * len(gaps), gaps, ".", color=colour)
             means.append(sum(gaps) / len(gaps))
         axes.plot(ks, means, color=colour, label=label)
@@ -52,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(saeft.exit_status("plot", main))

@@ -96,16 +96,19 @@ def main(argv: list[str] | None = None) -> None:
     rows = {"all": torch.ones_like(scored), **kinds(tokens, seen, tokenizer)}
     if RARE * len(seen) < 10:  # too few to tell that a token is rare
         del rows["below 1 in 100,000"]
-    say(f"{scored.sum():,} held-out tokens; {len(seen):,} others tell how frequent each is")
     repaired = (was - now)[scored].sum()
+    same = not repaired  # also where no token is left
+    refuse(same, f"before/ gives the same loss as {args.run} on {scored.sum():,} tokens")
+    say(f"{scored.sum():,} held-out tokens; {len(seen):,} others tell how frequent each is")
     say(f"\n{'':32}{'share':>7}{'CE':>8}{'gap':>8}{'after':>8}{'closed':>8}{'of all':>8}")
     for name, some in rows.items():
         some = some & scored
         if some.any():
             a, b, c = (values[some].mean().item() for values in (original, was, now))
             share = some.sum() / scored.sum()
-            closed, of_all = (b - c) / (b - a), (was - now)[some].sum() / repaired
-            figures = f"{share:7.1%}{a:8.3f}{b - a:8.3f}{c - a:8.3f}{closed:8.1%}{of_all:8.1%}"
+            closed = f"{(b - c) / (b - a):.1%}" if b > a else ""  # else there is none to close
+            of_all = (was - now)[some].sum() / repaired
+            figures = f"{share:7.1%}{a:8.3f}{b - a:8.3f}{c - a:8.3f}{closed:>8}{of_all:8.1%}"
             say(f"{name:32}{figures}")
 
 

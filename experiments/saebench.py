@@ -174,7 +174,7 @@ def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
 def table(figures: dict[tuple[str, str], dict]) -> str:
     """ROWS of what was measured, a column for each SAE, before them that of the model alone."""
     labels = list(dict.fromkeys(label for _, label in figures))
-    width = max(map(len, labels)) + 2
+    width = max(6, *map(len, labels)) + 2
     lines = [f"{'':38}{'no SAE':>8}" + "".join(f"{label:>{width}}" for label in labels)]
     for name, key, words in ROWS:
         rows = [figures[name, label] for label in labels if (name, label) in figures]
@@ -202,6 +202,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=expanded, default=Path("runs/saebench"), help="table and log")
     args = parser.parse_args(argv)
+    names = [run.name for run in args.runs]
+    saeft.refuse(len({*names}) < len(names), f"runs of one name, {names}: give one at a time")
     own = args.data and not args.cities  # no network, it seems
     args.evals = args.evals or [name for name in EVALS if name != "ravel" or not own]
     saeft.refuse(not (args.runs or args.make_data), "give a run's folder, or --make-data FOLDER")

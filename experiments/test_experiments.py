@@ -710,6 +710,12 @@ def test_layers(tmp_path, capsys):
     assert written["hook_name"] == "blocks.7.hook_resid_post"
 
 
+def test_what_saeft_saved_keeps_its_numbers(tmp_path):
+    saeft.ReLU(D, F_SAE, l1=3.5).save(tmp_path / "s", {"hook_name": "blocks.3.hook_resid_post"})
+    assert convert.main([str(tmp_path / "s"), str(tmp_path / "out")]) == 0
+    assert saeft.SAE.load(tmp_path / "out").l1 == 3.5
+
+
 def test_k_may_be_a_whole_number_with_a_point(tmp_path):
     lens(tmp_path / "s", four(random_sae()), architecture="topk", k=float(K))
     assert convert.main([str(tmp_path / "s"), str(tmp_path / "out")]) == 0
@@ -850,6 +856,17 @@ REFUSED = {
     "two hooks": (flat(metadata={"hook_name": "blocks.4.hook_resid_post"}), "['hook_name'] twice"),
     "quantised": (tensors_of(lambda t: four(t) | {"W_enc": t["W_enc"].char()}), "quantised"),
     "k missing": (tensors_of(four, architecture="topk"), "None"),
+    "k of no TopK": (lens6(k=K), f"its k is {K}"),
+    "two k": (flat(activation_fn_str="topk", k=K + 1), f"its K is {K + 1} and"),
+    "two thresholds": (
+        tensors_of(lambda t: t | {"log_threshold": torch.zeros(F_SAE)}),
+        "a log_threshold",
+    ),
+    "centring as text": (
+        tensors_of(lambda t: t, apply_b_dec_to_input="false"),
+        "apply_b_dec_to_input is 'false'",
+    ),
+    "dl class": (dl("AutoEncoder", biased), "has no decoder.bias"),
     "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
     "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
     "dl gated": (dl("GatedAutoEncoder", gated), "GatedAutoEncoder"),
@@ -1951,9 +1968,14 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     path.write_text(path.read_text().replace(both[0]["data"], "0" * 16))
     with pytest.raises(model_loaders.UserError, match="rows of another model or other data"):
         rows_of("1e-2")
+    monkeypatch.setattr(length, "mean", lambda rows: {"gap": 0.0})
+    with pytest.raises(model_loaders.UserError, match="a gap of 0.0000: there is none to close"):
+        rows_of("1e-2")
     sizes[1] = "32"
     with pytest.raises(model_loaders.UserError, match="length.json is of flags --context 64"):
         rows_of("1e-3")
+    with pytest.raises(model_loaders.UserError, match="--rates are numbers"):
+        rows_of("nan")
 
 
 def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, capsys):
@@ -1968,6 +1990,9 @@ def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, caps
     model, rows = saeft.evaluate(lm, tokens, trainees, torch.tensor(1e9), saeft.Config(layer=2))
     wanted = [model["ce_original"], *(row["ce"] for row in rows)]
     assert ce[:, scored].double().mean(1).tolist() == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(model_loaders.UserError, match="the same loss as .* on 0 tokens"):
+        repaired.main([str(page_run), "--tokens", "3k", "--sink-norm", "1e-6"])
+    capsys.readouterr()
     repaired.main([str(page_run), "--tokens", "3k"])
     shown_all = capsys.readouterr().out
     shown = dict(re.findall(r"^(\S+) +(\S.*)", shown_all, re.M))
