@@ -49,7 +49,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
 
@@ -964,41 +963,38 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def read_settings(config: dict, numbers: dict, choices: dict, optional=()) -> SimpleNamespace:
-    """A config.json's settings as attributes. UserError, with key and value, for others than:
-    numbers: key -> what silence means, or None where there must be one; above 0, or null if they
-    are `optional`. choices: key -> what is supported, first what silence means."""
-    read = {**numbers, **{key: known[0] for key, known in choices.items()}, **config}
-    for key in numbers:
-        positive = type(read[key]) in (int, float) and 0 < read[key] < 2**31
-        fits = positive or read[key] is None and key in optional
-        refuse(not fits, f"config.json has {key} = {read[key]!r:.80}: no positive number")
-    for key, known in choices.items():
-        other = read[key] not in known
-        refuse(other, f"config.json has {key} = {read[key]!r:.80}; supported: {known}")
+ANY = "any number above 0"
+
+
+def read_settings(config: dict, known: dict) -> SimpleNamespace:
+    """A config.json's settings as attributes. UserError, with key and value, for others than those
+    known: key -> a list of values, ANY among them for numbers, first what silence means; or the
+    number that silence means, where it is any; or None, where there must be one."""
+    read = dict(config)
+    for key, values in known.items():
+        listed = isinstance(values, list)
+        value = read.setdefault(key, values[0] if listed else values)
+        number = type(value) in (int, float) and 0 < value < 2**31
+        fits = value in values or number and ANY in values if listed else number
+        supported = values if listed else ANY
+        refuse(not fits, f"config.json has {key} = {value!r:.80}; supported: {supported}")
     return SimpleNamespace(**read)
 
 
-class Rope(NamedTuple):
-    """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
-
-    dim: int
-    base: float
-    factor: float = 1.0  # positions are divided by it
-
-    def tables(self, resid):
-        """cos and sin [T, dim] for resid [B, T, D], in its dtype."""
-        even = torch.arange(0, self.dim, 2, device=resid.device)
-        inv_freq = 1 / self.base ** (even / self.dim)
-        positions = torch.arange(resid.shape[1], device=resid.device).float() / self.factor
-        angles = torch.outer(positions, inv_freq).repeat(1, 2)
-        return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
+def rope_tables(resid, dim: int, base: float, factor: float):
+    """cos and sin [T, dim] of rotary positions (RoFormer, arXiv 2104.09864), divided by factor, on
+    `dim` dimensions of a head, half-split; for resid [B, T, D], in its dtype."""
+    even = torch.arange(0, dim, 2, device=resid.device)
+    inv_freq = 1 / base ** (even / dim)
+    positions = torch.arange(resid.shape[1], device=resid.device).float() / factor
+    angles = torch.outer(positions, inv_freq).repeat(1, 2)
+    return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
 
-def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type="") -> Rope:
-    """Rotary positions as either spelling has them: `rope_parameters`, of Gemma 3 for each layer
-    type, or older keys (`base`, `share` of a head's dimensions), of which rope_scaling is in Gemma
-    3 about full attention alone. UserError for other kinds of scaling."""
+def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type="") -> tuple:
+    """dim, base and factor of `rope_tables`, as either spelling has them: `rope_parameters`, of
+    Gemma 3 for each layer type, or older keys (`base`, `share` of a head's dimensions), of which
+    rope_scaling is in Gemma 3 about full attention alone. UserError for other kinds of scaling."""
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
@@ -1007,18 +1003,16 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
         rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
         lacks = not isinstance(rope, dict)
         refuse(lacks, f"config.json has rope_parameters without {layer_type}")
-    linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
-    kinds = ["linear" if linear else "default"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
-    refuse(not rope.keys() <= names, f"config.json has rotary positions {rope!r:.80}")
-    numbers = {"rope_theta": base, "partial_rotary_factor": share}
-    numbers["factor"] = None if linear else 1.0
-    choices = {"rope_type": kinds, "type": kinds}
-    if share == 1:  # Gemma knows no other
-        choices["partial_rotary_factor"] = [1.0, None]
-    rope = read_settings(rope, numbers, choices, optional={"partial_rotary_factor"})
+    other = kind not in ("default", "linear") or not rope.keys() <= names
+    refuse(other, f"config.json has rotary positions {rope!r:.80}")
+    known = {"rope_theta": base, "factor": None if kind == "linear" else 1.0}
+    # Gemma knows no other share than 1.
+    known["partial_rotary_factor"] = [1.0, None] if share == 1 else [share, None, ANY]
+    rope = read_settings(rope, known)
     dim = int(head_dim * (rope.partial_rotary_factor or share))
-    return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
+    return dim, rope.rope_theta, rope.factor if kind == "linear" else 1.0
 
 
 def rotate(x, cos, sin):
@@ -1045,17 +1039,15 @@ class LanguageModel(nn.Module):
     block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
     names = ()  # of body, embedding, blocks, final norm and head
     eps = ""  # the setting of the norms
-    numbers = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
-    numbers.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
-    choices = {}
-    optional = ()
+    known = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
+    known.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
     n_skip = 0  # leading positions without content (<bos>)
     preset = ""  # flags that models of the family start with
     load_tokenizer = staticmethod(model_loaders.load_tokenizer)  # (name, bos) -> its tokenizer
 
     def __init__(self, config: dict):
         super().__init__()
-        c = read_settings(config, self.numbers, self.choices, self.optional)
+        c = read_settings(config, self.known)
         n_layers = c.num_hidden_layers
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
         self.max_context = c.max_position_embeddings
@@ -1108,7 +1100,7 @@ class LanguageModel(nn.Module):
         tables = {}
         for block in blocks:
             if block.rope not in tables:
-                tables[block.rope] = block.rope.tables(resid)
+                tables[block.rope] = rope_tables(resid, *block.rope)
             resid = block(resid, *tables[block.rope])
         return resid
 
@@ -1158,7 +1150,7 @@ class PythiaBlock(nn.Module):
     def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
         super().__init__()
         head_dim = c.hidden_size // c.num_attention_heads
-        read_settings(vars(c), {}, {"head_dim": [head_dim, None]})
+        read_settings(vars(c), {"head_dim": [head_dim, None]})
         self.rope = read_rope(vars(c), head_dim, c.rotary_emb_base, c.rotary_pct)
         self.parallel = c.use_parallel_residual
         self.input_layernorm = norm(c.hidden_size)
@@ -1175,11 +1167,9 @@ class Pythia(LanguageModel):
     block_kind = PythiaBlock
     norm_kind = nn.LayerNorm
     names = ("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out")
-    numbers = {**LanguageModel.numbers, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
-    numbers["layer_norm_eps"] = 1e-5
-    choices = {"hidden_act": ["gelu", "gelu_fast"], "use_parallel_residual": [True, False]}
-    choices["attention_bias"] = [True]
-    choices["tie_word_embeddings"] = [False, True]
+    known = {**LanguageModel.known, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
+    known.update(layer_norm_eps=1e-5, hidden_act=["gelu", "gelu_fast"], attention_bias=[True])
+    known.update(use_parallel_residual=[True, False], tie_word_embeddings=[False, True])
     eps = "layer_norm_eps"
 
 
@@ -1198,10 +1188,10 @@ class RMSNorm(nn.Module):
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention to all before it, or to a window. Gemma 2 soft-caps the scores;
-    Gemma 3 norms q and k instead."""
+    """Grouped-query attention to the last `window` tokens. Gemma 2 soft-caps the scores; Gemma 3
+    norms q and k instead."""
 
-    def __init__(self, c: SimpleNamespace, window: int | None, norm: Callable):
+    def __init__(self, c: SimpleNamespace, window: int, norm: Callable):
         super().__init__()
         self.n_kv = c.num_key_value_heads
         self.head_dim = c.head_dim
@@ -1225,9 +1215,8 @@ class GemmaAttention(nn.Module):
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
         q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)
         scores = single(soft_cap(q @ k.mT * self.score_scale, self.score_cap))
-        hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
-        if self.window is not None:
-            hidden = hidden | torch.ones_like(hidden).tril(-self.window)
+        pairs = torch.ones_like(scores[0, 0, 0], dtype=torch.bool)
+        hidden = pairs.triu(1) | pairs.tril(-self.window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
         return self.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
@@ -1260,7 +1249,8 @@ class GemmaBlock(nn.Module):
         refuse(not sliding and kind != "full_attention", f"config.json has layer type {kind!r:.80}")
         base = c.rope_local_base_freq if c.gemma_3 and sliding else c.rope_theta
         self.rope = read_rope(vars(c), c.head_dim, base, 1.0, kind if c.gemma_3 else "")
-        self.self_attn = GemmaAttention(c, c.sliding_window if sliding else None, norm)
+        window = c.sliding_window if sliding else 2**31  # more than any sequence has
+        self.self_attn = GemmaAttention(c, window, norm)
         self.mlp = GemmaMLP(c)
         self.input_layernorm = norm(c.hidden_size)
         self.post_attention_layernorm = norm(c.hidden_size)
@@ -1277,12 +1267,12 @@ class Gemma2(LanguageModel):
     block_kind = GemmaBlock
     norm_kind = RMSNorm
     names = ("model", "embed_tokens", "layers", "norm", "lm_head")
-    numbers = {**LanguageModel.numbers, "num_key_value_heads": None, "head_dim": 256}
-    numbers.update(query_pre_attn_scalar=256.0, rope_theta=1e4, sliding_window=4096)
-    numbers.update(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6)
-    optional = ("attn_logit_softcapping", "final_logit_softcapping")
-    choices = {"hidden_activation": ["gelu_pytorch_tanh"], "tie_word_embeddings": [True, False]}
-    choices.update(use_bidirectional_attention=[False, None], gemma_3=[False])
+    known = {**LanguageModel.known, "num_key_value_heads": None, "head_dim": 256}
+    known.update(query_pre_attn_scalar=256.0, rope_theta=1e4, rms_norm_eps=1e-6)
+    known.update(sliding_window=4096, attn_logit_softcapping=[50.0, None, ANY])
+    known.update(final_logit_softcapping=[30.0, None, ANY], tie_word_embeddings=[True, False])
+    known.update(hidden_activation=["gelu_pytorch_tanh"], gemma_3=[False])
+    known.update(use_bidirectional_attention=[False, None])
     eps = "rms_norm_eps"
     n_skip = 1
     preset = "--dtype bfloat16 --kl-batch 2"
@@ -1297,11 +1287,10 @@ class Gemma2(LanguageModel):
 
 
 class Gemma3(Gemma2):
-    numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    numbers.update(sliding_window_pattern=6, final_logit_softcapping=None)
-    numbers.update(vocab_size=262_208, max_position_embeddings=131_072)
-    numbers.update(num_attention_heads=8, num_key_value_heads=4)
-    choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
+    known = {**Gemma2.known, "gemma_3": [True], "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    known.update(attn_logit_softcapping=[None], final_logit_softcapping=[None, ANY])
+    known.update(vocab_size=262_208, max_position_embeddings=131_072, sliding_window_pattern=6)
+    known.update(num_attention_heads=8, num_key_value_heads=4)
 
     def __init__(self, config: dict):
         text = config.get("text_config")
@@ -1319,8 +1308,8 @@ def build_lm(config: dict) -> LanguageModel:
     """The model that a parsed config.json describes, without weights (on the meta device).
     UserError for what is not ours, and for what cannot be."""
     kind = config.get("model_type")
-    known = isinstance(kind, str) and kind in FAMILIES
-    refuse(not known, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
+    other = kind not in [*FAMILIES]  # it may be anything
+    refuse(other, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
     with user_errors("config.json describes no model that runs"), torch.device("meta"):
         lm = FAMILIES[kind](config)
         lm(torch.zeros(1, 2, dtype=torch.long))  # sizes may not fit each other
