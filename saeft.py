@@ -28,8 +28,6 @@ K active latents, L the layer. CE and KL are in nats per token; FVU is a share o
 Units: x, f, biases, thresholds and lambda are in units of the activations. Phase one is given
 x / scale, scale = sqrt(mean ||x||^2), so that its settings carry over between models. When it ends
 they are multiplied by scale (`SAE.rescale`), and from then on everything is raw.
-
-A fork states its difference in a file of its own and adds it here by a name: see experiments/forks.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ from model_loaders import TokenStream, UserError, flag, progress, refuse, say, u
 
 FAST = True  # False: nothing of the section "Fast paths" is used; to compare
 
-# What there is by name, and what a fork adds to.
+# What there is by name. A fork adds its own in a file of its own: see experiments/forks.
 KINDS: dict = {}  # --sae: a class of SAE
 METHODS: dict = {}  # --method: (lm, a copy of the SAE of phase one, config) -> Trainee
 PLACES: dict = {}  # --place: (lm, tokens, layer) -> residual stream, x
@@ -86,11 +84,11 @@ class Config:
     # The SAE
     sae: str = flag("topk", "kind of SAE", choices=KINDS)
     k: list[int] = flag([80], "active latents K; for several, an SAE each", 1, nargs="+")
-    d_sae: int = flag(2**14, "number of latents F", 1)
+    d_sae: int = flag(2**14, "number of latents F", 1, 2**31)
     # Tokens
     tokens: int = flag(500_000_000, "training tokens in all", 1)
     kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's", 0)
-    context: int = flag(1024, "tokens in a sequence", 2)
+    context: int = flag(1024, "tokens in a sequence, one of which may be <bos>", 3)
     batch: int = flag(2048, "activations in a step of phase one, for each GPU", 2)
     kl_batch: int = flag(8, "sequences in a step of the fine-tune, for each GPU", 1)
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
@@ -160,6 +158,11 @@ def encode(x, b_dec, W_enc, b_enc, select, keep=None):
     return activate(pre, select(pre.detach(), keep.sum()))
 
 
+def plain_state(thing) -> dict:
+    """An object's own numbers and tensors: what a checkpoint keeps of it, beside a `state_dict`."""
+    return {name: x for name, x in vars(thing).items() if type(x) in (int, float, Tensor)}
+
+
 def counts(f):
     """[F], the tokens on which each latent is active."""
     return f.counts() if isinstance(f, SparseRows) else (f > 0).sum(0)
@@ -173,13 +176,14 @@ class SAE(nn.Module):
     `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
     parameters and buffers are saved in SAELens's layout, as the `architecture` there that gives the
     same f (default: its own name, which SAELens refuses); `numbers`, which its constructor takes,
-    in cfg.json. Checkpoints have every saved buffer, parameter and plain number."""
+    in cfg.json. Checkpoints have every saved buffer, parameter, plain number and tensor."""
 
     kind = architecture = ""
     numbers = ("k",)
     scaled = ("b_enc", "b_dec")  # what is in units of x
     unit_norm = True  # whether decoder directions keep norm 1
-    dead = ()  # in phase one, latents that have not fired for --dead-after tokens
+    idle = 0  # in phase one, [F]: for how many tokens a latent has not fired
+    dead = ()  # those for which it is above --dead-after
     l0_target = None  # in phase two, the L0 of the evaluation before it
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
@@ -195,7 +199,6 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("idle", torch.zeros(d_sae).long(), persistent=False)  # see `dead`
 
     def forward(self, x, keep=None):
         """x_hat [N, D] and f [N, F] of x [N, D]; f is 0 where keep [N] is False."""
@@ -230,10 +233,6 @@ class SAE(nn.Module):
         for name in self.scaled:
             getattr(self, name).mul_(scale)
 
-    def plain_numbers(self) -> dict:
-        """What a checkpoint keeps beside `state_dict`."""
-        return {name: n for name, n in vars(self).items() if type(n) in (int, float)}
-
     def cfg(self) -> dict:
         """What SAELens's cfg.json says of this kind."""
         return {"architecture": self.architecture}
@@ -255,11 +254,10 @@ class SAE(nn.Module):
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        kind, own = kind_of(cfg, source), cfg["saeft"]
+        kind, said = kind_of(cfg, source), {**cfg["saeft"], **cfg}
         advice = f"python experiments/convert.py {source} FOLDER"
         with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
-            said = {name: cfg.get(name, own.get(name)) for name in kind.numbers}
-            numbers = {name: n for name, n in said.items() if n is not None}
+            numbers = {name: said[name] for name in kind.numbers if said.get(name) is not None}
             fits = all(abs(n) < 2**31 for n in numbers.values()) and numbers.get("k", 0) >= 0
             refuse(not fits, f"{source} has {numbers!r:.80}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
@@ -370,17 +368,15 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 
 
 def kind_of(cfg: dict, source="") -> type[SAE]:
-    """The class of a cfg of `read_sae`: what wrote it, where that is known here, else whatever has
-    SAELens's architecture. UserError for others."""
+    """The class of a cfg of `read_sae`: what wrote it, where that is known here, else the first one
+    of SAELens's architecture. UserError for others."""
     unsaid = cfg.get("architecture") is None and cfg.get("k")
     refuse(unsaid, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture")
     architecture = str(cfg.get("architecture", "standard"))
-    kind = KINDS.get(str(cfg["saeft"].get("kind")))
-    if kind is None or kind.architecture != architecture:
-        kind = KINDS.get("relu" if architecture == "standard" else architecture)
-    known = ", ".join(sorted({cls.architecture for cls in KINDS.values()}))
-    refuse(kind is None, f"{source}: architecture {architecture!r:.60}; there are {known}")
-    return kind
+    kinds = {name: kind for name, kind in KINDS.items() if kind.architecture == architecture}
+    known = ", ".join(sorted({kind.architecture for kind in KINDS.values()}))
+    refuse(not kinds, f"{source}: architecture {architecture!r:.60}; there are {known}")
+    return kinds.get(str(cfg["saeft"].get("kind")), next(iter(kinds.values())))
 
 
 # ---- The losses --------------------------------------------------------------------------------
@@ -471,15 +467,6 @@ def sink_limit(x, n_skip: int, sink_norm: float):
     """The norm above which a token of x [B, T, D] is a sink: sink_norm medians, or none for 0."""
     median = single(x[:, n_skip:]).norm(dim=-1).median()
     return sink_norm * median if sink_norm else torch.full_like(median, torch.inf)
-
-
-def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
-    """Content x [N, D] of the first n sequences, and the norm above which a token is a sink."""
-    x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
-    limit = sink_limit(x, lm.n_skip, config.sink_norm)
-    x = single(x[content(x, lm.n_skip, limit)])
-    refuse(len(x) == 0, ALL_SINKS)
-    return x, limit
 
 
 @dataclass
@@ -585,14 +572,13 @@ class Trainee:
         adapted = [] if self.trained is self.sae else self.trained.named_parameters()
         frozen = {name for name, p in adapted if not p.requires_grad}  # which are as they were
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
-        own = {"idle": self.sae.idle, "dead": self.sae.dead, "numbers": self.sae.plain_numbers()}
-        return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
+        optimizer, own = self.optimizer.state_dict(), plain_state(self.sae)
+        return {"trained": trained, "optimizer": optimizer, "own": own}
 
     def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sae.idle, self.sae.dead = state["idle"], state["dead"]
-        vars(self.sae).update(state["numbers"])
+        vars(self.sae).update(state["own"])
 
 
 @dataclass
@@ -620,8 +606,7 @@ class Phase:
 
     def state_dict(self) -> dict:
         trainees = [t.state_dict() for t in self.trainees]
-        names = ("rows", "used", "next_sequence", "refills", "seconds") if self.buffer else ()
-        buffer = {name: getattr(self.buffer, name) for name in names}
+        buffer = plain_state(self.buffer) if self.buffer else {}
         return {"name": self.name, "step": self.step, "trainees": trainees, "buffer": buffer}
 
     def load_state_dict(self, state: dict):
@@ -716,9 +701,7 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
     divergences = [t.divergence for t in phase.trainees]
-    by_mse = divergences[0] is None  # no later block runs
-    mixed = any((divergence is None) != by_mse for divergence in divergences)
-    refuse(mixed, "--method: for some K its divergence is None, and for others it is not")
+    by_mse = not any(divergences)  # no later block runs
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
@@ -781,15 +764,12 @@ def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets):
 
 
 @torch.no_grad()
-def evaluate(
-    lm, tokens, trainees: list[Trainee], limit, config: Config, label: str = "evaluating"
-) -> tuple[dict, list]:
-    """On held-out tokens [n, T]: figures of the model, and of each trainee. `label` begins the line
-    for the reader.
+def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="evaluating"):
+    """Figures, on held-out tokens [n, T], of the model, and of each trainee, in a list. `label`
+    begins the line for the reader.
 
-    ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
-    unexplained. l0: active latents per token. dead: latents that never fire on these tokens.
-    Positions without content (`content`, by `limit`) do not count; their share is `left_out`."""
+    gap: CE above the model's own. l0: active latents per token. dead: latents that never fire here.
+    left_out: the share of positions without content (`content`, by `limit`), which do not count."""
     sums = collections.defaultdict(float)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
@@ -885,17 +865,6 @@ def largest(pre, k: int):
     return values, columns.gather(1, best)
 
 
-def active_entries(pre, which):
-    """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach a floor."""
-    if not isinstance(which, int):
-        none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
-        tokens, latents = none.logical_not_().nonzero(as_tuple=True)
-        return pre[tokens, latents], tokens, latents
-    values, latents = largest(pre, which)
-    tokens = torch.arange(len(pre)).repeat_interleave(which)
-    return values.relu().flatten(), tokens, latents.flatten()
-
-
 def times(values, rows, columns, table, n: int):
     """The product [n, D] of a sparse matrix of n rows, its entries in their order, and a table."""
     offsets = torch.searchsorted(rows, torch.arange(n))
@@ -953,7 +922,15 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
             n = keep.sum()
-        values, rows, columns = active_entries(pre, select(pre, n))
+        which = select(pre, n)
+        if isinstance(which, int):  # K entries of each token
+            values, columns = largest(pre, which)
+            values, columns = values.relu().flatten(), columns.flatten()
+            rows = torch.arange(len(x)).repeat_interleave(which)
+        else:  # all that reach a floor
+            none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
+            rows, columns = none.logical_not_().nonzero(as_tuple=True)
+            values = pre[rows, columns]
         f = SparseRows(single(values), rows, columns, pre.shape)
     if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
@@ -1412,10 +1389,7 @@ class Done:
 
 
 class Run:
-    """What a command line asks for. UserError for what cannot be.
-
-    In its folder stand the SAE after the first method, with that of phase one in `before`, those
-    of other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
+    """What a command line asks for, in a RunFolder. UserError for what cannot be."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -1430,7 +1404,6 @@ class Run:
         self.in_loop, self.stopping = False, 0  # the number of a signal
 
     def run(self):
-        """The whole run."""
         with contextlib.ExitStack() as closing:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, self.on_signal) or signal.SIG_DFL
@@ -1438,8 +1411,7 @@ class Run:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            if not self.restore():
-                self.folder.begin(asdict(self.config))
+            self.begin()
             self.train()
             for i in range(len(self.config.k)):
                 self.report(i)
@@ -1460,8 +1432,6 @@ class Run:
         progress("loading the model")
         self.lm.load(config.model, self.device, getattr(torch, config.dtype))
         self.lm.n_skip = int(tokenizer.bos_id is not None)
-        few = config.context < self.lm.n_skip + 2
-        refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         sae = model_loaders.sae_cfg(config.start) if config.start else None
         self.stream = TokenStream(*source, n_rows=len(self.lm.W_U), sae=sae)
@@ -1472,6 +1442,19 @@ class Run:
             model_loaders.note_changes(sae, config.start, asdict(config), self.identity)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
+
+    def begin(self):
+        """A new run; on --resume that of the last checkpoint. UserError if it is another."""
+        config, settings = self.config, asdict(self.config)
+        saved = self.folder.load_state(self.device) if config.resume else None
+        if saved:
+            self.folder.go_on(saved, settings, self.identity, world_size())
+            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
+                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
+            return
+        if config.resume:
+            say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
+        self.folder.begin(settings)
 
     def train(self):
         """Phase one, then each method from its SAEs."""
@@ -1500,19 +1483,20 @@ class Run:
             width = len(saes[0].b_dec)
             refuse(width != d_model, f"--start: width {width}; {config.model} has {d_model}")
         else:
-            kind, size = KINDS[config.sae], (d_model, config.d_sae)
             saes = []
             for k in config.k:
                 torch.manual_seed(config.seed)  # what a kind draws is the same in all processes
-                with user_errors(f"--d-sae {config.d_sae}"):
-                    saes.append(kind(*size, k=k, seed=config.seed))
+                saes.append(KINDS[config.sae](d_model, config.d_sae, k=k, seed=config.seed))
         saes = [sae.to(self.device) for sae in saes]
-        for sae, (saved, numbers) in zip(saes, done.saes):
+        for sae, (saved, own) in zip(saes, done.saes):
             sae.load_state_dict(saved)
-            vars(sae).update(numbers)
+            vars(sae).update(own)
         if done.limit is None:
             n = min(self.n_mse or self.n, 32_768 // config.context + 1)
-            x, done.limit = first_activations(self.lm, self.stream, n, config)
+            x = collect(self.lm, self.stream.train(0, n).to(self.device), config)
+            done.limit = sink_limit(x, self.lm.n_skip, config.sink_norm)
+            x = single(x[content(x, self.lm.n_skip, done.limit)])
+            refuse(len(x) == 0, ALL_SINKS)
             scale = x.pow(2).sum(-1).mean().sqrt()
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
@@ -1559,19 +1543,13 @@ class Run:
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
                 t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
-        done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
+        done.model_figures, rows = evaluate(*arguments, f"{name}, evaluation")
         for row, before in zip(rows, done.results.get("MSE", [])):
             known = trained and before["gap"] > 0  # else there is none to close
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
-            done.saes = [(t.sae.state_dict(), t.sae.plain_numbers()) for t in phase.trainees]
-
-    def label(self, name: str) -> str:
-        start = "at the random start" if not self.n_mse else "after MSE"
-        labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
-        labels["mse"] = "after MSE alone, same tokens"
-        return labels.get(name, f"after {name}")
+            done.saes = [(t.sae.state_dict(), plain_state(t.sae)) for t in phase.trainees]
 
     def report(self, i: int):
         """Writes report.json and prints the closing table of SAE i."""
@@ -1587,26 +1565,30 @@ class Run:
         say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
+        start = "after MSE" if self.n_mse else "at the random start"
+        labels = {"MSE": "as loaded" if config.start else start, "kl": "after KL+MSE"}
+        labels["mse"] = "after MSE alone, same tokens"
         for name, row in results.items():
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            say(f"{self.label(name):29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
+            label = labels.get(name, f"after {name}")
+            say(f"{label:29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
 
     def after_step(self, phase: Phase, figures: list[dict]):
         """Figures to metrics.jsonl; a line for the reader; a checkpoint when it is time for one, or
         when a signal asks for the end."""
-        now, first_or_last = time.monotonic(), phase.step in (1, phase.steps)
+        now, shown = time.monotonic(), phase.step in (1, phase.steps)
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
-        if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
+        if shown or now - self.told > 2:
             row, left = figures[-1], phase.time_left(now)
             names = self.config.method if self.config.kl_tokens else []
             rest = [name for name in names if name not in {phase.name, *self.done.results}]
             then = ", ".join(["evaluation", *rest])
             text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then {then}"
-            progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
+            progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=shown)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([float(self.stopping > 0), float(due)])
@@ -1631,23 +1613,11 @@ class Run:
         self.folder.log([json.dumps({**line, "k": k, **row}) for k, row in zip(config.k, rows)])
 
     def checkpoint(self, phase: Phase | None = None):
-        """Saves all that `restore` needs, of several processes each its own."""
+        """Saves all that `begin` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
         self.folder.save_state(state, f"{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
-
-    def restore(self) -> bool:
-        """Goes back to the last checkpoint, if there is one. UserError if its settings, model or
-        data differ."""
-        saved = self.folder.load_state(self.device) if self.config.resume else None
-        if saved:
-            self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
-            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
-                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
-        elif self.config.resume:
-            say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
-        return saved is not None
 
     def on_signal(self, number: int, frame):
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
