@@ -237,10 +237,8 @@ class SAE(nn.Module):
         """What SAELens's cfg.json says of this kind."""
         return {"architecture": self.architecture}
 
-    @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict):
-        """Writes the SAE in SAELens's layout. metadata: model_name, hook_name, ... UserError where
-        the folder cannot be written."""
+        """Writes the SAE in SAELens's layout, or UserError. metadata: model_name, hook_name, ..."""
         numbers = {name: getattr(self, name) for name in self.numbers}
         numbers = {name: n if type(n) is int else float(n) for name, n in numbers.items()}
         own = {"kind": self.kind, **numbers}
@@ -249,7 +247,6 @@ class SAE(nn.Module):
         model_loaders.write_sae(folder, tensors, cfg)
 
     @staticmethod
-    @torch.no_grad()
     def load(source: str | Path) -> SAE:
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
@@ -556,8 +553,7 @@ class Trainee:
         return (beta * kl + mse) / 2 + penalty
 
     def splice(self, tokens, resid, x, keep, config: Config):
-        """x, x_hat [B T, D], f, and the stream resid [B, T, D] with x_hat for x where keep [B, T]
-        is True."""
+        """x, x_hat [B T, D], f, and the stream resid with x_hat for x where keep [B, T] is True."""
         with config.autocast(x.device):
             x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
         spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
@@ -624,9 +620,8 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def finetune_lr(sae: SAE, steps: int) -> float:
-    """The first rate of a fine-tune of so many steps: 0.36 / sqrt(F D), as experiments/length.py
-    found it for short ones; above 740 steps less by their root: for Pythia-160M and 25M tokens the
-    published 5e-5."""
+    """The first rate of a fine-tune: 0.36 / sqrt(F D), as experiments/length.py found it; above
+    740 steps less by their root, and so for Pythia-160M and 25M tokens the published 5e-5."""
     return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
 
 
@@ -770,7 +765,7 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
 
     gap: CE above the model's own. l0: active latents per token. dead: latents that never fire here.
     left_out: the share of positions without content (`content`, by `limit`), which do not count."""
-    sums = collections.defaultdict(float)  # over all batches
+    sums = collections.defaultdict(int)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
         progress(f"{label}: {number / len(batches):.0%}", now=number == 0)
@@ -782,15 +777,15 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
             own_x, x_hat, f, spliced = t.splice(batch, resid, x, keep, config)
             passes.append((t.lm, spliced))
             sums["error", i] += (own_x - x_hat)[keep.flatten()].double().pow(2).sum()
-            sums["fired", i] += counts(f).double()
+            sums["fired", i] += counts(f)
         scored = keep[:, :-1]  # a token's next one is its target
         lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
         sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
         x = x[keep].double()
         sums["x"] += x.sum(0)
         sums["x^2"] += x.pow(2).sum()
-        sums["kept"] += keep.sum().double()
-        sums["scored"] += scored.sum().double()
+        sums["kept"] += keep.sum()
+        sums["scored"] += scored.sum()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
     kept = sums["kept"].item()
@@ -1013,7 +1008,7 @@ class LanguageModel(nn.Module):
     A family is a subclass, in FAMILIES by the model_type of its config.json: what that means
     (what `read_settings` takes), the blocks, the names of the parts."""
 
-    block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
+    block_kind = norm_kind = nn.Identity  # classes; a block is made of settings and its number
     names = ()  # of body, embedding, blocks, final norm and head
     eps = ""  # the setting of the norms
     known = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
@@ -1029,12 +1024,12 @@ class LanguageModel(nn.Module):
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
         self.max_context = c.max_position_embeddings
         self.settings = c
-        norm = functools.partial(self.norm_kind, eps=getattr(c, self.eps))
+        c.norm = functools.partial(self.norm_kind, eps=getattr(c, self.eps))
         body, embedding, blocks, final_norm, head = self.names
         parts = nn.ModuleDict()
         parts[embedding] = nn.Embedding(c.vocab_size, c.hidden_size)
-        parts[blocks] = nn.ModuleList(self.block_kind(c, i, norm) for i in range(n_layers))
-        parts[final_norm] = norm(c.hidden_size)
+        parts[blocks] = nn.ModuleList(self.block_kind(c, i) for i in range(n_layers))
+        parts[final_norm] = c.norm(c.hidden_size)
         self.add_module(body, parts)
         if not c.tie_word_embeddings:
             self.add_module(head, nn.Linear(c.hidden_size, c.vocab_size, bias=False))
@@ -1064,8 +1059,7 @@ class LanguageModel(nn.Module):
         return self.part(1)(tokens)
 
     def prefix(self, tokens, layer: int):
-        """Output [B, T, D] of block `layer` (-1: the embedding) for tokens [B, T]; later blocks
-        never run."""
+        """Output [B, T, D] of block `layer` (-1: the embedding); later blocks never run."""
         refuse(layer not in range(-1, len(self.blocks)), f"there is no block {layer}")
         return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
@@ -1124,14 +1118,14 @@ class PythiaBlock(nn.Module):
 
     attn_out, mlp_out = "attention", "mlp"  # modules whose outputs are added to the stream
 
-    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int):
         super().__init__()
         head_dim = c.hidden_size // c.num_attention_heads
         read_settings(vars(c), {"head_dim": [head_dim, None]})
         self.rope = read_rope(vars(c), head_dim, c.rotary_emb_base, c.rotary_pct)
         self.parallel = c.use_parallel_residual
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
+        self.input_layernorm = c.norm(c.hidden_size)
+        self.post_attention_layernorm = c.norm(c.hidden_size)
         self.attention = PythiaAttention(c)
         self.mlp = PythiaMLP(c)
 
@@ -1168,7 +1162,7 @@ class GemmaAttention(nn.Module):
     """Grouped-query attention to the last `window` tokens. Gemma 2 soft-caps the scores; Gemma 3
     norms q and k instead."""
 
-    def __init__(self, c: SimpleNamespace, window: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, window: int):
         super().__init__()
         self.n_kv = c.num_key_value_heads
         self.head_dim = c.head_dim
@@ -1180,8 +1174,8 @@ class GemmaAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
         self.o_proj = nn.Linear(d_q, c.hidden_size, bias=False)
-        self.q_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
-        self.k_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
+        self.q_norm = c.norm(c.head_dim) if c.gemma_3 else nn.Identity()
+        self.k_norm = c.norm(c.head_dim) if c.gemma_3 else nn.Identity()
 
     def forward(self, x, cos, sin):
         q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
@@ -1217,7 +1211,7 @@ class GemmaBlock(nn.Module):
 
     attn_out, mlp_out = "post_attention_layernorm", "post_feedforward_layernorm"
 
-    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int):
         super().__init__()
         every = c.sliding_window_pattern if c.gemma_3 else 2
         kind = "sliding_attention" if (i + 1) % every else "full_attention"
@@ -1227,12 +1221,12 @@ class GemmaBlock(nn.Module):
         base = c.rope_local_base_freq if c.gemma_3 and sliding else c.rope_theta
         self.rope = read_rope(vars(c), c.head_dim, base, 1.0, kind if c.gemma_3 else "")
         window = c.sliding_window if sliding else 2**31  # more than any sequence has
-        self.self_attn = GemmaAttention(c, window, norm)
+        self.self_attn = GemmaAttention(c, window)
         self.mlp = GemmaMLP(c)
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
-        self.pre_feedforward_layernorm = norm(c.hidden_size)
-        self.post_feedforward_layernorm = norm(c.hidden_size)
+        self.input_layernorm = c.norm(c.hidden_size)
+        self.post_attention_layernorm = c.norm(c.hidden_size)
+        self.pre_feedforward_layernorm = c.norm(c.hidden_size)
+        self.post_feedforward_layernorm = c.norm(c.hidden_size)
 
     def forward(self, x, cos, sin):
         attended = self.self_attn(self.input_layernorm(x), cos, sin)
@@ -1282,8 +1276,7 @@ FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma2, gemma3_text=Gemma3, gemma3=Gemma
 
 # ---- From a name to a model --------------------------------------------------------------------
 def build_lm(config: dict) -> LanguageModel:
-    """The model that a parsed config.json describes, without weights (on the meta device).
-    UserError for what is not ours, and for what cannot be."""
+    """The model of a parsed config.json, on the meta device. UserError for one that is not ours."""
     kind = config.get("model_type")
     other = kind not in [*FAMILIES]  # it may be anything
     refuse(other, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
@@ -1576,8 +1569,7 @@ class Run:
             say(f"{label:29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
 
     def after_step(self, phase: Phase, figures: list[dict]):
-        """Figures to metrics.jsonl; a line for the reader; a checkpoint when it is time for one, or
-        when a signal asks for the end."""
+        """Metrics, a line for the reader, a checkpoint: each where it is time for it."""
         now, shown = time.monotonic(), phase.step in (1, phase.steps)
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
@@ -1600,11 +1592,9 @@ class Run:
             raise KeyboardInterrupt(self.stopping or signal.SIGTERM)
 
     def log(self, phase: Phase, figures: list[dict]):
-        """A line of metrics.jsonl for each SAE: means over GPUs. UserError where a loss is not
-        finite."""
+        """Lines of metrics.jsonl, means over GPUs. UserError where a loss is not finite."""
         config, step = self.config, phase.step
-        table = torch.stack([torch.stack([*row.values()]) for row in figures])  # [SAEs, figures]
-        rows = [dict(zip(figures[0], row)) for row in mean_over_ranks(table).tolist()]
+        rows = [{name: mean_over_ranks(x).item() for name, x in row.items()} for row in figures]
         finite = all(math.isfinite(row["loss"]) for row in rows)
         refuse(not finite, f"a loss of {phase.name} at step {step} is not finite: lower its rate")
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
@@ -1653,18 +1643,16 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
 
 
 def told_by_sae(source: str, given: dict) -> dict:
-    """The settings that an SAE tells of itself. UserError where `given` ones contradict it, or do
-    not say what it lacks."""
+    """The settings that an SAE tells. UserError where `given` ones contradict it, or lack some."""
     tensors, cfg = model_loaders.read_sae(source)
     told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
     threshold = tensors.get("threshold", torch.zeros(0))
     if told["sae"] == "jumprelu" and len(threshold.unique()) == 1:
         one = "one threshold for all latents, which stays; convert.py knows BatchTopK's"
         model_loaders.say_once(f"note: {source} has {one}")
-    for name in ("layer", "place", "k", "sae", "d_sae"):
-        differs = name in told and given.get(name, told[name]) != told[name]
-        flag_of = f"--{name.replace('_', '-')} {given.get(name)}"
-        refuse(differs, f"{flag_of}: the SAE of --start has {told.get(name)}")
+    for name in sorted(given.keys() & told.keys() & {"layer", "place", "k", "sae", "d_sae"}):
+        flag_of = f"--{name.replace('_', '-')} {given[name]}"
+        refuse(given[name] != told[name], f"{flag_of}: the SAE of --start has {told[name]}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     silent = ("prepend_bos", "model_from_pretrained_kwargs")
