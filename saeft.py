@@ -491,7 +491,8 @@ class ActivationBuffer:
         n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
         tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
         x = collect(self.lm, tokens, config)
-        rows = torch.cat([self.rows[self.used :], x[content(x, self.lm.n_skip, self.limit)]])
+        keep = content(x, self.lm.n_skip, self.limit)
+        rows = torch.cat([self.rows[self.used :], x[keep]])
         self.next_sequence += n * world_size()
         self.refills += 1
         seed = (config.seed * 1009 + rank()) * 1_000_003 + self.refills
@@ -1583,7 +1584,7 @@ class Run:
             progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=shown)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
-        wishes = torch.tensor([float(self.stopping > 0), float(due)])
+        wishes = torch.tensor([self.stopping > 0, due]).float()
         stop, due = sum_over_ranks(wishes).tolist()  # all processes at the same step
         if stop or due:
             self.checkpoint(phase)
@@ -1593,14 +1594,17 @@ class Run:
 
     def log(self, phase: Phase, figures: list[dict]):
         """Lines of metrics.jsonl, means over GPUs. UserError where a loss is not finite."""
-        config, step = self.config, phase.step
-        rows = [{name: mean_over_ranks(x).item() for name, x in row.items()} for row in figures]
-        finite = all(math.isfinite(row["loss"]) for row in rows)
-        refuse(not finite, f"a loss of {phase.name} at step {step} is not finite: lower its rate")
+        config, name, step = self.config, phase.name, phase.step
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
-        line = {"phase": phase.name, "step": step, "tokens": step * per_step * world_size()}
-        line["seconds"] = self.done.seconds[phase.name]
-        self.folder.log([json.dumps({**line, "k": k, **row}) for k, row in zip(config.k, rows)])
+        line = {"phase": name, "step": step, "tokens": step * per_step * world_size()}
+        line["seconds"] = self.done.seconds[name]
+        lines = []
+        for k, row in zip(config.k, figures):
+            row = {name: mean_over_ranks(value).item() for name, value in row.items()}
+            finite = math.isfinite(row["loss"])
+            refuse(not finite, f"a loss of {name} at step {step} is not finite: lower its rate")
+            lines.append(json.dumps({**line, "k": k, **row}))
+        self.folder.log(lines)
 
     def checkpoint(self, phase: Phase | None = None):
         """Saves all that `begin` needs, of several processes each its own."""
