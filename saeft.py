@@ -146,16 +146,15 @@ def activate(pre, which):
 
 
 def encode(x, b_dec, W_enc, b_enc, select, keep=None):
-    """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre, number kept) says which
-    pre-activations stay (see `activate`). On the CPU f is a `SparseRows`, of the same values."""
+    """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre) says which pre-activations stay
+    (see `activate`). On the CPU f is a `SparseRows`, of the same values."""
     refuse(x.dim() != 2, f"x has the shape {[*x.shape]}: give [N, D], as x.flatten(0, -2) is")
     if FAST and x.is_cpu:
         return sparse_encode(x, b_dec, W_enc, b_enc, select, keep)
     pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
-    if keep is None:
-        keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    pre = pre.masked_fill(~keep[:, None], -torch.inf)
-    return activate(pre, select(pre.detach(), keep.sum()))
+    if keep is not None:
+        pre = pre.masked_fill(~keep[:, None], -torch.inf)
+    return activate(pre, select(pre.detach()))
 
 
 def plain_state(thing) -> dict:
@@ -209,8 +208,8 @@ class SAE(nn.Module):
         """f [N, F], a tensor or, on the CPU, `SparseRows`; f.to_dense() is always the tensor."""
         return encode(x, self.b_dec, self.W_enc, self.b_enc, self.select, keep)
 
-    def select(self, pre, n):
-        """Which pre-activations [N, F] of n kept tokens stay: K, an int, or a floor."""
+    def select(self, pre):
+        """Which pre-activations [N, F] stay: K, an int, or a floor. Tokens not kept have -inf."""
         return 0.0
 
     @torch.no_grad()
@@ -272,7 +271,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
         refuse(not 0 < k <= d_sae or k % 1, f"K = {k} of {d_sae} latents")
         super().__init__(d_model, d_sae, k, seed)
 
-    def select(self, pre, n):
+    def select(self, pre):
         return int(self.k)
 
     def cfg(self):
@@ -290,7 +289,7 @@ class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
         super().__init__(*args, **kwargs)
         self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
-    def select(self, pre, n):
+    def select(self, pre):
         return torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     def start(self, x, config):
@@ -305,10 +304,11 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
 
     numbers = ("k",)
 
-    def select(self, pre, n):
+    def select(self, pre):
         if not self.training:
-            return super().select(pre, n)
+            return super().select(pre)
         k = self.l0_target or self.k  # a published threshold may leave another L0 than K
+        n = (pre[:, 0] != -torch.inf).sum()  # tokens kept
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
         return largest.gather(0, last[None])[0]  # indexing would wait for the device
@@ -382,7 +382,7 @@ def auxk_loss(sae: SAE, x, error):
     its reconstruction e_hat, without bias, by the D/2 most active dead latents."""
     e, dead = error.detach(), sae.dead
     k = min(x.shape[1] // 2, len(dead))
-    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: k)
+    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre: k)
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
     return (e - f @ sae.W_dec[dead]).pow(2).sum() / mean_over_ranks(variance)
 
@@ -914,11 +914,9 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
     with torch.no_grad():
         centred = x - b_dec
         pre = F.linear(centred, W_enc, b_enc)  # [N, F], in bfloat16 under autocast
-        n = torch.tensor(len(x))
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
-            n = keep.sum()
-        which = select(pre, n)
+        which = select(pre)
         if isinstance(which, int):  # K entries of each token
             values, columns = largest(pre, which)
             values, columns = values.relu().flatten(), columns.flatten()
@@ -1069,10 +1067,8 @@ class LanguageModel(nn.Module):
         return self.run_blocks(resid, self.blocks[layer + 1 :])
 
     def run_blocks(self, resid, blocks):
-        tables = {}
+        tables = {rope: rope_tables(resid, *rope) for rope in {block.rope for block in blocks}}
         for block in blocks:
-            if block.rope not in tables:
-                tables[block.rope] = rope_tables(resid, *block.rope)
             resid = block(resid, *tables[block.rope])
         return resid
 

@@ -423,7 +423,7 @@ MISTAKES = {
     "no SAE": ("--start /nowhere", "/nowhere"),
     "no SAE of nobody": ("--start ~nobody/x", "'~nobody/x' has no cfg.json"),
     "a rate that is not used": ("--kl-lr 1 --tokens 5k --kl-tokens 5k", "the rate is --lr"),
-    "no token with a next one": ("--context 2 --bos yes --kl-batch 64", "--context 2 is not from 3"),
+    "no token with a next one": ("--context 2 --bos yes", "--context 2 is not from 3"),
 }
 
 
@@ -1052,10 +1052,10 @@ def test_missing_settings_are_named(configs):
 # ---- The SAE: plain, fast, and by its equations --------------------------------------------------
 LINE = torch.linspace(0, 1, 20, dtype=torch.double)
 SELECT = {  # what `encode` is told to keep, and the same by the equations
-    "topk": (lambda pre, n: 5, {"kind": "topk"}),
-    "relu": (lambda pre, n: 0.0, {"kind": "relu"}),
-    "threshold": (lambda pre, n: 0.7, {"kind": "relu", "threshold": 0.7}),
-    "thresholds": (lambda pre, n: LINE, {"kind": "relu", "threshold": LINE}),
+    "topk": (lambda pre: 5, {"kind": "topk"}),
+    "relu": (lambda pre: 0.0, {"kind": "relu"}),
+    "threshold": (lambda pre: 0.7, {"kind": "relu", "threshold": 0.7}),
+    "thresholds": (lambda pre: LINE, {"kind": "relu", "threshold": LINE}),
     "batchtopk": (BatchTopK(2, 2, k=3).select, {"kind": "batchtopk", "k": 3}),
 }
 
