@@ -711,7 +711,7 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
-        kls = [torch.zeros_like(n) for _ in passes]
+        kls = n.new_zeros(len(passes))
         if not by_mse:
             lasts_q = []
             for t, (*_, spliced) in zip(phase.trainees, passes):
@@ -970,10 +970,9 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
-    elif layer_type:
-        rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
-        lacks = not isinstance(rope, dict)
-        refuse(lacks, f"config.json has rope_parameters without {layer_type}")
+    elif layer_type:  # a flat one is not what it seems: transformers ignores it
+        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
+        rope = rope[layer_type]
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     other = kind not in ("default", "linear") or not rope.keys() <= names
