@@ -977,12 +977,12 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
     other = kind not in ("default", "linear") or not rope.keys() <= names
     refuse(other, f"config.json has rotary positions {rope!r:.80}")
-    known = {"rope_theta": base, "factor": None if kind == "linear" else 1.0}
+    known = {"rope_theta": base, "factor": None if kind == "linear" else [1.0]}
     # Gemma knows no other share than 1.
     known["partial_rotary_factor"] = [1.0, None] if share == 1 else [share, None, ANY]
     rope = read_settings(rope, known)
     dim = int(head_dim * (rope.partial_rotary_factor or share))
-    return dim, rope.rope_theta, rope.factor if kind == "linear" else 1.0
+    return dim, rope.rope_theta, rope.factor
 
 
 def rotate(x, cos, sin):
@@ -1566,17 +1566,17 @@ class Run:
 
     def after_step(self, phase: Phase, figures: list[dict]):
         """Metrics, a line for the reader, a checkpoint: each where it is time for it."""
-        now, shown = time.monotonic(), phase.step in (1, phase.steps)
+        now, first_or_last = time.monotonic(), phase.step in (1, phase.steps)
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
-        if shown or now - self.told > 2:
+        if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
             row, left = figures[-1], phase.time_left(now)
             names = self.config.method if self.config.kl_tokens else []
             rest = [name for name in names if name not in {phase.name, *self.done.results}]
             then = ", ".join(["evaluation", *rest])
             text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then {then}"
-            progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=shown)
+            progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([self.stopping > 0, due]).float()
