@@ -485,13 +485,13 @@ class ActivationBuffer:
         self.rows = self.lm.W_U.new_empty(0, self.lm.W_U.shape[1])
 
     def refill(self):
-        began = time.monotonic()
-        config, per_sequence = self.config, self.config.context - self.lm.n_skip
+        began, lm, config = time.monotonic(), self.lm, self.config
+        per_sequence = config.context - lm.n_skip
         free = per_sequence * config.buffer + 2 * config.batch - (len(self.rows) - self.used)
         n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
-        tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
-        x = collect(self.lm, tokens, config)
-        keep = content(x, self.lm.n_skip, self.limit)
+        tokens = own_sequences(self.stream, self.next_sequence, n, lm.W_U.device)
+        x = collect(lm, tokens, config)
+        keep = content(x, lm.n_skip, self.limit)
         rows = torch.cat([self.rows[self.used :], x[keep]])
         self.next_sequence += n * world_size()
         self.refills += 1
@@ -1408,22 +1408,22 @@ class Run:
 
     def prepare(self, closing: contextlib.ExitStack):
         """Loads the model, and starts the stream of tokens."""
-        config = self.config
+        config, lm = self.config, self.lm
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         what = f"the SAE of {config.start}" if config.start else f"{config.sae} SAE"
         block = f"block {config.layer} of {config.model}"
         say(f"saeft: {what}, {config.d_sae:,} latents, {block}, on {self.device}")
         mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
         say(f"{mse_tokens:,} tokens of MSE, {config.kl_tokens:,} of {', '.join(config.method)}")
-        tokenizer = self.lm.load_tokenizer(config.model, config.bos)
+        tokenizer = lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
             config.data = model_loaders.OWN_DATA.get(tokenizer.vocabulary, "c4")
         progress("loading the model")
-        self.lm.load(config.model, self.device, getattr(torch, config.dtype))
-        self.lm.n_skip = int(tokenizer.bos_id is not None)
+        lm.load(config.model, self.device, getattr(torch, config.dtype))
+        lm.n_skip = int(tokenizer.bos_id is not None)
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         sae = model_loaders.sae_cfg(config.start) if config.start else None
-        self.stream = TokenStream(*source, n_rows=len(self.lm.W_U), sae=sae)
+        self.stream = TokenStream(*source, n_rows=len(lm.W_U), sae=sae)
         closing.callback(self.stream.close)
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
