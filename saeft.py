@@ -28,8 +28,6 @@ K active latents, L the layer. CE and KL are in nats per token; FVU is a share o
 Units: x, f, biases, thresholds and lambda are in units of the activations. Phase one is given
 x / scale, scale = sqrt(mean ||x||^2), so that its settings carry over between models. When it ends
 they are multiplied by scale (`SAE.rescale`), and from then on everything is raw.
-
-A fork states its difference in a file of its own and adds it here by a name: see experiments/forks.
 """
 
 from __future__ import annotations
@@ -49,7 +47,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages: new gradients cost far less
 
@@ -64,7 +61,7 @@ from model_loaders import TokenStream, UserError, flag, progress, refuse, say, u
 
 FAST = True  # False: nothing of the section "Fast paths" is used; to compare
 
-# What there is by name, and what a fork adds to.
+# What there is by name. A fork adds its own in a file of its own: see experiments/forks.
 KINDS: dict = {}  # --sae: a class of SAE
 METHODS: dict = {}  # --method: (lm, a copy of the SAE of phase one, config) -> Trainee
 PLACES: dict = {}  # --place: (lm, tokens, layer) -> residual stream, x
@@ -87,11 +84,11 @@ class Config:
     # The SAE
     sae: str = flag("topk", "kind of SAE", choices=KINDS)
     k: list[int] = flag([80], "active latents K; for several, an SAE each", 1, nargs="+")
-    d_sae: int = flag(2**14, "number of latents F", 1)
+    d_sae: int = flag(2**14, "number of latents F", 1, 2**31)
     # Tokens
     tokens: int = flag(500_000_000, "training tokens in all", 1)
     kl_tokens: int = flag(25_000_000, "how many of them, the last ones, are the fine-tune's", 0)
-    context: int = flag(1024, "tokens in a sequence", 2)
+    context: int = flag(1024, "tokens in a sequence, one of which may be <bos>", 3)
     batch: int = flag(2048, "activations in a step of phase one, for each GPU", 2)
     kl_batch: int = flag(8, "sequences in a step of the fine-tune, for each GPU", 1)
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
@@ -149,16 +146,20 @@ def activate(pre, which):
 
 
 def encode(x, b_dec, W_enc, b_enc, select, keep=None):
-    """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre, number kept) says which
-    pre-activations stay (see `activate`). On the CPU f is a `SparseRows`, of the same values."""
+    """f [N, F] of x [N, D]; 0 where keep [N] is False. select(pre) says which pre-activations stay
+    (see `activate`). On the CPU f is a `SparseRows`, of the same values."""
     refuse(x.dim() != 2, f"x has the shape {[*x.shape]}: give [N, D], as x.flatten(0, -2) is")
     if FAST and x.is_cpu:
         return sparse_encode(x, b_dec, W_enc, b_enc, select, keep)
     pre = F.linear(x - b_dec, W_enc, b_enc)  # [N, F]
-    if keep is None:
-        keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    pre = pre.masked_fill(~keep[:, None], -torch.inf)
-    return activate(pre, select(pre.detach(), keep.sum()))
+    if keep is not None:
+        pre = pre.masked_fill(~keep[:, None], -torch.inf)
+    return activate(pre, select(pre.detach()))
+
+
+def plain_state(thing) -> dict:
+    """An object's own numbers and tensors: what a checkpoint keeps of it, beside a `state_dict`."""
+    return {name: x for name, x in vars(thing).items() if type(x) in (int, float, Tensor)}
 
 
 def counts(f):
@@ -174,13 +175,14 @@ class SAE(nn.Module):
     `encode`), what it adds to the loss (`penalty`), what moves after a step (`after_step`). Its
     parameters and buffers are saved in SAELens's layout, as the `architecture` there that gives the
     same f (default: its own name, which SAELens refuses); `numbers`, which its constructor takes,
-    in cfg.json. Checkpoints have every saved buffer, parameter and plain number."""
+    in cfg.json. Checkpoints have every saved buffer, parameter, plain number and tensor."""
 
     kind = architecture = ""
     numbers = ("k",)
     scaled = ("b_enc", "b_dec")  # what is in units of x
     unit_norm = True  # whether decoder directions keep norm 1
-    dead = ()  # in phase one, latents that have not fired for --dead-after tokens
+    idle = 0  # in phase one, [F]: for how many tokens a latent has not fired
+    dead = ()  # those for which it is above --dead-after
     l0_target = None  # in phase two, the L0 of the evaluation before it
 
     def __init_subclass__(cls, kind: str, architecture: str | None = None):
@@ -196,7 +198,6 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("idle", torch.zeros(d_sae).long(), persistent=False)  # see `dead`
 
     def forward(self, x, keep=None):
         """x_hat [N, D] and f [N, F] of x [N, D]; f is 0 where keep [N] is False."""
@@ -207,8 +208,8 @@ class SAE(nn.Module):
         """f [N, F], a tensor or, on the CPU, `SparseRows`; f.to_dense() is always the tensor."""
         return encode(x, self.b_dec, self.W_enc, self.b_enc, self.select, keep)
 
-    def select(self, pre, n):
-        """Which pre-activations [N, F] of n kept tokens stay: K, an int, or a floor."""
+    def select(self, pre):
+        """Which pre-activations [N, F] stay: K, an int, or a floor. Tokens not kept have -inf."""
         return 0.0
 
     @torch.no_grad()
@@ -231,18 +232,12 @@ class SAE(nn.Module):
         for name in self.scaled:
             getattr(self, name).mul_(scale)
 
-    def plain_numbers(self) -> dict:
-        """What a checkpoint keeps beside `state_dict`."""
-        return {name: n for name, n in vars(self).items() if type(n) in (int, float)}
-
     def cfg(self) -> dict:
         """What SAELens's cfg.json says of this kind."""
         return {"architecture": self.architecture}
 
-    @torch.no_grad()
     def save(self, folder: str | Path, metadata: dict):
-        """Writes the SAE in SAELens's layout. metadata: model_name, hook_name, ... UserError where
-        the folder cannot be written."""
+        """Writes the SAE in SAELens's layout, or UserError. metadata: model_name, hook_name, ..."""
         numbers = {name: getattr(self, name) for name in self.numbers}
         numbers = {name: n if type(n) is int else float(n) for name, n in numbers.items()}
         own = {"kind": self.kind, **numbers}
@@ -251,16 +246,14 @@ class SAE(nn.Module):
         model_loaders.write_sae(folder, tensors, cfg)
 
     @staticmethod
-    @torch.no_grad()
     def load(source: str | Path) -> SAE:
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
         UserError where there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
-        kind, own = kind_of(cfg, source), cfg["saeft"]
+        kind, said = kind_of(cfg, source), {**cfg["saeft"], **cfg}
         advice = f"python experiments/convert.py {source} FOLDER"
         with user_errors(f"{source}: not an SAE of kind {kind.kind} as saved; try {advice}"):
-            said = {name: cfg.get(name, own.get(name)) for name in kind.numbers}
-            numbers = {name: n for name, n in said.items() if n is not None}
+            numbers = {name: said[name] for name in kind.numbers if said.get(name) is not None}
             fits = all(abs(n) < 2**31 for n in numbers.values()) and numbers.get("k", 0) >= 0
             refuse(not fits, f"{source} has {numbers!r:.80}")
             sae = kind(cfg["d_in"], cfg["d_sae"], **numbers)
@@ -278,7 +271,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
         refuse(not 0 < k <= d_sae or k % 1, f"K = {k} of {d_sae} latents")
         super().__init__(d_model, d_sae, k, seed)
 
-    def select(self, pre, n):
+    def select(self, pre):
         return int(self.k)
 
     def cfg(self):
@@ -296,7 +289,7 @@ class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
         super().__init__(*args, **kwargs)
         self.register_buffer("threshold", torch.zeros_like(self.b_enc))
 
-    def select(self, pre, n):
+    def select(self, pre):
         return torch.nextafter(self.threshold, self.threshold + 1)  # strictly above
 
     def start(self, x, config):
@@ -311,10 +304,11 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
 
     numbers = ("k",)
 
-    def select(self, pre, n):
+    def select(self, pre):
         if not self.training:
-            return super().select(pre, n)
+            return super().select(pre)
         k = self.l0_target or self.k  # a published threshold may leave another L0 than K
+        n = (pre[:, 0] != -torch.inf).sum()  # tokens kept
         largest = pre.flatten().topk(math.ceil(k * len(pre))).values
         last = (k * n).round().long().clamp_min(1) - 1
         return largest.gather(0, last[None])[0]  # indexing would wait for the device
@@ -371,17 +365,15 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 
 
 def kind_of(cfg: dict, source="") -> type[SAE]:
-    """The class of a cfg of `read_sae`: what wrote it, where that is known here, else whatever has
-    SAELens's architecture. UserError for others."""
+    """The class of a cfg of `read_sae`: what wrote it, where that is known here, else the first one
+    of SAELens's architecture. UserError for others."""
     unsaid = cfg.get("architecture") is None and cfg.get("k")
     refuse(unsaid, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture")
     architecture = str(cfg.get("architecture", "standard"))
-    kind = KINDS.get(str(cfg["saeft"].get("kind")))
-    if kind is None or kind.architecture != architecture:
-        kind = KINDS.get("relu" if architecture == "standard" else architecture)
-    known = ", ".join(sorted({cls.architecture for cls in KINDS.values()}))
-    refuse(kind is None, f"{source}: architecture {architecture!r:.60}; there are {known}")
-    return kind
+    kinds = {name: kind for name, kind in KINDS.items() if kind.architecture == architecture}
+    known = ", ".join(sorted({kind.architecture for kind in KINDS.values()}))
+    refuse(not kinds, f"{source}: architecture {architecture!r:.60}; there are {known}")
+    return kinds.get(str(cfg["saeft"].get("kind")), next(iter(kinds.values())))
 
 
 # ---- The losses --------------------------------------------------------------------------------
@@ -390,7 +382,7 @@ def auxk_loss(sae: SAE, x, error):
     its reconstruction e_hat, without bias, by the D/2 most active dead latents."""
     e, dead = error.detach(), sae.dead
     k = min(x.shape[1] // 2, len(dead))
-    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre, n: k)
+    f = encode(x, sae.b_dec, sae.W_enc[dead], sae.b_enc[dead], lambda pre: k)
     variance = (e - mean_over_ranks(e.mean(0))).pow(2).sum()
     return (e - f @ sae.W_dec[dead]).pow(2).sum() / mean_over_ranks(variance)
 
@@ -474,15 +466,6 @@ def sink_limit(x, n_skip: int, sink_norm: float):
     return sink_norm * median if sink_norm else torch.full_like(median, torch.inf)
 
 
-def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
-    """Content x [N, D] of the first n sequences, and the norm above which a token is a sink."""
-    x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
-    limit = sink_limit(x, lm.n_skip, config.sink_norm)
-    x = single(x[content(x, lm.n_skip, limit)])
-    refuse(len(x) == 0, ALL_SINKS)
-    return x, limit
-
-
 @dataclass
 class ActivationBuffer:
     """Serves activations of many sequences in random order. When half of its rows [size, D] are
@@ -502,13 +485,14 @@ class ActivationBuffer:
         self.rows = self.lm.W_U.new_empty(0, self.lm.W_U.shape[1])
 
     def refill(self):
-        began = time.monotonic()
-        config, per_sequence = self.config, self.config.context - self.lm.n_skip
+        began, lm, config = time.monotonic(), self.lm, self.config
+        per_sequence = config.context - lm.n_skip
         free = per_sequence * config.buffer + 2 * config.batch - (len(self.rows) - self.used)
         n = min(free // per_sequence, (self.n_sequences - self.next_sequence) // world_size())
-        tokens = own_sequences(self.stream, self.next_sequence, n, self.lm.W_U.device)
-        x = collect(self.lm, tokens, config)
-        rows = torch.cat([self.rows[self.used :], x[content(x, self.lm.n_skip, self.limit)]])
+        tokens = own_sequences(self.stream, self.next_sequence, n, lm.W_U.device)
+        x = collect(lm, tokens, config)
+        keep = content(x, lm.n_skip, self.limit)
+        rows = torch.cat([self.rows[self.used :], x[keep]])
         self.next_sequence += n * world_size()
         self.refills += 1
         seed = (config.seed * 1009 + rank()) * 1_000_003 + self.refills
@@ -570,8 +554,7 @@ class Trainee:
         return (beta * kl + mse) / 2 + penalty
 
     def splice(self, tokens, resid, x, keep, config: Config):
-        """x, x_hat [B T, D], f, and the stream resid [B, T, D] with x_hat for x where keep [B, T]
-        is True."""
+        """x, x_hat [B T, D], f, and the stream resid with x_hat for x where keep [B, T] is True."""
         with config.autocast(x.device):
             x_hat, f = self.insert(x.flatten(0, 1), keep.flatten())
         spliced = (resid + (x_hat.view_as(x) - x)).to(resid.dtype)
@@ -586,14 +569,13 @@ class Trainee:
         adapted = [] if self.trained is self.sae else self.trained.named_parameters()
         frozen = {name for name, p in adapted if not p.requires_grad}  # which are as they were
         trained = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
-        own = {"idle": self.sae.idle, "dead": self.sae.dead, "numbers": self.sae.plain_numbers()}
-        return {"trained": trained, "optimizer": self.optimizer.state_dict(), **own}
+        optimizer, own = self.optimizer.state_dict(), plain_state(self.sae)
+        return {"trained": trained, "optimizer": optimizer, "own": own}
 
     def load_state_dict(self, state: dict):
         self.trained.load_state_dict(state["trained"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sae.idle, self.sae.dead = state["idle"], state["dead"]
-        vars(self.sae).update(state["numbers"])
+        vars(self.sae).update(state["own"])
 
 
 @dataclass
@@ -621,8 +603,7 @@ class Phase:
 
     def state_dict(self) -> dict:
         trainees = [t.state_dict() for t in self.trainees]
-        names = ("rows", "used", "next_sequence", "refills", "seconds") if self.buffer else ()
-        buffer = {name: getattr(self.buffer, name) for name in names}
+        buffer = plain_state(self.buffer) if self.buffer else {}
         return {"name": self.name, "step": self.step, "trainees": trainees, "buffer": buffer}
 
     def load_state_dict(self, state: dict):
@@ -640,9 +621,8 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def finetune_lr(sae: SAE, steps: int) -> float:
-    """The first rate of a fine-tune of so many steps: 0.36 / sqrt(F D), as experiments/length.py
-    found it for short ones; above 740 steps less by their root: for Pythia-160M and 25M tokens the
-    published 5e-5."""
+    """The first rate of a fine-tune: 0.36 / sqrt(F D), as experiments/length.py found it; above
+    740 steps less by their root, and so for Pythia-160M and 25M tokens the published 5e-5."""
     return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
 
 
@@ -717,9 +697,7 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
     """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
     divergences = [t.divergence for t in phase.trainees]
-    by_mse = divergences[0] is None  # no later block runs
-    mixed = any((divergence is None) != by_mse for divergence in divergences)
-    refuse(mixed, "--method: for some K its divergence is None, and for others it is not")
+    by_mse = not any(divergences)  # no later block runs
     for step in range(phase.step, phase.steps):
         first = phase.first + step * config.kl_batch * world_size()
         tokens = own_sequences(stream, first, config.kl_batch, lm.W_U.device)  # [B, T]
@@ -733,7 +711,7 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
-        kls = [torch.zeros_like(n) for _ in passes]
+        kls = n.new_zeros(len(passes))
         if not by_mse:
             lasts_q = []
             for t, (*_, spliced) in zip(phase.trainees, passes):
@@ -782,16 +760,13 @@ def ce_and_kl(lm: LanguageModel, lasts: list[Tensor], targets):
 
 
 @torch.no_grad()
-def evaluate(
-    lm, tokens, trainees: list[Trainee], limit, config: Config, label: str = "evaluating"
-) -> tuple[dict, list]:
-    """On held-out tokens [n, T]: figures of the model, and of each trainee. `label` begins the line
-    for the reader.
+def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="evaluating"):
+    """Figures, on held-out tokens [n, T], of the model, and of each trainee, in a list. `label`
+    begins the line for the reader.
 
-    ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
-    unexplained. l0: active latents per token. dead: latents that never fire on these tokens.
-    Positions without content (`content`, by `limit`) do not count; their share is `left_out`."""
-    sums = collections.defaultdict(float)  # over all batches
+    gap: CE above the model's own. l0: active latents per token. dead: latents that never fire here.
+    left_out: the share of positions without content (`content`, by `limit`), which do not count."""
+    sums = collections.defaultdict(int)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
         progress(f"{label}: {number / len(batches):.0%}", now=number == 0)
@@ -803,15 +778,15 @@ def evaluate(
             own_x, x_hat, f, spliced = t.splice(batch, resid, x, keep, config)
             passes.append((t.lm, spliced))
             sums["error", i] += (own_x - x_hat)[keep.flatten()].double().pow(2).sum()
-            sums["fired", i] += counts(f).double()
+            sums["fired", i] += counts(f)
         scored = keep[:, :-1]  # a token's next one is its target
         lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
         sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
         x = x[keep].double()
         sums["x"] += x.sum(0)
         sums["x^2"] += x.pow(2).sum()
-        sums["kept"] += keep.sum().double()
-        sums["scored"] += scored.sum().double()
+        sums["kept"] += keep.sum()
+        sums["scored"] += scored.sum()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
 
     kept = sums["kept"].item()
@@ -886,17 +861,6 @@ def largest(pre, k: int):
     return values, columns.gather(1, best)
 
 
-def active_entries(pre, which):
-    """What `activate` leaves of pre [N, F]; K entries of each token, or all that reach a floor."""
-    if not isinstance(which, int):
-        none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
-        tokens, latents = none.logical_not_().nonzero(as_tuple=True)
-        return pre[tokens, latents], tokens, latents
-    values, latents = largest(pre, which)
-    tokens = torch.arange(len(pre)).repeat_interleave(which)
-    return values.relu().flatten(), tokens, latents.flatten()
-
-
 def times(values, rows, columns, table, n: int):
     """The product [n, D] of a sparse matrix of n rows, its entries in their order, and a table."""
     offsets = torch.searchsorted(rows, torch.arange(n))
@@ -950,11 +914,17 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
     with torch.no_grad():
         centred = x - b_dec
         pre = F.linear(centred, W_enc, b_enc)  # [N, F], in bfloat16 under autocast
-        n = torch.tensor(len(x))
         if keep is not None:
             pre.masked_fill_(~keep[:, None], -torch.inf)
-            n = keep.sum()
-        values, rows, columns = active_entries(pre, select(pre, n))
+        which = select(pre)
+        if isinstance(which, int):  # K entries of each token
+            values, columns = largest(pre, which)
+            values, columns = values.relu().flatten(), columns.flatten()
+            rows = torch.arange(len(x)).repeat_interleave(which)
+        else:  # all that reach a floor
+            none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
+            rows, columns = none.logical_not_().nonzero(as_tuple=True)
+            values = pre[rows, columns]
         f = SparseRows(single(values), rows, columns, pre.shape)
     if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
@@ -964,61 +934,55 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
 
 
 # ---- Language models: what the families share --------------------------------------------------
-def read_settings(config: dict, numbers: dict, choices: dict, optional=()) -> SimpleNamespace:
-    """A config.json's settings as attributes. UserError, with key and value, for others than:
-    numbers: key -> what silence means, or None where there must be one; above 0, or null if they
-    are `optional`. choices: key -> what is supported, first what silence means."""
-    read = {**numbers, **{key: known[0] for key, known in choices.items()}, **config}
-    for key in numbers:
-        positive = type(read[key]) in (int, float) and 0 < read[key] < 2**31
-        fits = positive or read[key] is None and key in optional
-        refuse(not fits, f"config.json has {key} = {read[key]!r:.80}: no positive number")
-    for key, known in choices.items():
-        other = read[key] not in known
-        refuse(other, f"config.json has {key} = {read[key]!r:.80}; supported: {known}")
+ANY = "any number above 0"
+
+
+def read_settings(config: dict, known: dict) -> SimpleNamespace:
+    """A config.json's settings as attributes. UserError, with key and value, for others than those
+    known: key -> a list of values, ANY among them for numbers, first what silence means; or the
+    number that silence means, where it is any; or None, where there must be one."""
+    read = dict(config)
+    for key, values in known.items():
+        listed = isinstance(values, list)
+        value = read.setdefault(key, values[0] if listed else values)
+        number = type(value) in (int, float) and 0 < value < 2**31
+        fits = value in values or number and ANY in values if listed else number
+        supported = values if listed else ANY
+        refuse(not fits, f"config.json has {key} = {value!r:.80}; supported: {supported}")
     return SimpleNamespace(**read)
 
 
-class Rope(NamedTuple):
-    """Rotary positions (RoFormer, arXiv 2104.09864), half-split, on `dim` dimensions of a head."""
-
-    dim: int
-    base: float
-    factor: float = 1.0  # positions are divided by it
-
-    def tables(self, resid):
-        """cos and sin [T, dim] for resid [B, T, D], in its dtype."""
-        even = torch.arange(0, self.dim, 2, device=resid.device)
-        inv_freq = 1 / self.base ** (even / self.dim)
-        positions = torch.arange(resid.shape[1], device=resid.device).float() / self.factor
-        angles = torch.outer(positions, inv_freq).repeat(1, 2)
-        return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
+def rope_tables(resid, dim: int, base: float, factor: float):
+    """cos and sin [T, dim] of rotary positions (RoFormer, arXiv 2104.09864), divided by factor, on
+    `dim` dimensions of a head, half-split; for resid [B, T, D], in its dtype."""
+    even = torch.arange(0, dim, 2, device=resid.device)
+    inv_freq = 1 / base ** (even / dim)
+    positions = torch.arange(resid.shape[1], device=resid.device).float() / factor
+    angles = torch.outer(positions, inv_freq).repeat(1, 2)
+    return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
 
 
-def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type="") -> Rope:
-    """Rotary positions as either spelling has them: `rope_parameters`, of Gemma 3 for each layer
-    type, or older keys (`base`, `share` of a head's dimensions), of which rope_scaling is in Gemma
-    3 about full attention alone. UserError for other kinds of scaling."""
+def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type="") -> tuple:
+    """dim, base and factor of `rope_tables`, as either spelling has them: `rope_parameters`, of
+    Gemma 3 for each layer type, or older keys (`base`, `share` of a head's dimensions), of which
+    rope_scaling is in Gemma 3 about full attention alone. UserError for other kinds of scaling."""
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
     if rope is None:
         rope = {} if layer_type == "sliding_attention" else old or {}
-    elif layer_type:
-        rope = rope.get(layer_type)  # a flat one is not what it seems: transformers ignores it
-        lacks = not isinstance(rope, dict)
-        refuse(lacks, f"config.json has rope_parameters without {layer_type}")
-    linear = rope.get("rope_type", rope.get("type", "default")) == "linear"
-    kinds = ["linear" if linear else "default"]
+    elif layer_type:  # a flat one is not what it seems: transformers ignores it
+        refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
+        rope = rope[layer_type]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
-    refuse(not rope.keys() <= names, f"config.json has rotary positions {rope!r:.80}")
-    numbers = {"rope_theta": base, "partial_rotary_factor": share}
-    numbers["factor"] = None if linear else 1.0
-    choices = {"rope_type": kinds, "type": kinds}
-    if share == 1:  # Gemma knows no other
-        choices["partial_rotary_factor"] = [1.0, None]
-    rope = read_settings(rope, numbers, choices, optional={"partial_rotary_factor"})
+    other = kind not in ("default", "linear") or not rope.keys() <= names
+    refuse(other, f"config.json has rotary positions {rope!r:.80}")
+    known = {"rope_theta": base, "factor": None if kind == "linear" else [1.0]}
+    # Gemma knows no other share than 1.
+    known["partial_rotary_factor"] = [1.0, None] if share == 1 else [share, None, ANY]
+    rope = read_settings(rope, known)
     dim = int(head_dim * (rope.partial_rotary_factor or share))
-    return Rope(dim, rope.rope_theta, rope.factor if linear else 1.0)
+    return dim, rope.rope_theta, rope.factor
 
 
 def rotate(x, cos, sin):
@@ -1042,30 +1006,28 @@ class LanguageModel(nn.Module):
     A family is a subclass, in FAMILIES by the model_type of its config.json: what that means
     (what `read_settings` takes), the blocks, the names of the parts."""
 
-    block_kind = norm_kind = nn.Identity  # classes; a block is made of settings, number, norms
+    block_kind = norm_kind = nn.Identity  # classes; a block is made of settings and its number
     names = ()  # of body, embedding, blocks, final norm and head
     eps = ""  # the setting of the norms
-    numbers = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
-    numbers.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
-    choices = {}
-    optional = ()
+    known = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
+    known.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
     n_skip = 0  # leading positions without content (<bos>)
     preset = ""  # flags that models of the family start with
     load_tokenizer = staticmethod(model_loaders.load_tokenizer)  # (name, bos) -> its tokenizer
 
     def __init__(self, config: dict):
         super().__init__()
-        c = read_settings(config, self.numbers, self.choices, self.optional)
+        c = read_settings(config, self.known)
         n_layers = c.num_hidden_layers
         refuse(n_layers > 1000, f"config.json has num_hidden_layers = {n_layers}: above 1000")
         self.max_context = c.max_position_embeddings
         self.settings = c
-        norm = functools.partial(self.norm_kind, eps=getattr(c, self.eps))
+        c.norm = functools.partial(self.norm_kind, eps=getattr(c, self.eps))
         body, embedding, blocks, final_norm, head = self.names
         parts = nn.ModuleDict()
         parts[embedding] = nn.Embedding(c.vocab_size, c.hidden_size)
-        parts[blocks] = nn.ModuleList(self.block_kind(c, i, norm) for i in range(n_layers))
-        parts[final_norm] = norm(c.hidden_size)
+        parts[blocks] = nn.ModuleList(self.block_kind(c, i) for i in range(n_layers))
+        parts[final_norm] = c.norm(c.hidden_size)
         self.add_module(body, parts)
         if not c.tie_word_embeddings:
             self.add_module(head, nn.Linear(c.hidden_size, c.vocab_size, bias=False))
@@ -1095,8 +1057,7 @@ class LanguageModel(nn.Module):
         return self.part(1)(tokens)
 
     def prefix(self, tokens, layer: int):
-        """Output [B, T, D] of block `layer` (-1: the embedding) for tokens [B, T]; later blocks
-        never run."""
+        """Output [B, T, D] of block `layer` (-1: the embedding); later blocks never run."""
         refuse(layer not in range(-1, len(self.blocks)), f"there is no block {layer}")
         return self.run_blocks(self.embed(tokens), self.blocks[: layer + 1])
 
@@ -1105,10 +1066,8 @@ class LanguageModel(nn.Module):
         return self.run_blocks(resid, self.blocks[layer + 1 :])
 
     def run_blocks(self, resid, blocks):
-        tables = {}
+        tables = {rope: rope_tables(resid, *rope) for rope in {block.rope for block in blocks}}
         for block in blocks:
-            if block.rope not in tables:
-                tables[block.rope] = block.rope.tables(resid)
             resid = block(resid, *tables[block.rope])
         return resid
 
@@ -1155,14 +1114,14 @@ class PythiaBlock(nn.Module):
 
     attn_out, mlp_out = "attention", "mlp"  # modules whose outputs are added to the stream
 
-    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int):
         super().__init__()
         head_dim = c.hidden_size // c.num_attention_heads
-        read_settings(vars(c), {}, {"head_dim": [head_dim, None]})
+        read_settings(vars(c), {"head_dim": [head_dim, None]})
         self.rope = read_rope(vars(c), head_dim, c.rotary_emb_base, c.rotary_pct)
         self.parallel = c.use_parallel_residual
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
+        self.input_layernorm = c.norm(c.hidden_size)
+        self.post_attention_layernorm = c.norm(c.hidden_size)
         self.attention = PythiaAttention(c)
         self.mlp = PythiaMLP(c)
 
@@ -1175,11 +1134,9 @@ class Pythia(LanguageModel):
     block_kind = PythiaBlock
     norm_kind = nn.LayerNorm
     names = ("gpt_neox", "embed_in", "layers", "final_layer_norm", "embed_out")
-    numbers = {**LanguageModel.numbers, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
-    numbers["layer_norm_eps"] = 1e-5
-    choices = {"hidden_act": ["gelu", "gelu_fast"], "use_parallel_residual": [True, False]}
-    choices["attention_bias"] = [True]
-    choices["tie_word_embeddings"] = [False, True]
+    known = {**LanguageModel.known, "rotary_emb_base": 1e4, "rotary_pct": 0.25}
+    known.update(layer_norm_eps=1e-5, hidden_act=["gelu", "gelu_fast"], attention_bias=[True])
+    known.update(use_parallel_residual=[True, False], tie_word_embeddings=[False, True])
     eps = "layer_norm_eps"
 
 
@@ -1198,10 +1155,10 @@ class RMSNorm(nn.Module):
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention to all before it, or to a window. Gemma 2 soft-caps the scores;
-    Gemma 3 norms q and k instead."""
+    """Grouped-query attention to the last `window` tokens. Gemma 2 soft-caps the scores; Gemma 3
+    norms q and k instead."""
 
-    def __init__(self, c: SimpleNamespace, window: int | None, norm: Callable):
+    def __init__(self, c: SimpleNamespace, window: int):
         super().__init__()
         self.n_kv = c.num_key_value_heads
         self.head_dim = c.head_dim
@@ -1213,8 +1170,8 @@ class GemmaAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, d_kv, bias=False)
         self.o_proj = nn.Linear(d_q, c.hidden_size, bias=False)
-        self.q_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
-        self.k_norm = norm(c.head_dim) if c.gemma_3 else nn.Identity()
+        self.q_norm = c.norm(c.head_dim) if c.gemma_3 else nn.Identity()
+        self.k_norm = c.norm(c.head_dim) if c.gemma_3 else nn.Identity()
 
     def forward(self, x, cos, sin):
         q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
@@ -1225,9 +1182,8 @@ class GemmaAttention(nn.Module):
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
         q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)
         scores = single(soft_cap(q @ k.mT * self.score_scale, self.score_cap))
-        hidden = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
-        if self.window is not None:
-            hidden = hidden | torch.ones_like(hidden).tril(-self.window)
+        pairs = torch.ones_like(scores[0, 0, 0], dtype=torch.bool)
+        hidden = pairs.triu(1) | pairs.tril(-self.window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype)
         return self.o_proj((weights @ v).flatten(1, 2).transpose(1, 2).flatten(2))
 
@@ -1251,7 +1207,7 @@ class GemmaBlock(nn.Module):
 
     attn_out, mlp_out = "post_attention_layernorm", "post_feedforward_layernorm"
 
-    def __init__(self, c: SimpleNamespace, i: int, norm: Callable):
+    def __init__(self, c: SimpleNamespace, i: int):
         super().__init__()
         every = c.sliding_window_pattern if c.gemma_3 else 2
         kind = "sliding_attention" if (i + 1) % every else "full_attention"
@@ -1260,12 +1216,13 @@ class GemmaBlock(nn.Module):
         refuse(not sliding and kind != "full_attention", f"config.json has layer type {kind!r:.80}")
         base = c.rope_local_base_freq if c.gemma_3 and sliding else c.rope_theta
         self.rope = read_rope(vars(c), c.head_dim, base, 1.0, kind if c.gemma_3 else "")
-        self.self_attn = GemmaAttention(c, c.sliding_window if sliding else None, norm)
+        window = c.sliding_window if sliding else 2**31  # more than any sequence has
+        self.self_attn = GemmaAttention(c, window)
         self.mlp = GemmaMLP(c)
-        self.input_layernorm = norm(c.hidden_size)
-        self.post_attention_layernorm = norm(c.hidden_size)
-        self.pre_feedforward_layernorm = norm(c.hidden_size)
-        self.post_feedforward_layernorm = norm(c.hidden_size)
+        self.input_layernorm = c.norm(c.hidden_size)
+        self.post_attention_layernorm = c.norm(c.hidden_size)
+        self.pre_feedforward_layernorm = c.norm(c.hidden_size)
+        self.post_feedforward_layernorm = c.norm(c.hidden_size)
 
     def forward(self, x, cos, sin):
         attended = self.self_attn(self.input_layernorm(x), cos, sin)
@@ -1277,12 +1234,12 @@ class Gemma2(LanguageModel):
     block_kind = GemmaBlock
     norm_kind = RMSNorm
     names = ("model", "embed_tokens", "layers", "norm", "lm_head")
-    numbers = {**LanguageModel.numbers, "num_key_value_heads": None, "head_dim": 256}
-    numbers.update(query_pre_attn_scalar=256.0, rope_theta=1e4, sliding_window=4096)
-    numbers.update(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6)
-    optional = ("attn_logit_softcapping", "final_logit_softcapping")
-    choices = {"hidden_activation": ["gelu_pytorch_tanh"], "tie_word_embeddings": [True, False]}
-    choices.update(use_bidirectional_attention=[False, None], gemma_3=[False])
+    known = {**LanguageModel.known, "num_key_value_heads": None, "head_dim": 256}
+    known.update(query_pre_attn_scalar=256.0, rope_theta=1e4, rms_norm_eps=1e-6)
+    known.update(sliding_window=4096, attn_logit_softcapping=[50.0, None, ANY])
+    known.update(final_logit_softcapping=[30.0, None, ANY], tie_word_embeddings=[True, False])
+    known.update(hidden_activation=["gelu_pytorch_tanh"], gemma_3=[False])
+    known.update(use_bidirectional_attention=[False, None])
     eps = "rms_norm_eps"
     n_skip = 1
     preset = "--dtype bfloat16 --kl-batch 2"
@@ -1297,11 +1254,10 @@ class Gemma2(LanguageModel):
 
 
 class Gemma3(Gemma2):
-    numbers = {**Gemma2.numbers, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    numbers.update(sliding_window_pattern=6, final_logit_softcapping=None)
-    numbers.update(vocab_size=262_208, max_position_embeddings=131_072)
-    numbers.update(num_attention_heads=8, num_key_value_heads=4)
-    choices = {**Gemma2.choices, "gemma_3": [True], "attn_logit_softcapping": [None]}
+    known = {**Gemma2.known, "gemma_3": [True], "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    known.update(attn_logit_softcapping=[None], final_logit_softcapping=[None, ANY])
+    known.update(vocab_size=262_208, max_position_embeddings=131_072, sliding_window_pattern=6)
+    known.update(num_attention_heads=8, num_key_value_heads=4)
 
     def __init__(self, config: dict):
         text = config.get("text_config")
@@ -1316,11 +1272,10 @@ FAMILIES.update(gpt_neox=Pythia, gemma2=Gemma2, gemma3_text=Gemma3, gemma3=Gemma
 
 # ---- From a name to a model --------------------------------------------------------------------
 def build_lm(config: dict) -> LanguageModel:
-    """The model that a parsed config.json describes, without weights (on the meta device).
-    UserError for what is not ours, and for what cannot be."""
+    """The model of a parsed config.json, on the meta device. UserError for one that is not ours."""
     kind = config.get("model_type")
-    known = isinstance(kind, str) and kind in FAMILIES
-    refuse(not known, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
+    other = kind not in [*FAMILIES]  # it may be anything
+    refuse(other, f"config.json has model_type = {kind!r:.80}; there are {', '.join(FAMILIES)}")
     with user_errors("config.json describes no model that runs"), torch.device("meta"):
         lm = FAMILIES[kind](config)
         lm(torch.zeros(1, 2, dtype=torch.long))  # sizes may not fit each other
@@ -1423,10 +1378,7 @@ class Done:
 
 
 class Run:
-    """What a command line asks for. UserError for what cannot be.
-
-    In its folder stand the SAE after the first method, with that of phase one in `before`, those
-    of other methods in folders of their own; of several K each has all of that in k8, k16, ..."""
+    """What a command line asks for, in a RunFolder. UserError for what cannot be."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -1441,7 +1393,6 @@ class Run:
         self.in_loop, self.stopping = False, 0  # the number of a signal
 
     def run(self):
-        """The whole run."""
         with contextlib.ExitStack() as closing:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, self.on_signal) or signal.SIG_DFL
@@ -1449,8 +1400,7 @@ class Run:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            if not self.restore():
-                self.folder.begin(asdict(self.config))
+            self.begin()
             self.train()
             for i in range(len(self.config.k)):
                 self.report(i)
@@ -1458,24 +1408,22 @@ class Run:
 
     def prepare(self, closing: contextlib.ExitStack):
         """Loads the model, and starts the stream of tokens."""
-        config = self.config
+        config, lm = self.config, self.lm
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         what = f"the SAE of {config.start}" if config.start else f"{config.sae} SAE"
         block = f"block {config.layer} of {config.model}"
         say(f"saeft: {what}, {config.d_sae:,} latents, {block}, on {self.device}")
         mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
         say(f"{mse_tokens:,} tokens of MSE, {config.kl_tokens:,} of {', '.join(config.method)}")
-        tokenizer = self.lm.load_tokenizer(config.model, config.bos)
+        tokenizer = lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
             config.data = model_loaders.OWN_DATA.get(tokenizer.vocabulary, "c4")
         progress("loading the model")
-        self.lm.load(config.model, self.device, getattr(torch, config.dtype))
-        self.lm.n_skip = int(tokenizer.bos_id is not None)
-        few = config.context < self.lm.n_skip + 2
-        refuse(few, f"--context {config.context}: beside <bos> there is no token with a next one")
+        lm.load(config.model, self.device, getattr(torch, config.dtype))
+        lm.n_skip = int(tokenizer.bos_id is not None)
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         sae = model_loaders.sae_cfg(config.start) if config.start else None
-        self.stream = TokenStream(*source, n_rows=len(self.lm.W_U), sae=sae)
+        self.stream = TokenStream(*source, n_rows=len(lm.W_U), sae=sae)
         closing.callback(self.stream.close)
         self.identity = {"model": model_loaders.model_key(config.model), "data": self.stream.key}
         if config.start:
@@ -1483,6 +1431,19 @@ class Run:
             model_loaders.note_changes(sae, config.start, asdict(config), self.identity)
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
+
+    def begin(self):
+        """A new run; on --resume that of the last checkpoint. UserError if it is another."""
+        config, settings = self.config, asdict(self.config)
+        saved = self.folder.load_state(self.device) if config.resume else None
+        if saved:
+            self.folder.go_on(saved, settings, self.identity, world_size())
+            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
+                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
+            return
+        if config.resume:
+            say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
+        self.folder.begin(settings)
 
     def train(self):
         """Phase one, then each method from its SAEs."""
@@ -1511,19 +1472,20 @@ class Run:
             width = len(saes[0].b_dec)
             refuse(width != d_model, f"--start: width {width}; {config.model} has {d_model}")
         else:
-            kind, size = KINDS[config.sae], (d_model, config.d_sae)
             saes = []
             for k in config.k:
                 torch.manual_seed(config.seed)  # what a kind draws is the same in all processes
-                with user_errors(f"--d-sae {config.d_sae}"):
-                    saes.append(kind(*size, k=k, seed=config.seed))
+                saes.append(KINDS[config.sae](d_model, config.d_sae, k=k, seed=config.seed))
         saes = [sae.to(self.device) for sae in saes]
-        for sae, (saved, numbers) in zip(saes, done.saes):
+        for sae, (saved, own) in zip(saes, done.saes):
             sae.load_state_dict(saved)
-            vars(sae).update(numbers)
+            vars(sae).update(own)
         if done.limit is None:
             n = min(self.n_mse or self.n, 32_768 // config.context + 1)
-            x, done.limit = first_activations(self.lm, self.stream, n, config)
+            x = collect(self.lm, self.stream.train(0, n).to(self.device), config)
+            done.limit = sink_limit(x, self.lm.n_skip, config.sink_norm)
+            x = single(x[content(x, self.lm.n_skip, done.limit)])
+            refuse(len(x) == 0, ALL_SINKS)
             scale = x.pow(2).sum(-1).mean().sqrt()
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
@@ -1570,19 +1532,13 @@ class Run:
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
                 t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
-        done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
+        done.model_figures, rows = evaluate(*arguments, f"{name}, evaluation")
         for row, before in zip(rows, done.results.get("MSE", [])):
             known = trained and before["gap"] > 0  # else there is none to close
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
-            done.saes = [(t.sae.state_dict(), t.sae.plain_numbers()) for t in phase.trainees]
-
-    def label(self, name: str) -> str:
-        start = "at the random start" if not self.n_mse else "after MSE"
-        labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
-        labels["mse"] = "after MSE alone, same tokens"
-        return labels.get(name, f"after {name}")
+            done.saes = [(t.sae.state_dict(), plain_state(t.sae)) for t in phase.trainees]
 
     def report(self, i: int):
         """Writes report.json and prints the closing table of SAE i."""
@@ -1598,15 +1554,18 @@ class Run:
         say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
+        start = "after MSE" if self.n_mse else "at the random start"
+        labels = {"MSE": "as loaded" if config.start else start, "kl": "after KL+MSE"}
+        labels["mse"] = "after MSE alone, same tokens"
         for name, row in results.items():
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            say(f"{self.label(name):29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
+            label = labels.get(name, f"after {name}")
+            say(f"{label:29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
 
     def after_step(self, phase: Phase, figures: list[dict]):
-        """Figures to metrics.jsonl; a line for the reader; a checkpoint when it is time for one, or
-        when a signal asks for the end."""
+        """Metrics, a line for the reader, a checkpoint: each where it is time for it."""
         now, first_or_last = time.monotonic(), phase.step in (1, phase.steps)
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
@@ -1620,7 +1579,7 @@ class Run:
             progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
             self.told = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
-        wishes = torch.tensor([float(self.stopping > 0), float(due)])
+        wishes = torch.tensor([self.stopping > 0, due]).float()
         stop, due = sum_over_ranks(wishes).tolist()  # all processes at the same step
         if stop or due:
             self.checkpoint(phase)
@@ -1629,36 +1588,25 @@ class Run:
             raise KeyboardInterrupt(self.stopping or signal.SIGTERM)
 
     def log(self, phase: Phase, figures: list[dict]):
-        """A line of metrics.jsonl for each SAE: means over GPUs. UserError where a loss is not
-        finite."""
-        config, step = self.config, phase.step
-        table = torch.stack([torch.stack([*row.values()]) for row in figures])  # [SAEs, figures]
-        rows = [dict(zip(figures[0], row)) for row in mean_over_ranks(table).tolist()]
-        finite = all(math.isfinite(row["loss"]) for row in rows)
-        refuse(not finite, f"a loss of {phase.name} at step {step} is not finite: lower its rate")
+        """Lines of metrics.jsonl, means over GPUs. UserError where a loss is not finite."""
+        config, name, step = self.config, phase.name, phase.step
         per_step = config.batch if phase.buffer else config.kl_batch * config.context
-        line = {"phase": phase.name, "step": step, "tokens": step * per_step * world_size()}
-        line["seconds"] = self.done.seconds[phase.name]
-        self.folder.log([json.dumps({**line, "k": k, **row}) for k, row in zip(config.k, rows)])
+        line = {"phase": name, "step": step, "tokens": step * per_step * world_size()}
+        line["seconds"] = self.done.seconds[name]
+        lines = []
+        for k, row in zip(config.k, figures):
+            row = {name: mean_over_ranks(value).item() for name, value in row.items()}
+            finite = math.isfinite(row["loss"])
+            refuse(not finite, f"a loss of {name} at step {step} is not finite: lower its rate")
+            lines.append(json.dumps({**line, "k": k, **row}))
+        self.folder.log(lines)
 
     def checkpoint(self, phase: Phase | None = None):
-        """Saves all that `restore` needs, of several processes each its own."""
+        """Saves all that `begin` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
         self.folder.save_state(state, f"{len(self.done.results)}-{phase.step if phase else 0}")
         self.saved = time.monotonic()
-
-    def restore(self) -> bool:
-        """Goes back to the last checkpoint, if there is one. UserError if its settings, model or
-        data differ."""
-        saved = self.folder.load_state(self.device) if self.config.resume else None
-        if saved:
-            self.folder.go_on(saved, asdict(self.config), self.identity, world_size())
-            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
-                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
-        elif self.config.resume:
-            say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
-        return saved is not None
 
     def on_signal(self, number: int, frame):
         """In a loop the step is finished and saved; anywhere else, and the second time, it ends."""
@@ -1694,18 +1642,16 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
 
 
 def told_by_sae(source: str, given: dict) -> dict:
-    """The settings that an SAE tells of itself. UserError where `given` ones contradict it, or do
-    not say what it lacks."""
+    """The settings that an SAE tells. UserError where `given` ones contradict it, or lack some."""
     tensors, cfg = model_loaders.read_sae(source)
     told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
     threshold = tensors.get("threshold", torch.zeros(0))
     if told["sae"] == "jumprelu" and len(threshold.unique()) == 1:
         one = "one threshold for all latents, which stays; convert.py knows BatchTopK's"
         model_loaders.say_once(f"note: {source} has {one}")
-    for name in ("layer", "place", "k", "sae", "d_sae"):
-        differs = name in told and given.get(name, told[name]) != told[name]
-        flag_of = f"--{name.replace('_', '-')} {given.get(name)}"
-        refuse(differs, f"{flag_of}: the SAE of --start has {told.get(name)}")
+    for name in sorted(given.keys() & told.keys() & {"layer", "place", "k", "sae", "d_sae"}):
+        flag_of = f"--{name.replace('_', '-')} {given[name]}"
+        refuse(given[name] != told[name], f"{flag_of}: the SAE of --start has {told[name]}")
     for name in ("model", "layer"):
         refuse(name not in {**told, **given}, f"--{name}: the SAE of --start does not say it")
     silent = ("prepend_bos", "model_from_pretrained_kwargs")

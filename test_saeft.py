@@ -263,7 +263,7 @@ def test_start_takes_lambda_and_says_what_it_cannot_mean(tmp_path, capsys, monke
     TopK(64, 96, k=4).save(tmp_path / "narrow", TOLD)
     for flags, words in {
         "--name x --tokens 1M": "--tokens: with --start",
-        "--name x --context 1": "--context 1 is not from 2",
+        "--name x --context 1": "--context 1 is not from 3",
         f"--name x --start {tmp_path / 'narrow'}": "--start: width 64; tiny has 128",
         "--name own --overwrite": "lies in this run's own folder",  # which would clear it
         f"--name own --overwrite --start {tmp_path / 'own/mse'}": "lies in this run's own",
@@ -423,7 +423,7 @@ MISTAKES = {
     "no SAE": ("--start /nowhere", "/nowhere"),
     "no SAE of nobody": ("--start ~nobody/x", "'~nobody/x' has no cfg.json"),
     "a rate that is not used": ("--kl-lr 1 --tokens 5k --kl-tokens 5k", "the rate is --lr"),
-    "no token with a next one": ("--context 2 --bos yes --kl-batch 64", "no token with a next"),
+    "no token with a next one": ("--context 2 --bos yes", "--context 2 is not from 3"),
 }
 
 
@@ -1052,10 +1052,10 @@ def test_missing_settings_are_named(configs):
 # ---- The SAE: plain, fast, and by its equations --------------------------------------------------
 LINE = torch.linspace(0, 1, 20, dtype=torch.double)
 SELECT = {  # what `encode` is told to keep, and the same by the equations
-    "topk": (lambda pre, n: 5, {"kind": "topk"}),
-    "relu": (lambda pre, n: 0.0, {"kind": "relu"}),
-    "threshold": (lambda pre, n: 0.7, {"kind": "relu", "threshold": 0.7}),
-    "thresholds": (lambda pre, n: LINE, {"kind": "relu", "threshold": LINE}),
+    "topk": (lambda pre: 5, {"kind": "topk"}),
+    "relu": (lambda pre: 0.0, {"kind": "relu"}),
+    "threshold": (lambda pre: 0.7, {"kind": "relu", "threshold": 0.7}),
+    "thresholds": (lambda pre: LINE, {"kind": "relu", "threshold": LINE}),
     "batchtopk": (BatchTopK(2, 2, k=3).select, {"kind": "batchtopk", "k": 3}),
 }
 
@@ -1621,7 +1621,7 @@ def test_a_phase_learns_and_goes_on_bit_equal_from_its_state(lm, name, steps, ki
     run(nothing)
     for a, b, of_sae in zip(whole.trainees, second.trainees, zip(*fvus)):
         assert all(torch.equal(v, b.sae.state_dict()[k]) for k, v in a.sae.state_dict().items())
-        assert torch.equal(a.sae.idle, b.sae.idle)
+        assert torch.equal(torch.as_tensor(a.sae.idle), torch.as_tensor(b.sae.idle))
         if name == "MSE":
             assert sum(of_sae[-5:]) < 0.8 * sum(of_sae[:5])
         if name == "MSE" and kind == "topk":  # latents that never fire are dead after 100 tokens

@@ -79,7 +79,7 @@ class LoRASAE(nn.Module):
         centred = single(x) - sae.b_dec
         pre = F.linear(centred, sae.W_enc, sae.b_enc) + self.encoder(centred)  # [N, F]
         pre = pre.masked_fill(~keep[:, None], -torch.inf)
-        f = activate(pre, sae.select(pre.detach(), keep.sum()))
+        f = activate(pre, sae.select(pre.detach()))
         return f @ sae.W_dec + self.decoder(f) + sae.b_dec, f
 
     @torch.no_grad()
