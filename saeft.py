@@ -240,7 +240,8 @@ class SAE(nn.Module):
         """Writes the SAE in SAELens's layout, or UserError. metadata: model_name, hook_name, ..."""
         numbers = {name: getattr(self, name) for name in self.numbers}
         numbers = {name: n if type(n) is int else float(n) for name, n in numbers.items()}
-        own = {"kind": self.kind, **numbers}
+        refuse(metadata.keys() & numbers.keys(), f"metadata cannot say {', '.join(numbers)}")
+        own = {"kind": self.kind, **{name: n for name, n in numbers.items() if n == n}}  # not NaN
         tensors = {k: v for k, v in self.state_dict().items() if k not in numbers}
         cfg = {**self.cfg(), "metadata": {**metadata, "saeft": own}}
         model_loaders.write_sae(folder, tensors, cfg)
@@ -332,10 +333,10 @@ class ReLU(SAE, kind="relu", architecture="standard"):
     scaled = ("b_enc", "b_dec", "l1")
     unit_norm = False  # the penalty weighs the directions' norms instead
 
-    def __init__(self, *args, l1: float = 0.0, **kwargs):
+    def __init__(self, *args, l1: float = math.nan, **kwargs):
         super().__init__(*args, **kwargs)
-        refuse(not l1 >= 0, f"lambda = {l1}")
-        self.register_buffer("l1", torch.tensor(float(l1)))  # lambda
+        refuse(l1 < 0, f"lambda = {l1}")
+        self.register_buffer("l1", torch.tensor(float(l1)))  # lambda; NaN until `start` knows it
 
     @torch.no_grad()
     def start(self, x, config):
@@ -346,7 +347,7 @@ class ReLU(SAE, kind="relu", architecture="standard"):
         scale = single(x).pow(2).sum(-1).mean().sqrt()
         if config.l1 is not None or not config.start:
             self.l1.copy_(scale * (0.1 if config.l1 is None else config.l1))
-        elif self.l1 == 0:
+        elif self.l1.isnan():
             x = x[:4096]
             x_hat, f = self(x)
             along = 2 * ((x - x_hat) * (x_hat - self.b_dec)).sum()
@@ -367,8 +368,8 @@ class ReLU(SAE, kind="relu", architecture="standard"):
 def kind_of(cfg: dict, source="") -> type[SAE]:
     """The class of a cfg of `read_sae`: what wrote it, where that is known here, else the first one
     of SAELens's architecture. UserError for others."""
-    unsaid = cfg.get("architecture") is None and cfg.get("k")
-    refuse(unsaid, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture")
+    other = cfg.get("architecture") in (None, "standard") and cfg.get("k")
+    refuse(other, f"{source}: cfg.json has k = {cfg.get('k')!r:.60}, but no architecture with one")
     architecture = str(cfg.get("architecture", "standard"))
     kinds = {name: kind for name, kind in KINDS.items() if kind.architecture == architecture}
     known = ", ".join(sorted({kind.architecture for kind in KINDS.values()}))
@@ -464,6 +465,15 @@ def sink_limit(x, n_skip: int, sink_norm: float):
     """The norm above which a token of x [B, T, D] is a sink: sink_norm medians, or none for 0."""
     median = single(x[:, n_skip:]).norm(dim=-1).median()
     return sink_norm * median if sink_norm else torch.full_like(median, torch.inf)
+
+
+def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
+    """Content x [N, D] of the first n sequences, and the norm above which a token is a sink."""
+    x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
+    limit = sink_limit(x, lm.n_skip, config.sink_norm)
+    x = single(x[content(x, lm.n_skip, limit)])
+    refuse(len(x) == 0, ALL_SINKS)
+    return x, limit
 
 
 @dataclass
@@ -764,8 +774,9 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
     """Figures, on held-out tokens [n, T], of the model, and of each trainee, in a list. `label`
     begins the line for the reader.
 
-    gap: CE above the model's own. l0: active latents per token. dead: latents that never fire here.
-    left_out: the share of positions without content (`content`, by `limit`), which do not count."""
+    ce, kl: nats per token. gap: CE above the model's own. fvu: share of the variance of x left
+    unexplained. l0: active latents per token. dead: latents that never fire here. left_out: the
+    share of positions without content (`content`, by `limit`), which do not count."""
     sums = collections.defaultdict(int)  # over all batches
     batches = tokens[rank() :: world_size()].to(lm.W_U.device).split(8)
     for number, batch in enumerate(batches):
@@ -806,7 +817,8 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
         row["dead"] = int((fired == 0).sum())
         lost = ce_zero - ce_original
         row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
-        refuse(not math.isfinite(ce + row["fvu"]), "what was trained gives CE nan: lower its rate")
+        lost = not math.isfinite(ce + row["fvu"])
+        refuse(lost, f"{label}: CE {ce}: it is damaged, or its rate was too high")
         figures.append(row)
     return model, figures
 
@@ -968,13 +980,15 @@ def read_rope(config: dict, head_dim: int, base: float, share: float, layer_type
     rope_scaling is in Gemma 3 about full attention alone. UserError for other kinds of scaling."""
     rope, old = config.get("rope_parameters"), config.get("rope_scaling")
     refuse(rope and old and rope != old, "config.json has rope_parameters and another rope_scaling")
-    if rope is None:
+    if not rope:
         rope = {} if layer_type == "sliding_attention" else old or {}
     elif layer_type:  # a flat one is not what it seems: transformers ignores it
         refuse(layer_type not in rope, f"config.json has rope_parameters without {layer_type}")
         rope = rope[layer_type]
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+    if layer_type and "rope_type" not in rope:  # by transformers' version it counts or does not
+        names.remove("type")
     other = kind not in ("default", "linear") or not rope.keys() <= names
     refuse(other, f"config.json has rotary positions {rope!r:.80}")
     known = {"rope_theta": base, "factor": None if kind == "linear" else [1.0]}
@@ -1352,6 +1366,7 @@ def check(config: Config) -> LanguageModel:
         refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
     else:
         refuse(len(k) > 1, f"--k {k}: {config.sae} SAEs have no K to differ by")
+        config.k = [0]
     refuse(context > lm.max_context, f"--context {context} is above the model's {lm.max_context}")
 
     tokens, kl_tokens, batch = config.tokens, config.kl_tokens, config.batch
@@ -1482,10 +1497,7 @@ class Run:
             vars(sae).update(own)
         if done.limit is None:
             n = min(self.n_mse or self.n, 32_768 // config.context + 1)
-            x = collect(self.lm, self.stream.train(0, n).to(self.device), config)
-            done.limit = sink_limit(x, self.lm.n_skip, config.sink_norm)
-            x = single(x[content(x, self.lm.n_skip, done.limit)])
-            refuse(len(x) == 0, ALL_SINKS)
+            x, done.limit = first_activations(self.lm, self.stream, n, config)
             scale = x.pow(2).sum(-1).mean().sqrt()
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
@@ -1532,13 +1544,19 @@ class Run:
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
                 t.save(folder / parts.get(name, name), metadata)
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
-        done.model_figures, rows = evaluate(*arguments, f"{name}, evaluation")
+        done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
             known = trained and before["gap"] > 0  # else there is none to close
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
             done.saes = [(t.sae.state_dict(), plain_state(t.sae)) for t in phase.trainees]
+
+    def label(self, name: str) -> str:
+        start = "after MSE" if self.n_mse else "at the random start"
+        labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
+        labels["mse"] = "after MSE alone, same tokens"
+        return labels.get(name, f"after {name}")
 
     def report(self, i: int):
         """Writes report.json and prints the closing table of SAE i."""
@@ -1554,15 +1572,11 @@ class Run:
         say(f"{'':29}{'CE':>8}{'gap':>8}{'closed':>8}{'KL':>8}{'FVU':>7}{'L0':>7}")
         say(f"{'original model':29}{out['ce_original']:8.4f}")
         say(f"{'x replaced by 0':29}{out['ce_zero']:8.4f}")
-        start = "after MSE" if self.n_mse else "at the random start"
-        labels = {"MSE": "as loaded" if config.start else start, "kl": "after KL+MSE"}
-        labels["mse"] = "after MSE alone, same tokens"
         for name, row in results.items():
             closed = row.get("gap_closed")
             closed = "" if closed is None else f"{closed:.1%}"
             figures = f"{row['ce']:8.4f}{row['gap']:8.4f}{closed:>8}{row['kl']:8.4f}"
-            label = labels.get(name, f"after {name}")
-            say(f"{label:29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
+            say(f"{self.label(name):29}{figures}{row['fvu']: 7.4f}{row['l0']: 7.2f}")
 
     def after_step(self, phase: Phase, figures: list[dict]):
         """Metrics, a line for the reader, a checkpoint: each where it is time for it."""
