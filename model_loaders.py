@@ -1115,79 +1115,68 @@ class TokenStream:
             if all(n in range(most + 1) for n, most in zip(tokens, held, strict=True)):
                 self.tokens, self.passed = tokens, passed
 
-    def lacks(self, *sides: int) -> bool:
-        return not self.stopped and any(self.tokens[side] < self.need[side] for side in sides)
+    def lacks(self, side: int) -> bool:
+        return not self.stopped and self.tokens[side] < self.need[side]
 
     def _run(self):
         """The thread: until no side lacks tokens, or the source has ended."""
-        if not self.lacks(TRAIN, VAL):
+        if not any(map(self.lacks, (VAL, TRAIN))):
             return
         try:
             files = source_files(self.place)
             self.folder.mkdir(parents=True, exist_ok=True)
             with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
                 self.load_meta()
-                if IDS.search(files[0][0]):
-                    self._copy_ids(files)
-                else:
-                    self._tokenise(files)
+                fill = self._copy if IDS.search(files[0][0]) else self._tokenise
+                for side in filter(self.lacks, (VAL, TRAIN)):
+                    fill(side, files)
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception
             self.failure = error
 
-    def _tokenise(self, files: list[tuple[str, tuple]]):
-        """Both sides grow by the same pieces; `passed` counts batches of them."""
-        source, eos = pieces(self.place, files), [self.tokenizer.eos_id]
+    def _tokenise(self, side: int, files: list[tuple[str, tuple]]):
+        """A side's ids of each batch of pieces; `passed` counts batches."""
+        source, eos = pieces(self.place, files), self.tokenizer.eos_id
         batches = iter(lambda: list(islice(source, BATCH)), [])
-        for number, batch in enumerate(batches, 1):
-            if number > min(self.passed):
-                own = [[], []]  # ids of each side
-                texts, sides, ends = zip(*batch)
-                with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
-                    encoded = list(pool.map(self.tokenizer.encode, texts))  # outside the GIL
-                for ids, side, end in zip(encoded, sides, ends):
-                    if max(ids, default=0) < self.n_ids:
-                        own[side] += ids + eos * end
-                    else:
-                        rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
-                        say_once(f"{self.data}: leaving out documents that hold {rows}")
-                for side in (TRAIN, VAL):
-                    if number > self.passed[side]:
-                        self._append(side, np.array(own[side], dtype=self.dtype), number)
-            if not self.lacks(TRAIN, VAL):
+        for number, batch in islice(enumerate(batches, 1), self.passed[side], None):
+            own = [(text, ends) for text, held, ends in batch if held == side]
+            with ThreadPoolExecutor((os.cpu_count() or 1) // 2 or 1) as pool:
+                encoded = pool.map(self.tokenizer.encode, [text for text, _ in own])
+            ids = []
+            for piece, (_, ends) in zip(encoded, own):
+                if max(piece, default=0) < self.n_ids:
+                    ids += [*piece, eos] if ends else piece
+                else:
+                    rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
+                    say_once(f"{self.data}: leaving out documents that hold {rows}")
+            self._append(side, np.array(ids, dtype=self.dtype), number)
+            if not self.lacks(side):
                 break
 
-    def _copy_ids(self, files: list[tuple[str, tuple]]):
+    def _copy(self, side: int, files: list[tuple[str, tuple]]):
         """Validation: the last file; of one file its last 20th, without the document that is cut
         there. Training: all before it. `passed` counts ids."""
-        for path, (size, *_) in files:
-            uneven = size % self.dtype.itemsize
-            refuse(uneven, f"{path}: {size:,} bytes are no whole {self.dtype.name}: {self.advice}")
-        *before, (last, end) = [(file, file[1][0] // self.dtype.itemsize) for file in files]
-        begin = 0
-        if not before:
-            begin = end * 19 // 20
-            before = [(last, begin)]
-            ends = self._ids_at(last, begin, min(BLOCK, end - begin)) == self.tokenizer.eos_id
-            begin += ends.argmax() + 1 if ends.any() else 0
-        self._copy(VAL, [(last, begin, end)])
-        self._copy(TRAIN, [(file, 0, end) for file, end in before])
-
-    def _copy(self, side: int, spans: list[tuple[tuple, int, int]]):
-        """The ids of spans (file, begin, end), from where an earlier run has stopped."""
-        skip = self.passed[side]
-        for file, begin, end in spans:
-            at = min(begin + skip, end)
-            skip -= at - begin
-            while at < end and self.lacks(side):
+        sizes = [size // self.dtype.itemsize for _, (size, *_) in files]
+        at, end = 0, sum(sizes[:-1]) or sizes[0] * 19 // 20
+        if side == VAL:
+            at, end = end, sum(sizes)
+            if len(files) == 1:
+                ends = self._ids_at(files[0], at, min(BLOCK, end - at)) == self.tokenizer.eos_id
+                at += ends.argmax() + 1 if ends.any() else 0
+        at += self.passed[side]
+        for file, size in zip(files, sizes):  # at, end: from its beginning on
+            while at < min(size, end) and self.lacks(side):
                 missing = self.need[side] - self.tokens[side]
-                ids = self._ids_at(file, at, min(missing, BLOCK, end - at))
-                at += len(ids)
+                ids = self._ids_at(file, at, min(missing, BLOCK, size - at, end - at))
                 self._append(side, ids, self.passed[side] + len(ids))
+                at += len(ids)
+            at, end = at - size, end - size
 
     def _ids_at(self, file: tuple[str, tuple], start: int, count: int) -> np.ndarray:
         path, was = file
+        uneven = was[0] % self.dtype.itemsize
+        refuse(uneven, f"{path}: {was[0]:,} bytes are no whole {self.dtype.name}: {self.advice}")
         with open_file(path) as stored:
             stored.seek(start * self.dtype.itemsize)
             data = _unchanged(path, was, stored.read(count * self.dtype.itemsize))

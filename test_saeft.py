@@ -2765,9 +2765,9 @@ META += [b"[[9e9, 0], [0, 0]]", b"[[-1, 0], [0, 0]]", b"[[9000000, 0], [1, 1]]",
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("meta", META, ids=[str(meta)[:20] for meta in META])
 def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path, meta, side):
-    """A kill between the two sides; what is written, but not yet, or wrongly, in meta.json."""
+    """A kill in one of the sides; what is written, but not yet, or wrongly, in meta.json."""
     monkeypatch.setattr(model_loaders, "BATCH", 20)
-    append, left = TokenStream._append, iter(range(2 + side, -1, -1))
+    append, left = TokenStream._append, iter(range(11 - 9 * side, -1, -1))
 
     def dies(self, *args):
         append(self, *args)
@@ -2778,14 +2778,17 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
         patch.setattr(TokenStream, "_append", dies)
         killed = stream(lines_file, train=9600)
         killed.train(0, 600)
+    assert [path.exists() for path in killed.files] == [side == 0, True]
     for path in killed.files:
-        path.write_bytes(path.read_bytes() + b"half a block")
+        with open(path, "ab") as file:
+            file.write(b"half a block")
     if meta is not None:
         (killed.folder / "meta.json").write_bytes(meta)
     resumed = stream(lines_file, whole := Bytes(), train=12_800, val=320)
     assert ids(resumed.train(0, 800)) == joined(texts(), False)[:12_800]
     assert ids(resumed.validation()) == joined(texts(), True)[:320]
-    stream(lines_file, fresh := Bytes(), train=12_800, cache=tmp_path / "other").train(0, 800)
+    anew = stream(lines_file, fresh := Bytes(), train=12_800, val=320, cache=tmp_path / "other")
+    anew.train(0, 800)
     resumed.close()
     assert (whole.calls < fresh.calls) == (meta is None)  # what was done is not done again
 
