@@ -203,10 +203,13 @@ def long_name(name: str, short_names: dict) -> str:
     return full + at + revision
 
 
-def fetch(name: str, filename: str) -> Path:
-    """One file of a model, perhaps in a subfolder. `name`: a short name of MODELS, a folder like
-    a Hub snapshot, or owner/name; on the Hub also name@revision. Raises UserError."""
-    place = long_name(name, MODELS)
+def fetch(name, filename: str) -> Path:
+    """One file of a model or an SAE, perhaps in a subfolder. `name`: a short name of MODELS, a
+    folder like a Hub snapshot, or on the Hub owner/name[@revision][:folder]. Raises UserError."""
+    place = long_name(str(name), MODELS)
+    if not os.path.isdir(os.path.expanduser(place)):
+        place, _, inside = place.partition(":")
+        filename = os.path.join(inside, filename)
     folder, (repo, _, revision) = os.path.expanduser(place), place.partition("@")
     with hub_errors(repo, filename):
         if os.path.isdir(folder):
@@ -228,7 +231,7 @@ def fetch(name: str, filename: str) -> Path:
         return Path(path)
 
 
-def find(name: str, filename: str) -> Path | None:
+def find(name, filename: str) -> Path | None:
     """`fetch`, but None where there is no such file; with HF_HUB_OFFLINE=1, none that is known."""
     try:
         return fetch(name, filename)
@@ -465,23 +468,15 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"}, {**cfg, **told})
 
 
-def _sae_file(source, filename: str) -> Path:
-    """One file of what `read_sae` reads."""
-    name, _, inside = str(source).partition(":")
-    if os.path.isdir(os.path.expanduser(str(source))):
-        name, inside = str(source), ""
-    return fetch(name, os.path.join(inside, filename))
-
-
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    paths = [_sae_file(source, name) for name in SAE_FILES]
+    paths = [fetch(source, name) for name in SAE_FILES]
     return files_key(paths, paths[0].parent)
 
 
 def sae_cfg(source) -> dict:
     """The `merged` cfg.json of what `read_sae` reads."""
-    return merged(read_json(_sae_file(source, SAE_FILES[0])))
+    return merged(read_json(fetch(source, SAE_FILES[0])))
 
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
@@ -495,7 +490,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
         refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
-    path = _sae_file(source, SAE_FILES[1])
+    path = fetch(source, SAE_FILES[1])
     tensors = read_safetensors(path, dtype=torch.float32)
     D, F = cfg.get("d_in"), cfg.get("d_sae")
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
@@ -815,13 +810,13 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
         raise ValueError(f"files beside it say otherwise of {other[:3]!r:.200}")
 
 
-def load_tokenizer(name: str, bos: str = "auto") -> Tokenizer:
+def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
     """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes away
     what it puts first, "yes" puts its bos_token, or the end of text, where it puts nothing. Raises
     UserError."""
-    path = fetch(str(name), "tokenizer.json")
+    path = fetch(name, "tokenizer.json")
     names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    beside = {filename: find(str(name), filename) for filename in names}
+    beside = {filename: find(name, filename) for filename in names}
     says = {filename: read_json(file) for filename, file in beside.items() if file}
     config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
     with user_errors(f"cannot read {path}"):
