@@ -21,7 +21,7 @@ import time
 import unicodedata
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import field, fields
 from functools import cache, partial
 from itertools import chain, groupby, islice, takewhile
@@ -433,9 +433,9 @@ def write_text(path, text: str):
         file.write(text.encode())
 
 
-def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = None):
-    """Write `tensors`, and then `cfg` to cfg.json beside them, each whole. Raises UserError."""
-    path, codes = Path(path), {dtype: code for code, dtype in DTYPES.items()}
+def write_safetensors(path, tensors: dict, metadata: dict):
+    """Write tensors: all or nothing. Raises UserError."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # all aligned
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
@@ -444,11 +444,7 @@ def write_safetensors(path, tensors: dict, metadata: dict, cfg: dict | None = No
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    # What is opened last is renamed first: the weights, and then cfg.json.
-    cfg_file = replacing(path.with_name("cfg.json")) if cfg else nullcontext(io.BytesIO())
-    with cfg_file as beside, replacing(path) as file:
-        beside.write(json.dumps(cfg, indent=2).encode())
-        beside.flush()  # a full disk shows before the weights are replaced
+    with replacing(Path(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -465,7 +461,10 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = {**tensors, "W_enc": tensors["W_enc"].T}
-    write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"}, {**cfg, **told})
+    with replacing(Path(folder, SAE_FILES[0])) as file:
+        file.write(json.dumps({**cfg, **told}, indent=2).encode())
+        file.flush()  # a full disk shows before the weights are replaced
+        write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"})
 
 
 def sae_key(source) -> str:

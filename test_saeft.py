@@ -2110,22 +2110,24 @@ def sae_folder(path, tensors=(), **cfg):
     """An SAE in SAELens's layout, with `tensors` and `cfg` changed."""
     tensors = {k: torch.randn(shape) for k, shape in SAE_SHAPES.items()} | dict(tensors)
     cfg = {"architecture": "topk", "d_in": 6, "d_sae": 20, "k": 3, "metadata": {"x": "ü"}} | cfg
-    model_loaders.write_safetensors(path / "sae_weights.safetensors", tensors, {}, cfg)
+    model_loaders.write_safetensors(path / "sae_weights.safetensors", tensors, {})
+    model_loaders.write_text(path / "cfg.json", json.dumps(cfg))
     return tensors, cfg
 
 
 def test_an_interrupted_save_changes_nothing(tmp_path, monkeypatch):
-    tensors, cfg = sae_folder(sae := tmp_path / "deep" / "sae")
+    tensors = {"W_enc": torch.randn(20, 6), "W_dec": torch.randn(20, 6)}
+    model_loaders.write_sae(sae := tmp_path / "deep" / "sae", tensors, {"k": 3})
+    before = snapshot(sae)
     names = ["cfg.json", "sae_weights.safetensors"]
     for part in names:  # as a save that was killed leaves them
         (sae / f".{part}.part").write_text("half")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
         patch.setattr(os, "fsync", lambda file: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-        sae_folder(sae, {"b_dec": torch.ones(6)}, k=4)
-    assert sorted(os.listdir(sae)) == names
-    assert same(safetensors.load_file(sae / names[1]), tensors)
-    assert json.loads((sae / "cfg.json").read_text("utf-8")) == cfg
-    fails(["cannot write", "cfg.json"], sae_folder, sae / "cfg.json" / "x")
+        model_loaders.write_sae(sae, {**tensors, "b_dec": torch.ones(6)}, {"k": 4})
+    assert sorted(os.listdir(sae)) == names and snapshot(sae) == before
+    words = ["cannot write", "cfg.json"]
+    fails(words, model_loaders.write_sae, sae / "cfg.json" / "x", tensors, {})
     model_loaders.write_text(sae / "text", "ü")
     assert (sae / "text").read_bytes() == "ü".encode()
     fails(["cannot write"], model_loaders.write_text, sae, "x")
