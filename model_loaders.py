@@ -594,14 +594,14 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int, identit
 NEUTRAL = {"vocab", "merges", "unk_token", "fuse_unk", "trim_offsets"}  # they change no id
 NEOX = {
     "model": [{"type": "BPE"}],
-    "normalizer": [None, {"type": "NFC"}],
+    "normalizer": [{}, {"type": "NFC"}],
     "pre_tokenizer": [{"type": "ByteLevel"}, {"type": "ByteLevel", "use_regex": True}],
 }
 SPACE = {"pattern": {"String": " "}}
 GEMMA = {  # transformers' form of a SentencePiece model; its split finds no space left to split at
     "model": [{"type": "BPE", "byte_fallback": True}],
     "normalizer": [SPACE | {"type": "Replace", "content": "▁"}],
-    "pre_tokenizer": [None, SPACE | {"type": "Split", "behavior": "MergedWithPrevious"}],
+    "pre_tokenizer": [{}, SPACE | {"type": "Split", "behavior": "MergedWithPrevious"}],
 }
 
 # GPT-2 writes a byte as a character: the same where printable, else the next one from U+0100 on.
@@ -627,9 +627,8 @@ def _check_settings(spec: dict, kind: dict):
     """ValueError for any setting that could mean other ids; `truncation` and `padding` are what the
     last caller asked for, and mean none."""
     for part, accepted in kind.items():
-        said = spec.get(part)
-        if said:
-            said = {k: v for k, v in said.items() if k not in NEUTRAL and (v or k == "use_regex")}
+        said = (spec.get(part) or {}).items()
+        said = {k: v for k, v in said if k not in NEUTRAL and (v or k == "use_regex")}
         if said not in accepted:
             raise ValueError(f"{part} {said!r:.200}: only BPE like GPT-NeoX's or Gemma's")
     for token in spec["added_tokens"]:
@@ -771,15 +770,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text: no <bos>, no end of text, but the added tokens written in it."""
-        ids = []
-        for i, part in enumerate(self._cut.split(text)):  # text, added token, text, ..
-            pieces = ["", part] if i % 2 else self._cut_late.split(self._normalize(part))
-            for j, piece in enumerate(pieces):
-                if j % 2:
-                    ids.append(self.ids[piece])
-                else:
-                    ranks = self._bpe.encode_ordinary(piece)
-                    ids += chain.from_iterable(map(self._ids_of_rank.__getitem__, ranks))
+        parts, ids = [], []  # parts: text, added token, text, ..
+        for i, part in enumerate(self._cut.split(text)):
+            parts += [part] if i % 2 else self._cut_late.split(self._normalize(part))
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.ids[part])
+            else:
+                for rank in self._bpe.encode_ordinary(part):
+                    ids += self._ids_of_rank[rank]
         return ids
 
     def decode(self, ids) -> str:
@@ -873,7 +872,7 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     They are the split `train` where there is one; else all that are of no held-out split; else
     all; never files of a run's folder. A split is a whole word in the name of a folder or file."""
     place = _place(data)
-    found = _hub_files(place) if place.startswith("hf://") else _local_files(place)
+    found = _listed(place)
     runs = tuple(name[: -len(MARK)] for name in found if f"/{name}".endswith(f"/{MARK}"))
     shown = [n for n in found if not (re.search(r"(^|/)\.", n) or n.startswith(runs))]
     names = [name for name in shown if TEXT.search(name) or IDS.search(name)]
@@ -896,26 +895,23 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     return [found[name] for name in taken]
 
 
-def _hub_files(place: str) -> dict[str, tuple[str, tuple]]:
-    """{name in the repository: (path, its size in a tuple)} of a Hub dataset's files."""
-    repo = place.removeprefix("hf://")
-    folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
-    with hub_errors(repo):
-        found = sorted(hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True).items())
-        return {path.split("/", 3)[-1]: (f"hf://{path}", (f["size"],)) for path, f in found}
-
-
-def _local_files(root: str) -> dict[str, tuple[str, tuple]]:
-    """{name in the folder: (path, `_stat`)} of its regular files, or of the one file. UserError
-    for a link to a folder, which would be left out, or to nothing."""
-    if os.path.isfile(root):
-        return {os.path.basename(root): (root, _stat(root))}
-    below = sorted(Path(root).rglob("*")) if os.path.isdir(root) else []
+def _listed(place: str) -> dict[str, tuple[str, tuple]]:
+    """{name in a place: (path, `_stat`, on the Hub the size alone)} of its regular files, or of the
+    one file. UserError for a link to a folder, which would be left out, or to nothing."""
+    if place.startswith("hf://"):
+        repo = place.removeprefix("hf://")
+        folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
+        with hub_errors(repo):
+            about = hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True)
+            return {p.split("/", 3)[-1]: (f"hf://{p}", (about[p]["size"],)) for p in sorted(about)}
+    top, below = os.path.dirname(place), [Path(place)]
+    if os.path.isdir(place):
+        top, below = place, sorted(Path(place).rglob("*"))
     for path in below:
         link = path.is_symlink() and not path.is_file() and not path.name.startswith(".")
         refuse(link, f"{path} is a link, but to no file: name the folder itself, or remove it")
-    files = {path.relative_to(root).as_posix(): path for path in below if path.is_file()}
-    return {name: (str(path), _stat(path)) for name, path in files.items()}
+    files = [path for path in below if path.is_file()]
+    return {path.relative_to(top).as_posix(): (str(path), _stat(path)) for path in files}
 
 
 def pieces(data: str, files: list | None = None):
