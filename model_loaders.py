@@ -295,8 +295,14 @@ def load_config(name: str) -> dict:
 def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A language model's tensors by name; of a model that also sees, named as where it does not.
     Raises UserError, also where they are quantised or not finite."""
-    weights = {}
-    for file in _weight_files(name):
+    files, weights = ["model.safetensors"], {}
+    if not find(name, files[0]):  # but shards, which an index lists
+        index = fetch(name, "model.safetensors.index.json")
+        with user_errors(f"cannot read {index}"):
+            files = sorted({*read_json(index)["weight_map"].values()})
+            if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
+                raise ValueError("weight_map must name plain *.safetensors files")
+    for file in files:
         for key, tensor in read_safetensors(fetch(name, file), device, dtype).items():
             if not re.search(IGNORED, key):
                 sound = tensor.is_floating_point() and tensor.isfinite().all()
@@ -305,18 +311,6 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
                 key = key.replace("language_model.model.", "model.").replace("language_model.", "")
                 weights[key] = tensor
     return weights
-
-
-def _weight_files(name: str) -> list[str]:
-    """model.safetensors, or where there is none the shards that an index lists."""
-    if find(name, "model.safetensors"):
-        return ["model.safetensors"]
-    index = fetch(name, "model.safetensors.index.json")
-    with user_errors(f"cannot read {index}"):
-        files = sorted({*read_json(index)["weight_map"].values()})
-        if not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
-            raise ValueError("weight_map must name plain *.safetensors files")
-    return files
 
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
@@ -378,9 +372,8 @@ def read_safetensors(path, device="cpu", dtype: torch.dtype | None = None) -> di
         for name, stored, shape in _read_header(file):
             kept = dtype if dtype and stored.is_floating_point else stored
             tensors[name] = torch.empty(shape, dtype=kept, device=device)
-            chunk = torch.empty(BLOCK, dtype=stored)  # all that is in memory beside the result
-            for part in tensors[name].view(-1).split(BLOCK):
-                data = chunk[: len(part)]
+            for part in tensors[name].view(-1).split(BLOCK):  # all that is in memory twice
+                data = torch.empty(len(part), dtype=stored)
                 file.readinto(data.view(torch.uint8).numpy())
                 part.copy_(data)
     return tensors
@@ -546,9 +539,8 @@ ORIGIN = {
 
 
 def sae_settings(cfg: dict) -> dict:
-    """What the cfg of `read_sae` tells as settings, and nothing that it does not: layer, place,
-    model, data, bos, context, sink_norm, k, d_sae. UserError for a hook that is not understood,
-    and for values of other types."""
+    """What the cfg of `read_sae` tells as settings, and nothing that it does not. UserError for a
+    hook that is not understood, and for values of other types."""
     told = {"d_sae": cfg["d_sae"]}
     beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
@@ -809,9 +801,8 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
 
 
 def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
-    """The tokenizer of a model: a short name, a Hub owner/name or a folder. bos: "no" takes away
-    what it puts first, "yes" puts its bos_token, or the end of text, where it puts nothing. Raises
-    UserError."""
+    """The tokenizer of a model. bos: "no" takes away what it puts first, "yes" puts its bos_token,
+    or the end of text, where it puts nothing. Raises UserError."""
     path = fetch(name, "tokenizer.json")
     names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
     beside = {filename: find(name, filename) for filename in names}
@@ -1076,24 +1067,14 @@ class TokenStream:
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
 
     def _wait(self, side: int, enough: float):
-        """Until a side has `enough` tokens, or the thread has ended: UserError where the source was
-        too short, unless less is allowed, and whatever else has ended it."""
+        """Until a side has `enough` tokens, or the thread has ended; raises what has ended it."""
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
             done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
             progress(f"tokenising into {self.folder}: {done}")
-        if self.thread.is_alive():
-            return
         if self.failure:
             raise self.failure
-        for side, (kind, flag) in enumerate(SIDES):
-            have = self.tokens[side] // self.stride * self.stride
-            if self.short_ok and have:
-                self.need[side] = min(self.need[side], have)
-            advice = f"lower {flag}" if have else "give more text"
-            short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
-            refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
 
     def load_meta(self):
         """Each side's tokens on disk, and how much of the source they took; zeros where there is no
@@ -1109,7 +1090,8 @@ class TokenStream:
         return not self.stopped and self.tokens[side] < self.need[side]
 
     def _run(self):
-        """The thread: until no side lacks tokens, or the source has ended."""
+        """The thread: until no side lacks tokens. Fails where the source ends before, unless less
+        is allowed."""
         if not any(map(self.lacks, (VAL, TRAIN))):
             return
         try:
@@ -1120,6 +1102,13 @@ class TokenStream:
                 fill = self._copy if IDS.search(files[0][0]) else self._tokenise
                 for side in filter(self.lacks, (VAL, TRAIN)):
                     fill(side, files)
+            for side, (kind, flag) in enumerate(SIDES):
+                have = self.tokens[side] // self.stride * self.stride
+                if self.short_ok and have:
+                    self.need[side] = min(self.need[side], have)
+                advice = f"lower {flag}" if have else "give more text"
+                short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
+                refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception
