@@ -330,7 +330,6 @@ SAE_SETTINGS = {
     "activation_fn_str": ["relu"],  # before SAELens 6
     "center_writing_weights": [False, None],  # or it was trained on x less its mean
 }
-SAE_FILES = ["cfg.json", "sae_weights.safetensors"]
 
 
 @contextmanager
@@ -454,27 +453,26 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = {**tensors, "W_enc": tensors["W_enc"].T}
-    with replacing(Path(folder, SAE_FILES[0])) as file:
+    with replacing(Path(folder, "cfg.json")) as file:
         file.write(json.dumps({**cfg, **told}, indent=2).encode())
         file.flush()  # a full disk shows before the weights are replaced
-        write_safetensors(Path(folder, SAE_FILES[1]), tensors, {"format": "pt"})
+        write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"})
 
 
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    paths = [fetch(source, name) for name in SAE_FILES]
+    paths = [fetch(source, name) for name in ("cfg.json", "sae_weights.safetensors")]
     return files_key(paths, paths[0].parent)
 
 
 def sae_cfg(source) -> dict:
     """The `merged` cfg.json of what `read_sae` reads."""
-    return merged(read_json(fetch(source, SAE_FILES[0])))
+    return merged(read_json(fetch(source, "cfg.json")))
 
 
 def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
-    """What `write_sae` was given: all tensors of an SAE for raw activations, floating ones in
-    float32, and its `merged` cfg.json, in which `saeft` is a dict. `source`: a folder, or on the
-    Hub owner/name[@revision]:path. UserError also for what our equations cannot express."""
+    """What `write_sae` was given, floating tensors in float32, and the `merged` cfg.json, in which
+    `saeft` is a dict. UserError also for what our equations cannot express."""
     cfg = sae_cfg(source)
     cfg["saeft"] = _dict(cfg, "saeft")
     says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
@@ -482,7 +480,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
         refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
-    path = fetch(source, SAE_FILES[1])
+    path = fetch(source, "sae_weights.safetensors")
     tensors = read_safetensors(path, dtype=torch.float32)
     D, F = cfg.get("d_in"), cfg.get("d_sae")
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
@@ -653,7 +651,7 @@ def _bpe(parts: list[str], ranks: dict[str, int], below: float = math.inf) -> li
     return parts
 
 
-def _made_tokens(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
+def _made_tokens(merges: list[tuple], vocab: dict[str, int]) -> list[str]:
     """The tokens that merges make, by rank.
 
     The reference merges the pair that stands first in the list, tiktoken the neighbours that make
@@ -730,14 +728,14 @@ class Tokenizer:
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
         letters = {*"".join(made)}
-        if gemma and (" " in letters or SPM_BYTES.keys() & {*made, *chain(*merges)}):
-            raise ValueError("merges of a space or of <0x..>")
-        if not gemma and not GPT2_BYTES.keys() >= letters:
-            raise ValueError("merges of a character that stands for no byte")
         if gemma:
+            if " " in letters or SPM_BYTES.keys() & {*made, *chain(*merges)}:
+                raise ValueError("merges of a space or of <0x..>")
             units, split = _gemma_units(vocab), "(?s).+"
             to_bytes, self._normalize = _gemma_bytes, partial(re.sub, "▁", " ")
         else:
+            if not GPT2_BYTES.keys() >= letters:
+                raise ValueError("merges of a character that stands for no byte")
             units = {byte: [vocab[char]] for char, byte in GPT2_BYTES.items() if char in vocab}
             split, to_bytes = GPT2_SPLIT, _gpt2_bytes
             nfc = partial(unicodedata.normalize, "NFC")
@@ -886,7 +884,7 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     return [found[name] for name in taken]
 
 
-def _listed(place: str) -> dict[str, tuple[str, tuple]]:
+def _listed(place: str) -> dict:
     """{name in a place: (path, `_stat`, on the Hub the size alone)} of its regular files, or of the
     one file. UserError for a link to a folder, which would be left out, or to nothing."""
     if place.startswith("hf://"):
@@ -982,9 +980,8 @@ def _plain_texts(blocks, path: str, longest: int):
 
 
 def source_now(data: str) -> tuple[str, str, Path]:
-    """(place, version, folder) of a source as it is now: a path, or a Hub dataset at one commit;
-    that commit, or `files_key`; where the cache has all versions. Offline a dataset is what it was
-    last."""
+    """(place, version, folder) of a source: a path, or a Hub dataset at one commit, which offline
+    is the last; that commit, or `files_key`; where the cache has all versions."""
     place = _place(data)
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
@@ -1077,8 +1074,7 @@ class TokenStream:
             raise self.failure
 
     def load_meta(self):
-        """Each side's tokens on disk, and how much of the source they took; zeros where there is no
-        cache yet, or a damaged one."""
+        """Each side's tokens on disk, and what of the source they took; zeros where damaged."""
         self.tokens, self.passed = [0, 0], [0, 0]
         with suppress(Exception):
             tokens, passed = json.loads((self.folder / "meta.json").read_bytes())
@@ -1114,7 +1110,7 @@ class TokenStream:
         except BaseException as error:  # tiktoken's panics are no Exception
             self.failure = error
 
-    def _tokenise(self, side: int, files: list[tuple[str, tuple]]):
+    def _tokenise(self, side: int, files: list):
         """A side's ids of each batch of pieces; `passed` counts batches."""
         source, eos = pieces(self.place, files), self.tokenizer.eos_id
         batches = iter(lambda: list(islice(source, BATCH)), [])
@@ -1133,7 +1129,7 @@ class TokenStream:
             if not self.lacks(side):
                 break
 
-    def _copy(self, side: int, files: list[tuple[str, tuple]]):
+    def _copy(self, side: int, files: list):
         """Validation: the last file; of one file its last 20th, without the document that is cut
         there. Training: all before it. `passed` counts ids."""
         sizes = [size // self.dtype.itemsize for _, (size, *_) in files]
@@ -1141,18 +1137,18 @@ class TokenStream:
         if side == VAL:
             at, end = end, sum(sizes)
             if len(files) == 1:
-                ends = self._ids_at(files[0], at, min(BLOCK, end - at)) == self.tokenizer.eos_id
+                ends = self._ids_at(files[0], at, BLOCK) == self.tokenizer.eos_id
                 at += ends.argmax() + 1 if ends.any() else 0
         at += self.passed[side]
         for file, size in zip(files, sizes):  # at, end: from its beginning on
             while at < min(size, end) and self.lacks(side):
                 missing = self.need[side] - self.tokens[side]
-                ids = self._ids_at(file, at, min(missing, BLOCK, size - at, end - at))
+                ids = self._ids_at(file, at, min(missing, BLOCK, end - at))
                 self._append(side, ids, self.passed[side] + len(ids))
                 at += len(ids)
             at, end = at - size, end - size
 
-    def _ids_at(self, file: tuple[str, tuple], start: int, count: int) -> np.ndarray:
+    def _ids_at(self, file: tuple, start: int, count: int) -> np.ndarray:
         path, was = file
         uneven = was[0] % self.dtype.itemsize
         refuse(uneven, f"{path}: {was[0]:,} bytes are no whole {self.dtype.name}: {self.advice}")
@@ -1176,7 +1172,7 @@ class TokenStream:
             if file.tell() < end:
                 raise OSError("cut off by another program")
             file.truncate(end)
-            file.write(ids.astype(self.dtype).tobytes())
+            file.write(ids.tobytes())
         self.passed[side] = passed
         self.tokens[side] += len(ids)
         write_text(self.folder / "meta.json", json.dumps([self.tokens, self.passed]))
