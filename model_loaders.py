@@ -250,13 +250,14 @@ def model_key(name: str) -> str:
     if (repo, revision) in commits:
         return f"{repo}@{commits[repo, revision]}"
     weights = chain(*map(folder.glob, ("*.json", "*.safetensors", "*.bin")))  # the last of forks
-    return files_key([*weights], folder)
+    return files_key(weights)
 
 
-def files_key(paths: list, top) -> str:
-    """The identity of files: their names below `top`, and contents; of more than LARGE bytes in all
-    sizes and times in place of contents, of which a copy keeps all but the last."""
+def files_key(paths) -> str:
+    """The identity of files: their names below the folder that holds all, and contents; of more
+    than LARGE bytes in all sizes and times in place of contents: a copy has another."""
     paths = sorted(map(str, paths))
+    top = os.path.commonpath(map(os.path.dirname, paths)) or "."
     seen = list(map(_stat, paths))
     if sum(size for size, *_ in seen) <= LARGE:
         seen = []
@@ -461,8 +462,7 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
 
 def sae_key(source) -> str:
     """The identity of what `read_sae` reads."""
-    paths = [fetch(source, name) for name in ("cfg.json", "sae_weights.safetensors")]
-    return files_key(paths, paths[0].parent)
+    return files_key(fetch(source, name) for name in ("cfg.json", "sae_weights.safetensors"))
 
 
 def sae_cfg(source) -> dict:
@@ -987,8 +987,7 @@ def source_now(data: str) -> tuple[str, str, Path]:
     refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
     folder = Path(root, "saeft", f"{re.sub(r'[^a-zA-Z0-9]+', '-', place)[-60:]}-{_key(place)}")
     if not place.startswith("hf://"):
-        top = place if os.path.isdir(place) else os.path.dirname(place)
-        return place, files_key([path for path, _ in source_files(place)], top or "."), folder
+        return place, files_key(path for path, _ in source_files(place)), folder
     repo, _, revision = place.removeprefix("hf://datasets/").partition("@")
     try:
         with hub_errors(f"datasets/{repo}"):
