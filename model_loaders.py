@@ -161,7 +161,7 @@ MODELS |= {f"gemma-3-{size}": f"google/gemma-3-{size}-pt" for size in ("1b", "4b
 IGNORED = r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|vision_tower\.|multi_modal_proj"
 BLOCK = 1 << 22  # bytes, or numbers, at a time
 LARGE = 1 << 30  # bytes that take a second to read
-commits = {}  # (repository, revision) -> commit: all files that a process reads are of one
+commits = {}  # long name -> commit: all files of it that a process reads are of one
 hub_logging.set_verbosity_error()  # warnings of its retries would bury our one line
 
 
@@ -217,7 +217,7 @@ def fetch(name, filename: str) -> Path:
             return Path(folder, filename)
         if "/" not in repo:
             raise hub.HFValidationError  # a bare name, none of ours
-        wanted = commits.get((repo, revision), revision or None)
+        wanted = commits.get(place, revision or None)
         file = {"repo_id": repo, "filename": filename, "revision": wanted}
         path = hf.try_to_load_from_cache(**file)  # an object where it is known that there is none
         if path is None:
@@ -227,7 +227,7 @@ def fetch(name, filename: str) -> Path:
         if not isinstance(path, str):
             raise FileNotFoundError
         snapshot = Path(path).parents[len(Path(filename).parts) - 1]  # a commit's folder
-        commits.setdefault((repo, revision), snapshot.name)
+        commits.setdefault(place, snapshot.name)
         return Path(path)
 
 
@@ -246,9 +246,9 @@ def find(name, filename: str) -> Path | None:
 def model_key(name: str) -> str:
     """The identity of a model and its weights: its commit on the Hub, or `files_key`."""
     folder = fetch(name, "config.json").parent
-    repo, _, revision = long_name(name, MODELS).partition("@")
-    if (repo, revision) in commits:
-        return f"{repo}@{commits[repo, revision]}"
+    place = long_name(name, MODELS)
+    if place in commits:
+        return f"{place.partition('@')[0]}@{commits[place]}"
     weights = chain(*map(folder.glob, ("*.json", "*.safetensors", "*.bin")))  # the last of forks
     return files_key(weights)
 
@@ -803,15 +803,15 @@ def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
     or the end of text, where it puts nothing. Raises UserError."""
     path = fetch(name, "tokenizer.json")
     names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    beside = {filename: find(name, filename) for filename in names}
-    says = {filename: read_json(file) for filename, file in beside.items() if file}
-    config = {**says.get("special_tokens_map.json", {}), **says.get("tokenizer_config.json", {})}
+    beside = [find(name, filename) for filename in names]
+    special, config, added = [read_json(file) if file else {} for file in beside]
     with user_errors(f"cannot read {path}"):
-        ends = {_text(said["eos_token"]) for said in says.values() if said.get("eos_token")}
+        ends = {_text(said["eos_token"]) for said in (special, config) if said.get("eos_token")}
+        config = {**special, **config}
         if len(ends) > 1 and not config.get("added_tokens_decoder"):
             raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
         tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
-        _check_beside(tokenizer, config, says.get("added_tokens.json", {}))
+        _check_beside(tokenizer, config, added)
         if bos == "yes" and tokenizer.bos_id is None:
             tokenizer.bos_id = tokenizer.ids.get(_text(config.get("bos_token")), tokenizer.eos_id)
     if bos == "no":

@@ -41,9 +41,9 @@ def leave(block, args, output):
 
 def named(name: str) -> dict:
     """What from_pretrained takes: a folder, or a name on the Hub and its revision."""
-    name = os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
-    name, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    commit = model_loaders.commits.get((name, revision), revision or "main")
+    place = os.path.expanduser(model_loaders.long_name(name, model_loaders.MODELS))
+    name, _, revision = (place, "", "") if os.path.isdir(place) else place.partition("@")
+    commit = model_loaders.commits.get(place, revision or "main")
     return {"pretrained_model_name_or_path": name, "revision": commit}
 
 
