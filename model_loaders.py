@@ -453,9 +453,9 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
         told[key] = SAE_SETTINGS[key][0]
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
-    tensors = {**tensors, "W_enc": tensors["W_enc"].T}
+    tensors = tensors | {"W_enc": tensors["W_enc"].T}
     with replacing(Path(folder, "cfg.json")) as file:
-        file.write(json.dumps({**cfg, **told}, indent=2).encode())
+        file.write(json.dumps(cfg | told, indent=2).encode())
         file.flush()  # a full disk shows before the weights are replaced
         write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"})
 
@@ -475,7 +475,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     `saeft` is a dict. UserError also for what our equations cannot express."""
     cfg = sae_cfg(source)
     cfg["saeft"] = _dict(cfg, "saeft")
-    says = {**_dict(cfg, "model_from_pretrained_kwargs"), **cfg}
+    says = _dict(cfg, "model_from_pretrained_kwargs") | cfg
     for key, accepted in SAE_SETTINGS.items():
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
@@ -490,7 +490,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
         numbers = tensor.is_floating_point() or name not in shapes
         sound = numbers and tensor.isfinite().all()
         refuse(not sound, f"{path}: {name} is not of finite numbers")
-    return {**tensors, "W_enc": tensors["W_enc"].T}, cfg
+    return tensors | {"W_enc": tensors["W_enc"].T}, cfg
 
 
 def merged(cfg: dict) -> dict:
@@ -498,7 +498,7 @@ def merged(cfg: dict) -> dict:
     metadata = _dict(cfg, "metadata")
     twice = sorted(key for key in metadata if cfg.get(key, metadata[key]) != metadata[key])
     refuse(twice, f"the SAE's cfg.json says {twice} twice, and not the same")
-    return {**metadata, **cfg}
+    return metadata | cfg
 
 
 def _dict(parent: dict, key: str) -> dict:
@@ -525,41 +525,33 @@ def hook_name(layer: int, place: str) -> str:
     return f"blocks.{layer}.{place if 'hook_' in place else 'hook_' + place}"
 
 
-# What of an SAE's metadata matters: the setting that it tells, and its type.
-ORIGIN = {
-    "model_name": ("model", str),
-    "dataset_path": ("data", str),
-    "context_size": ("context", int),
-    "prepend_bos": ("bos", bool),
-    "first_sequence": ("first_sequence", int),
-    "sink_norm": ("sink_norm", float),
-}
+# What of an SAE's metadata matters, and its type.
+ORIGIN = {"model_name": str, "dataset_path": str, "context_size": int, "prepend_bos": bool}
+ORIGIN |= {"first_sequence": int, "sink_norm": float}
 
 
 def sae_settings(cfg: dict) -> dict:
     """What the cfg of `read_sae` tells as settings, and nothing that it does not. UserError for a
     hook that is not understood, and for values of other types."""
-    told = {"d_sae": cfg["d_sae"]}
     beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
-    for key, (name, kind) in ORIGIN.items():
-        value = told[name] = cfg.get(key)
+    for key, kind in ORIGIN.items():
+        value = cfg.get(key)
         natural = type(value) is kind and (kind is not int or value >= 0)
         refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
+    told = {"d_sae": cfg["d_sae"], "data": cfg.get("dataset_path")}
+    told |= {"context": cfg.get("context_size"), "sink_norm": cfg.get("sink_norm")}
+    told["bos"] = {True: "yes", False: "no"}.get(cfg.get("prepend_bos"))
     hook = cfg.get("hook_name") or cfg.get("hook_point")  # the second before SAELens 3
     if hook is not None:
         block = cfg.get("hook_layer", cfg.get("hook_point_layer"))
         told["layer"], told["place"] = read_hook(hook, block)
-    how = _dict(cfg, "model_from_pretrained_kwargs")
-    if how.keys() & {"checkpoint_index", "checkpoint_value"}:  # which have no name
-        told["model"] = None
-    if told["model"] and how.get("revision"):
-        told["model"] += f"@{how['revision']}"
-    told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
+    model, how = cfg.get("model_name"), _dict(cfg, "model_from_pretrained_kwargs")
+    if model and not how.keys() & {"checkpoint_index", "checkpoint_value"}:  # these have no name
+        told["model"] = f"{model}@{how['revision']}" if how.get("revision") else model
     k = cfg.get("k") or cfg["saeft"].get("k")
     refuse(k and (type(k) not in (int, float) or k < 0), f"the SAE's cfg.json has k = {k!r:.60}")
     told["k"] = [int(k) if k % 1 == 0 else k] if k else None
-    del told["first_sequence"]  # which is for TokenStream to know
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
@@ -786,7 +778,7 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
     decoder = config.get("added_tokens_decoder") or {}
     strips = ("lstrip", "rstrip", "single_word")
     other = [token for token in decoder.values() if any(map({**token}.get, strips))]
-    added = {**added, **{_text(token): int(i) for i, token in decoder.items()}}
+    added = added | {_text(token): int(i) for i, token in decoder.items()}
     other += [text for text, i in added.items() if tokenizer.ids.get(text) != i]
     named = [config.get(f"{name}_token") for name in "bos eos unk sep pad cls mask".split()]
     for kind in ("additional", "extra", "model_specific"):
@@ -807,7 +799,7 @@ def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
     special, config, added = [read_json(file) if file else {} for file in beside]
     with user_errors(f"cannot read {path}"):
         ends = {_text(said["eos_token"]) for said in (special, config) if said.get("eos_token")}
-        config = {**special, **config}
+        config = special | config
         if len(ends) > 1 and not config.get("added_tokens_decoder"):
             raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
         tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
