@@ -454,10 +454,11 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = tensors | {"W_enc": tensors["W_enc"].T}
-    with replacing(Path(folder, "cfg.json")) as file:
+    folder = expanded(folder)
+    with replacing(folder / "cfg.json") as file:
         file.write(json.dumps(cfg | told, indent=2).encode())
         file.flush()  # a full disk shows before the weights are replaced
-        write_safetensors(Path(folder, "sae_weights.safetensors"), tensors, {"format": "pt"})
+        write_safetensors(folder / "sae_weights.safetensors", tensors, {"format": "pt"})
 
 
 def sae_key(source) -> str:
@@ -673,7 +674,8 @@ def _made_tokens(merges: list[tuple], vocab: dict[str, int]) -> list[str]:
 def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
     """{bytes: ids} of what is there before any merge, by rank: bytes, leading bytes of characters,
     characters, so that tiktoken puts these together first. Others keep the ids of their bytes."""
-    chars = {char.replace("▁", " ").encode(): [i] for char, i in vocab.items() if len(char) == 1}
+    chars = {char: i for char, i in vocab.items() if len(char) == 1 and char != " "}
+    chars = {char.replace("▁", " ").encode(): [i] for char, i in chars.items()}
     units = {byte: [vocab[name]] for name, byte in SPM_BYTES.items() if name in vocab}
     for lead in {char[:n] for char in chars for n in range(2, len(char))}:
         units[lead] = [vocab[f"<0x{byte:02X}>"] for byte in lead]
@@ -742,8 +744,10 @@ class Tokenizer:
         raw = [token["content"] for token in spec["added_tokens"] if not token["normalized"]]
         late = [token["content"] for token in spec["added_tokens"] if token["normalized"]]
         self.added = {*raw, *late}  # tokens that are cut out of a text
-        late = {self._normalize(text): ids[text] for text in late}
-        self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(late), ids | late
+        normal = {self._normalize(text): ids[text] for text in late}
+        if len(normal) < len(late) or normal.keys() & {*raw}:
+            raise ValueError("two of its added tokens are the same text to it")
+        self._cut, self._cut_late, self.ids = _any_of(raw), _any_of(normal), ids | normal
 
     @property
     def vocabulary(self) -> str:
@@ -827,7 +831,7 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 6  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 7  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -954,19 +958,20 @@ def _json_texts(blocks, path: str):
 def _plain_texts(blocks, path: str, longest: int):
     """Yields what stands between marks <|endoftext|>; a text without them in documents of at most
     `longest` characters, which end with a line if they can."""
-    rest = ""
+    rest, cut = "", False
     for number, block in enumerate(blocks):
         refuse(block.count("\0") > len(block) // 4, f"{path} is UTF-16: convert it to UTF-8")
         lines = not number and re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', block)
         refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
         *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n)?", rest + block)
+        refuse(whole and cut, f"{path}: the first <|endoftext|> is late: begin it with another")
         yield from whole
         longest = WHOLE if whole else longest
         start = 0
         while start + longest < len(rest):
             end = rest.rfind("\n", start, start + longest) + 1 or start + longest
             yield rest[start:end]
-            start = end
+            start, cut = end, longest == PIECE
         rest = rest[start:]
     yield rest
 
@@ -1020,8 +1025,9 @@ class TokenStream:
         self.key = _key([version, ids, BATCH, RULES])
         seen = 0  # sequences
         if sae and _dict(sae, "identity").get("data") == self.key:
-            ids_in_each = sae["context_size"] - context + self.stride
-            seen = math.ceil(sae["first_sequence"] * ids_in_each / self.stride)
+            with user_errors("the SAE does not say how much it has seen of this data"):
+                ids_in_each = sae["context_size"] - context + self.stride
+                seen = math.ceil(sae["first_sequence"] * ids_in_each / self.stride)
         self.asked = [train + seen * context, val]  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
         self.folder = folder / self.key
@@ -1103,7 +1109,7 @@ class TokenStream:
 
     def _tokenise(self, side: int, files: list):
         """A side's ids of each batch of pieces; `passed` counts batches."""
-        source, eos = pieces(self.place, files), self.tokenizer.eos_id
+        source, eos, ended = pieces(self.place, files), self.tokenizer.eos_id, True
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in islice(enumerate(batches, 1), self.passed[side], None):
             own = [(text, ends) for text, held, ends in batch if held == side]
@@ -1115,7 +1121,9 @@ class TokenStream:
                     ids += [*piece, eos] if ends else piece
                 else:
                     rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
-                    say_once(f"{self.data}: leaving out documents that hold {rows}")
+                    say_once(f"{self.data}: leaving out pieces of text that hold {rows}")
+                    ids += [eos] if ends and not ended else []  # of what was kept of it
+                ended = ends
             self._append(side, np.array(ids, dtype=self.dtype), number)
             if not self.lacks(side):
                 break
@@ -1201,6 +1209,8 @@ class RunFolder:
 
     def __init__(self, path: Path, parts: list[str], rank: int = 0):
         self.path, self.parts, self.rank, self.lock = path, parts, rank, ExitStack()
+        odd = [part for part in parts if not re.fullmatch(r"[\w-]+", part) or parts.count(part) > 1]
+        refuse(odd, f"--method: {odd} cannot be a method's name, nor its folder's")
 
     def take(self, resume: bool, overwrite: bool):
         """Make it, for this process alone. UserError where something else is in it."""

@@ -1400,7 +1400,7 @@ class Run:
         self.device = join_processes(config.device)
         self.lm = check(config)  # without weights until `prepare`
         path = model_loaders.run_path(asdict(config))
-        self.folder = model_loaders.RunFolder(path, ["before", *METHODS], rank())
+        self.folder = model_loaders.RunFolder(path, ["before", "MSE", *METHODS], rank())
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
         self.done = Done()
         self.interrupted = {}  # the state of the phase that a checkpoint was saved in
@@ -1453,8 +1453,7 @@ class Run:
         saved = self.folder.load_state(self.device) if config.resume else None
         if saved:
             self.folder.go_on(saved, settings, self.identity, world_size())
-            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
-                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
+            self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
             return
         if config.resume:
             say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
@@ -1518,7 +1517,8 @@ class Run:
         for t in phase.trainees:
             t.trained.train()
         if self.interrupted.get("name") == phase.name:
-            phase.load_state_dict(self.interrupted)
+            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
+                phase.load_state_dict(self.interrupted)
             self.interrupted = {}
         phase.began = time.monotonic() - self.done.seconds.get(phase.name, 0.0)
         self.in_loop = True

@@ -337,6 +337,10 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, monkeypatch, refused):
     assert type(sae) is Gated and sae.gate not in (0, 1) and Gated.architecture == "mine"
     cfg = json.loads((tmp_path / "x" / "cfg.json").read_text())
     assert cfg["metadata"]["hook_name"] == "blocks.2.hook_mine"
+    for name in ("before", "MSE", "..", "report.json"):  # which are others', or no folder's
+        with monkeypatch.context() as patch:
+            patch.setitem(saeft.METHODS, name, saeft.METHODS["mse"])
+            assert command("--name y", tmp_path) == 2
     assert saeft.parse(["--start", str(tmp_path / "x")]).place == "mine"
     # --help and refusals list what there is.
     with pytest.raises(SystemExit):
@@ -532,7 +536,7 @@ def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, monkeypatc
 
 def test_a_figure_that_is_not_finite_is_no_result(tmp_path, refused):
     """The last step's rate was too high; a model overflows behind the SAE's layer."""
-    refused("--name x --kl-tokens 128 --kl-lr 1e18", "CE nan: lower its rate")
+    refused("--name x --kl-tokens 128 --kl-lr 1e18", "CE nan: it is damaged, or its rate was too high")
     name = "gpt_neox.layers.4.mlp.dense_4h_to_h.weight"
     model = model_folder(tmp_path / "model", lambda t: t | {name: t[name].float() * 1e38})
     line = f"--model {model} --layer 2 --data tiny --kl-tokens 0 --name y"
@@ -1040,6 +1044,10 @@ def test_settings_that_do_not_fit_each_other_are_refused(configs, family, key, v
         fails(["config.json"], saeft.build_lm, {**configs[family], key: value})
     scaled = {"rope_parameters": rope(1e4), "rope_scaling": SCALING}
     fails(["another rope_scaling"], saeft.build_lm, {**configs["pythia"], **scaled})
+    (block, *_) = saeft.build_lm({**configs["pythia"], **scaled, "rope_parameters": {}}).blocks
+    assert block.rope[-1] == SCALING["factor"]  # as transformers takes it
+    old = {"type": "linear", "factor": 8.0}
+    fails(["rotary positions"], saeft.build_lm, {**configs["gemma3"], "rope_scaling": old})
 
 
 def test_missing_settings_are_named(configs):
@@ -1218,7 +1226,10 @@ def test_a_published_relu_sae_gets_the_lambda_at_which_it_rests():
     x, config = 3 * torch.randn(500, 32), Config(start="published")
     sae = small_sae("relu")
     sae.W_dec.data.mul_(0.1)
-    sae.l1.zero_()
+    sae.l1.zero_()  # which an SAE may say, too
+    sae.start(x, config)
+    assert sae.l1 == 0
+    sae.l1.fill_(torch.nan)
     sae.start(x, config)
     x_hat, f = dense_sae(x.double(), *leaves(sae), kind="relu")
     size = torch.ones((), dtype=torch.double, requires_grad=True)
@@ -1227,7 +1238,7 @@ def test_a_published_relu_sae_gets_the_lambda_at_which_it_rests():
     (slope,) = torch.autograd.grad(loss, size)
     assert sae.l1 > 0.01 and abs(slope) < 1e-5 * loss
     sae.W_dec.data.mul_(1000)
-    sae.l1.zero_()
+    sae.l1.fill_(torch.nan)
     sae.start(x, config)
     assert_close(sae.l1, 1e-4 * x.pow(2).sum(1).mean().sqrt())
 
@@ -1529,6 +1540,7 @@ def test_lambda_rises_in_phase_one_and_follows_the_l0_in_phase_two():
     sae, x, weight = small_sae("relu"), torch.randn(50, 32), torch.full((50,), 0.02)
     x_hat, f = sae(x)
     fails(["lambda = -1"], ReLU, 2, 2, l1=-1.0)
+    fails(["metadata cannot say l1"], sae.save, "never", {"l1": 0.02})
     half, whole = (sae.penalty(x, x_hat, f, weight, done) for done in (0.025, 0.05))
     assert_close(half, whole / 2)
     for target, l0, factor in [(None, 9.0, 1.0), (5.0, 9.0, 1.001), (5.0, 4.0, 1.001 * 0.999)]:
@@ -2204,6 +2216,7 @@ UNREAD = [  # ends in a blank: convert.py is named
     ({"threshold": torch.tensor(1.0)}, {"architecture": "jumprelu"}, "threshold"),
     ({}, {"architecture": "gated"}, "'gated'"),
     ({}, {"architecture": None}, "cfg.json has k = 3, but no architecture"),
+    ({}, {"architecture": "standard"}, "cfg.json has k = 3, but no architecture with one"),
     ({}, {"k": "6"}, "for abs(): 'str'"),
     ({}, {"k": -1}, "'k': -1"),
     ({"extra": torch.tensor(torch.inf)}, {}, "extra is not of finite numbers"),
@@ -2405,6 +2418,11 @@ GEMMA_MERGES = GEMMA_LIKE["model"]["merges"]
 JOINED = ["".join(pair) for pair in GEMMA_MERGES]
 UNMERGED = BYTE | {"added_tokens": [], "model": BYTE["model"] | {"merges": []}}
 WITHOUT_A = {t: i for i, t in enumerate(t for t in BYTE["model"]["vocab"] if t != "a")}
+TWINS = [*BYTE["added_tokens"]]
+for text in ("\u00e9", "e\u0301"):  # raw, and one that NFC makes the same
+    last = max(len(BYTE["model"]["vocab"]) - 1, *(token["id"] for token in TWINS))
+    token = {"content": text, "normalized": text != "\u00e9", "id": last + 1}
+    TWINS.append(BYTE["added_tokens"][0] | token)
 TWO_WAYS = max(i for i in range(1, len(JOINED)) if JOINED[i] == JOINED[i - 1]) - 1  # to one token
 
 
@@ -2430,6 +2448,7 @@ TWO_WAYS = max(i for i in range(1, len(JOINED)) if JOINED[i] == JOINED[i - 1]) -
     (GEMMA_LIKE, "model vocab", {"<eos>": 0, "日": 1}, "do not follow"),
     (GEMMA_LIKE, "model merges", GEMMA_MERGES[:TWO_WAYS] + GEMMA_MERGES[TWO_WAYS + 1 :], "order of training"),
     (UNMERGED, "model vocab", WITHOUT_A, "no token for some byte"),
+    (BYTE, "added_tokens", TWINS, "the same text"),
 ])  # fmt: skip
 def test_unreadable(tmp_path, base, path, value, says):
     spec = part = json.loads(json.dumps(base))
@@ -2637,6 +2656,8 @@ def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
 def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
     whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
     ends = ["<|endoftext|>\n", "<|endoftext|>\r\n", "<|endoftext|>"]
+    late = put(tmp_path, {"late.txt": "word " * 900_000 + ends[0] + "word"}) / "late.txt"
+    fails(["the first <|endoftext|> is late"], list, model_loaders.pieces(str(late)))
     text = "".join(text + end for text, end in zip(whole, [*ends, *ends[:2], ""]))
     (tmp_path / "a.txt").write_text(text, newline="")
     found = list(model_loaders.pieces(str(tmp_path / "a.txt")))
@@ -3050,6 +3071,8 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
         s = stream(other, tokenizer, context, train=2 * context, sae=sae)
         assert s.key == key and s.n_train == seen + 2 and len(s.train(seen, 2)) == 2
     assert stream(other, Bytes(), train=0, sae={**sae, "identity": {"data": "x"}}).n_train == 1
+    for silent in ("first_sequence", "context_size"):
+        fails(["how much it has seen"], stream, other, tokenizer, sae={**sae, silent: None})
     short = stream(other, tokenizer, sae={**sae, "first_sequence": 10**6})
     fails(["were asked for"], short.train, 10**6, 1)
 
@@ -3177,7 +3200,13 @@ def test_a_text_with_an_id_that_has_no_row_is_left_out(tmp_path, stream, capsys)
     kept = [line for line in marked if "~" not in line]
     s = stream(path, n_rows=126, train=10**6, short_ok=True)
     assert ids(s.train(0, s.n_train)) == joined(kept, False)[: s.n_train * 16]
-    assert capsys.readouterr().out.count("leaving out documents that hold ids from 126 on") == 1
+    assert capsys.readouterr().out.count("leaving out pieces of text that hold ids from 126") == 1
+    first = "a" * (1 << 16)  # a piece that is kept, of a document whose second one is not
+    assert not held_out(first + "~")
+    long = put(tmp_path, {"b.jsonl": jsonl([first + "~", *kept])}) / "b.jsonl"
+    s = stream(long, n_rows=126, train=10**6, short_ok=True)
+    expected = first.encode() + b"\0" + joined(kept, False)
+    assert ids(s.train(0, s.n_train)) == expected[: s.n_train * 16]
     assert ids(stream(path, n_rows=127).train(0, 100)) == joined(marked, False)[:1600]
     assert "leaving" not in capsys.readouterr().out
     beyond = functools.partial(stream, path, Bytes(bos_id=7), n_rows=7)
