@@ -1109,7 +1109,7 @@ class TokenStream:
 
     def _tokenise(self, side: int, files: list):
         """A side's ids of each batch of pieces; `passed` counts batches."""
-        source, eos, ended = pieces(self.place, files), self.tokenizer.eos_id, True
+        source, eos, begun = pieces(self.place, files), self.tokenizer.eos_id, False
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in islice(enumerate(batches, 1), self.passed[side], None):
             own = [(text, ends) for text, held, ends in batch if held == side]
@@ -1117,13 +1117,14 @@ class TokenStream:
                 encoded = pool.map(self.tokenizer.encode, [text for text, _ in own])
             ids = []
             for piece, (_, ends) in zip(encoded, own):
-                if max(piece, default=0) < self.n_ids:
-                    ids += [*piece, eos] if ends else piece
-                else:
+                kept = max(piece, default=0) < self.n_ids
+                begun = begun or kept  # a document of which something is kept
+                ids += piece if kept else []
+                ids += [eos] if begun and ends else []
+                begun = begun and not ends
+                if not kept:
                     rows = f"ids from {self.n_ids:,} on, for which the model has no embedding"
                     say_once(f"{self.data}: leaving out pieces of text that hold {rows}")
-                    ids += [eos] if ends and not ended else []  # of what was kept of it
-                ended = ends
             self._append(side, np.array(ids, dtype=self.dtype), number)
             if not self.lacks(side):
                 break

@@ -344,7 +344,7 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
         )
         refuse(not number or not 0 < k <= F, f"its K is {k!r:.60}, its latents {F}")
     for key in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"):
-        refuse(cfg.get(key) not in (None, True, False), f"its {key} is {cfg[key]!r:.60}")
+        refuse(cfg.get(key) not in (None, True, False), f"its {key} is {cfg.get(key)!r:.60}")
     if cfg.get("rescale_acts_by_decoder_norm"):  # norms weigh z, and divide f again
         norms = t["W_dec"].norm(dim=1).clamp_min(1e-8)
         t["W_enc"] = t["W_enc"] * norms

@@ -221,8 +221,9 @@ def load(args, n_train: int = FIRST) -> tuple:
     if (folder / "before" / "cfg.json").exists():
         before = SAE.load(folder / "before").to(device)
         cfgs = [model_loaders.sae_cfg(path) for path in (folder, folder / "before")]
-        own, other = ((cfg.get("hook_name"), cfg["d_sae"]) for cfg in cfgs)
-        refuse(own != other, f"{folder} is of {own}, its before/ of {other}")
+        for key in ("hook_name", "d_in", "d_sae"):
+            own, other = (cfg.get(key) for cfg in cfgs)
+            refuse(own and own != other, f"{folder} has {key} {own}, its before/ {other}")
     lm = saeft.load_lm(args.model, device)
     tokenizer = lm.load_tokenizer(args.model, args.bos)
     lm.n_skip = int(tokenizer.bos_id is not None)

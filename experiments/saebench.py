@@ -167,7 +167,12 @@ def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
         if results.keys() != folders.keys():  # core keeps its errors to itself
             raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
         for label, groups in results.items():
-            figures[name, label] = {k: v for group in groups.values() for k, v in group.items()}
+            row = figures[name, label] = {
+                k: v for group in groups.values() for k, v in group.items()
+            }
+            if any(v != v for v in row.values()):
+                more = "one of its parts has too few examples: more --cities, or text in --data"
+                model_loaders.say(f"note: {name} of {label} is nan: {more}")
     return figures
 
 
