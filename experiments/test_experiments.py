@@ -857,7 +857,10 @@ REFUSED = {
     "quantised": (tensors_of(lambda t: four(t) | {"W_enc": t["W_enc"].char()}), "quantised"),
     "k missing": (tensors_of(four, architecture="topk"), "None"),
     "k of no TopK": (lens6(k=K), f"its k is {K}"),
-    "two k": (flat(activation_fn_str="topk", k=K + 1), f"its K is {K + 1} and"),
+    "two k": (
+        flat(activation_fn_str="topk", activation_fn_kwargs={"k": K}, k=K + 1),
+        f"its K is {K + 1} and",
+    ),
     "two thresholds": (
         tensors_of(lambda t: t | {"log_threshold": torch.zeros(F_SAE)}),
         "a log_threshold",
