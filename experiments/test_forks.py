@@ -259,6 +259,15 @@ def test_any_model_runs_with_its_own_tokenizer(tmp_path):
     same_figures(tmp_path, report, flags=f"--model {folder}")
 
 
+def test_the_ids_of_a_tokenizer_may_have_gaps(tmp_path):
+    words = tokenizers.models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 5}, unk_token="a")
+    theirs = tokenizers.Tokenizer(words)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, eos_token="<|endoftext|>")
+    fast.save_pretrained(tmp_path)
+    tokenizer = imported("any_model").Tokenizer(str(tmp_path))
+    assert len(fast) == 3 and tokenizer.n_vocab == 6 and tokenizer.encode("b") == [5]
+
+
 def without_a_block(tensors):
     return {name: t for name, t in tensors.items() if ".layers.1." not in name}
 

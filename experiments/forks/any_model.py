@@ -55,10 +55,8 @@ class Tokenizer:
             self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
             text = self.tokenizer.backend_tokenizer.to_str()
         self.fingerprint = self.vocabulary = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.n_vocab, self.eos_id = (
-            max(self.tokenizer.get_vocab().values()) + 1,
-            self.tokenizer.eos_token_id,
-        )
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1  # there may be gaps
+        self.eos_id = self.tokenizer.eos_token_id
         refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
         bos_id, first = self.tokenizer.bos_token_id, self.tokenizer("a").input_ids[0]
         own = self.eos_id if bos_id is None else bos_id
