@@ -2909,7 +2909,7 @@ def test_a_wait_reports_what_is_going_on_and_can_be_interrupted(lines_file, stre
 
 # ---- Nothing guessed ---------------------------------------------------------------------------
 def test_on_a_pipe_a_long_phase_speaks_every_half_minute(monkeypatch, capsys):
-    now = time.monotonic()
+    now = float(round(time.monotonic()))  # so that sums of seconds are exact
     monkeypatch.setattr(time, "monotonic", lambda: now)
     model_loaders.say("begin")
     for second in range(100):
