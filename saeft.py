@@ -468,7 +468,9 @@ def sink_limit(x, n_skip: int, sink_norm: float):
 
 
 def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
-    """Content x [N, D] of the first n sequences, and the norm above which a token is a sink."""
+    """Content x [N, D] of the first sequences, at most n and about 32k tokens, and the norm above
+    which a token is a sink."""
+    n = min(n, 32_768 // config.context + 1)
     x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
     limit = sink_limit(x, lm.n_skip, config.sink_norm)
     x = single(x[content(x, lm.n_skip, limit)])
@@ -817,8 +819,8 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
         row["dead"] = int((fired == 0).sum())
         lost = ce_zero - ce_original
         row["loss_recovered"] = (ce_zero - ce) / lost if lost else None
-        lost = not math.isfinite(ce + row["fvu"])
-        refuse(lost, f"{label}: CE {ce}: it is damaged, or its rate was too high")
+        broken = not math.isfinite(ce + row["fvu"])
+        refuse(broken, f"{label}: CE {ce}: it is damaged, or its rate was too high")
         figures.append(row)
     return model, figures
 
@@ -1495,7 +1497,7 @@ class Run:
             sae.load_state_dict(saved)
             vars(sae).update(own)
         if done.limit is None:
-            n = min(self.n_mse or self.n, 32_768 // config.context + 1)
+            n = self.n_mse or self.n
             x, done.limit = first_activations(self.lm, self.stream, n, config)
             scale = x.pow(2).sum(-1).mean().sqrt()
             done.scale = torch.ones_like(scale) if config.start else scale

@@ -238,8 +238,7 @@ def load(args, n_train: int = FIRST) -> tuple:
     stream = model_loaders.TokenStream(*source, short_ok=True, n_rows=len(lm.W_U))
     now = {"model": model_loaders.model_key(args.model), "data": stream.key}
     model_loaders.note_changes(model_loaders.sae_cfg(folder), folder, vars(args), now)
-    n = min(stream.n_train, FIRST // args.context + 1)
-    limit = saeft.first_activations(lm, stream, n, args)[1]
+    limit = saeft.first_activations(lm, stream, stream.n_train, args)[1]
     return lm, tokenizer, sae, before, stream, limit
 
 

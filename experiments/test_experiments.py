@@ -131,7 +131,7 @@ def test_a_method_does_not_depend_on_the_methods_before_it(tmp_path):
         stream = model_loaders.TokenStream(
             "tiny", model_loaders.load_tokenizer("tiny"), 64, 100, 2000
         )
-        limit = saeft.sink_limit(lm.prefix(stream.train(0, 1), 2), lm.n_skip, config.sink_norm)
+        _, limit = saeft.first_activations(lm, stream, 1, config)
         model, (row,) = saeft.evaluate(lm, stream.validation(), [loaded], 10 * limit, config)
         stream.close()
         expected = {key: together[name][key] for key in row}
