@@ -55,7 +55,8 @@ def user_errors(what: str):
     except UserError:
         raise
     except ImportError as error:
-        advice = f"pip install {error.name}" if error.name else str(error)
+        package = error.name and "." not in error.name
+        advice = f"pip install {error.name}" if package else str(error)
         raise UserError(f"{what}: {advice}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
         error = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -99,7 +100,10 @@ def flags_of(settings: type, doc: str | None = None) -> Parser:
     parser = Parser(doc, argument_default=argparse.SUPPRESS)
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
-        default, kind = f.default_factory(), str(f.type)  # as text, or a type
+        kind = str(f.type)  # as text, or a type
+        unknown = "help" not in f.metadata or not re.search("bool|int|float|str", kind)
+        refuse(unknown, f"{f.name}: a setting is made by `flag`, of int, float, str or bool")
+        default = f.default_factory()
         shown = "" if default is None else f" (default: {default})"
         options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
         if "bool" in kind:
@@ -184,7 +188,7 @@ def hub_errors(repo: str, filename: str = "such file"):
             advice += " (models are read from safetensors files only, SAEs from SAELens's layout)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
-            advice = "try again, HF_HUB_OFFLINE=1, a folder, --model tiny, --data tiny"
+            advice = "try again, or a folder, --model tiny, --data tiny"
             message = f"cannot fetch {repo} (error: {status or repr(error)[:300]}): {advice}"
         raise UserError(message) from error
 
@@ -288,8 +292,8 @@ def _key(content) -> str:
 def load_config(name: str) -> dict:
     """The model's config.json. Raises UserError, also when it is not a JSON object."""
     path = fetch(name, "config.json")
-    adapter = path.with_name("adapter_config.json").exists()
-    refuse(adapter, f"{path.parent} has an adapter beside the model: merge it, or move it away")
+    adapter = find(name, "adapter_config.json")
+    refuse(adapter, f"{name} has an adapter beside the model: merge it, or move it away")
     return read_json(path)
 
 
@@ -310,6 +314,7 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
                 what = f"{name}: {key}, of {tensor.dtype}, is not finite in {dtype}"
                 refuse(not sound, f"{what}: damaged, too large, or else {UNQUANTISED}")
                 key = key.replace("language_model.model.", "model.").replace("language_model.", "")
+                refuse(key in weights, f"{name} has {key} twice")
                 weights[key] = tensor
     return weights
 
@@ -454,9 +459,10 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = tensors | {"W_enc": tensors["W_enc"].T}
-    folder = expanded(folder)
+    folder, cfg = expanded(folder), cfg | told
+    merged(cfg)
     with replacing(folder / "cfg.json") as file:
-        file.write(json.dumps(cfg | told, indent=2).encode())
+        file.write(json.dumps(cfg, indent=2).encode())
         file.flush()  # a full disk shows before the weights are replaced
         write_safetensors(folder / "sae_weights.safetensors", tensors, {"format": "pt"})
 
@@ -806,7 +812,11 @@ def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
         config = special | config
         if len(ends) > 1 and not config.get("added_tokens_decoder"):
             raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
-        tokenizer = Tokenizer(read_json(path), _text(config.get("eos_token")))
+        spec, decoder = read_json(path), config.get("added_tokens_decoder") or {}
+        for token in spec["added_tokens"]:  # transformers goes by what stands beside it
+            told = decoder.get(str(token["id"]), token)
+            token["normalized"] = told.get("normalized", not told.get("special"))
+        tokenizer = Tokenizer(spec, _text(config.get("eos_token")))
         _check_beside(tokenizer, config, added)
         if bos == "yes" and tokenizer.bos_id is None:
             tokenizer.bos_id = tokenizer.ids.get(_text(config.get("bos_token")), tokenizer.eos_id)
@@ -831,7 +841,7 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 7  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 8  # the version of what makes ids of a source: splits, documents, pieces
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -963,7 +973,8 @@ def _plain_texts(blocks, path: str, longest: int):
         refuse(block.count("\0") > len(block) // 4, f"{path} is UTF-16: convert it to UTF-8")
         lines = not number and re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', block)
         refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
-        *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n)?", rest + block)
+        # One that ends a block waits for the next: a newline may follow.
+        *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n|(?!\r?\Z))", rest + block)
         refuse(whole and cut, f"{path}: the first <|endoftext|> is late: begin it with another")
         yield from whole
         longest = WHOLE if whole else longest
@@ -973,7 +984,7 @@ def _plain_texts(blocks, path: str, longest: int):
             yield rest[start:end]
             start, cut = end, longest == PIECE
         rest = rest[start:]
-    yield rest
+    yield re.sub(r"<\|endoftext\|>\r?\Z", "", rest)
 
 
 def source_now(data: str) -> tuple[str, str, Path]:
@@ -1319,4 +1330,5 @@ class RunFolder:
 
 def _wait_for_all_processes():
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        with user_errors("another process has ended"):
+            torch.distributed.barrier()

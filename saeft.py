@@ -54,6 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import AdamW
 
 import model_loaders
@@ -191,6 +192,8 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
         super().__init__()
+        none = k == 0 and "k" in self.numbers
+        refuse(none or not 0 <= k <= d_sae, f"K = {k} of {d_sae} latents")
         self.k = k  # what it means is the kind's
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
@@ -249,7 +252,8 @@ class SAE(nn.Module):
     @staticmethod
     def load(source: str | Path) -> SAE:
         """The SAE that `save` or SAELens wrote, in a folder or at owner/name:path on the Hub.
-        UserError where there is none, or one that cannot be followed exactly."""
+        (A ReLU SAE of others has no lambda, and does not train, until `start`.) UserError where
+        there is none, or one that cannot be followed exactly."""
         tensors, cfg = model_loaders.read_sae(source)
         kind, said = kind_of(cfg, source), {**cfg["saeft"], **cfg}
         advice = f"python experiments/convert.py {source} FOLDER"
@@ -269,7 +273,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
     """The K largest of each token."""
 
     def __init__(self, d_model, d_sae, k, seed=0):
-        refuse(not 0 < k <= d_sae or k % 1, f"K = {k} of {d_sae} latents")
+        refuse(k % 1, f"K = {k} of {d_sae} latents")
         super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre):
@@ -423,6 +427,7 @@ class SlicedLoss(torch.autograd.Function):
         return sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         grads = [g[i] * grad for i, grad in enumerate(ctx.saved_tensors)]
         return None, None, None, None, None, *grads
@@ -648,7 +653,7 @@ def variance_of(x, weight):
 def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
     clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
-    unit_norm = t.trained is t.sae and t.sae.unit_norm
+    unit_norm = t.trained is t.sae and t.sae.unit_norm and t.sae.W_dec.requires_grad
     for p in t.parameters:
         refuse(p.grad is None, f"what trains has a parameter {[*p.shape]} without a gradient")
         p.grad = mean_over_ranks(p.grad)
@@ -838,9 +843,10 @@ class SparseRows:
     rows: Tensor  # [P], ascending: which token
     columns: Tensor  # [P]: which latent
     shape: torch.Size  # N, F
-    order: Tensor | None = None  # [P], where gradients are wanted
+    order: Tensor  # [P]
 
     def __matmul__(self, table):
+        refuse(len(table) != self.shape[1], f"a table of {len(table)} for {self.shape[1]} latents")
         return SparseProduct.apply(self.values, self, table)
 
     def __mul__(self, weights):
@@ -892,6 +898,7 @@ class SparseProduct(torch.autograd.Function):
         return times(values, f.rows, f.columns, table, f.shape[0])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         values, table = ctx.saved_tensors
         values, latents, tokens = ctx.f.by_latent(values)
@@ -914,6 +921,7 @@ class SparseEncoder(torch.autograd.Function):
         return f.values.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         centred, W_enc, values = ctx.saved_tensors
         f, h = ctx.f, g * (values > 0)
@@ -939,10 +947,10 @@ def sparse_encode(x, b_dec, W_enc, b_enc, select, keep) -> SparseRows:
             none = (pre <= 0).logical_or_(pre < which)  # which keeps NaN
             rows, columns = none.logical_not_().nonzero(as_tuple=True)
             values = pre[rows, columns]
-        f = SparseRows(single(values), rows, columns, pre.shape)
-    if torch.is_grad_enabled():
         # A stable sort of int32 is a radix sort on the CPU, many times faster than the others.
-        f.order = columns.int().sort(stable=True).indices
+        order = columns.int().sort(stable=True).indices
+        f = SparseRows(single(values), rows, columns, pre.shape, order)
+    if torch.is_grad_enabled():
         f = replace(f, values=SparseEncoder.apply(x, b_dec, W_enc, b_enc, centred, f))
     return f
 
@@ -1079,6 +1087,7 @@ class LanguageModel(nn.Module):
 
     def suffix(self, resid, layer: int):
         """Output [B, T, D] of the last block, from that of block `layer`."""
+        refuse(layer not in range(-1, len(self.blocks)), f"there is no block {layer}")
         return self.run_blocks(resid, self.blocks[layer + 1 :])
 
     def run_blocks(self, resid, blocks):
@@ -1317,7 +1326,8 @@ def sum_over_ranks(x):
     """The sum over all processes; x itself where there is one."""
     if world_size() > 1:
         x = x.detach().clone()
-        dist.all_reduce(x)
+        with user_errors("another process has ended"):
+            dist.all_reduce(x)
     return x
 
 
@@ -1660,7 +1670,11 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
 def told_by_sae(source: str, given: dict) -> dict:
     """The settings that an SAE tells. UserError where `given` ones contradict it, or lack some."""
     tensors, cfg = model_loaders.read_sae(source)
-    told = {**model_loaders.sae_settings(cfg), "sae": kind_of(cfg, source).kind}
+    kind, own = kind_of(cfg, source), cfg["saeft"]
+    told = {**model_loaders.sae_settings(cfg), "sae": kind.kind}
+    if own.get("kind", kind.kind) != kind.kind or own.keys() - {"kind", *kind.numbers}:
+        known = f"is of a fork's kind, {own.get('kind')!r:.60}; without it {kind.kind} trains"
+        model_loaders.say_once(f"note: {source} {known}")
     threshold = tensors.get("threshold", torch.zeros(0))
     if told["sae"] == "jumprelu" and len(threshold.unique()) == 1:
         one = "one threshold for all latents, which stays; convert.py knows BatchTopK's"

@@ -355,6 +355,15 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, monkeypatch, refused):
     sae.gate.data.fill_(3.0)
     sae.save(tmp_path / "own", TOLD)
     assert SAE.load(tmp_path / "own").gate == 3.0
+    Gated.architecture = "topk"  # whose f it has, but it trains otherwise
+    sae.save(tmp_path / "other", TOLD)
+    cfg = json.loads((tmp_path / "other" / "cfg.json").read_text())
+    cfg["metadata"]["saeft"]["kind"] = "topk"
+    for kind, told in ("mine", 0), ("theirs", 1), ("topk", 0):
+        cfg["metadata"]["saeft"]["kind"] = kind
+        (tmp_path / "other" / "cfg.json").write_text(json.dumps(cfg))
+        saeft.parse(["--start", str(tmp_path / "other")])
+        assert capsys.readouterr().out.count("is of a fork's kind, 'theirs'") == told
     del saeft.KINDS["mine"]
     refused(f"--start {tmp_path / 'own'} --name y", "architecture 'mine'", sizes="")
     assert not (tmp_path / "y").exists()
@@ -844,6 +853,7 @@ def compare(model, folder, tokens=TOKENS, tolerance=1e-5, **load):
     assert len(hidden) == len(ours.blocks) - 1
     for layer in (-2, len(ours.blocks)):
         fails([f"there is no block {layer}"], ours.prefix, tokens, layer)
+        fails([f"there is no block {layer}"], ours.suffix, logits, layer)
     for layer, block in enumerate([*hidden, None]):
         resid = ours.prefix(tokens, layer)
         assert torch.equal(ours.unembed(ours.suffix(resid, layer)), logits)
@@ -1066,7 +1076,7 @@ SELECT = {  # what `encode` is told to keep, and the same by the equations
     "relu": (lambda pre: 0.0, {"kind": "relu"}),
     "threshold": (lambda pre: 0.7, {"kind": "relu", "threshold": 0.7}),
     "thresholds": (lambda pre: LINE, {"kind": "relu", "threshold": LINE}),
-    "batchtopk": (BatchTopK(2, 2, k=3).select, {"kind": "batchtopk", "k": 3}),
+    "batchtopk": (BatchTopK(2, 3, k=3).select, {"kind": "batchtopk", "k": 3}),
 }
 
 
@@ -1125,9 +1135,18 @@ def test_f_what_is_done_with_it_and_gradients_equal_dense_autograd(select, how, 
     assert fired.sum(1)[:3].max() == 0 < fired.sum(1).max() and fired.sum(0)[:2].max() == 0
 
     f = saeft.encode(x, b_dec, W_enc, b_enc, select, keep)
-    if fast:  # a weight of each token is not one of each latent
+    if fast:  # a weight of each token is not one of each latent; no second derivatives
         with pytest.raises(RuntimeError, match="expand"):
             f * torch.ones(24, 1)
+        fails(["a table of 21 for 20 latents"], f.__matmul__, torch.ones(21, 8))
+        x_hat = f @ W_dec
+        (slope,) = torch.autograd.grad(x_hat.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            slope.sum().backward()
+    with torch.no_grad():  # an encoder that does not train
+        given = saeft.encode(x, b_dec, W_enc, b_enc, select, keep)
+    by_W_dec = [torch.autograd.grad((g @ W_dec).pow(2).sum(), W_dec)[0] for g in (given, dense)]
+    assert_close(*by_W_dec, 1e-12)
     assert isinstance(f, SparseRows) == fast and torch.equal(saeft.counts(f), fired.sum(0))
     leaves = [*inputs, torch.randn(20, dtype=torch.double, requires_grad=True)]
     for name, call in WITH_F.items():
@@ -1329,6 +1348,8 @@ def test_batchtopk_keeps_k_per_token_on_average_and_learns_its_threshold(fast):
     assert saeft.counts(f).sum() == 1200
     per_token = (f.to_dense() > 0).sum(1)
     assert per_token.max() > 6 > per_token.min()
+    for k in (0, -3, 65):
+        fails([f"K = {k} of 64 latents"], BatchTopK, 32, 64, k=k)
     for target in (6, 4.5):  # K, or the L0 to go back to
         sae.l0_target = target
         assert saeft.counts(sae(x)[1]).sum() == 200 * target
@@ -1543,6 +1564,7 @@ def test_lambda_rises_in_phase_one_and_follows_the_l0_in_phase_two():
     x_hat, f = sae(x)
     fails(["lambda = -1"], ReLU, 2, 2, l1=-1.0)
     fails(["metadata cannot say l1"], sae.save, "never", {"l1": 0.02})
+    fails(["says ['device'] twice"], sae.save, "never", {"device": "cuda"})
     half, whole = (sae.penalty(x, x_hat, f, weight, done) for done in (0.025, 0.05))
     assert_close(half, whole / 2)
     for target, l0, factor in [(None, 9.0, 1.0), (5.0, 9.0, 1.001), (5.0, 4.0, 1.001 * 0.999)]:
@@ -1776,6 +1798,12 @@ def test_a_flag_s_type_may_be_text_or_a_type():
     parsed = model_loaders.flags_of(make_dataclass("Own", names)).parse_args(line.split())
     expected = [4000, 4000, 0.5, 0.5, [1.0, 2.0], ["1", "2"], True, True]
     assert [*vars(parsed).values()] == expected
+    for wrong in (("own", Path, flag(None, "")), ("own", int, 3)):
+        fails(
+            ["own: a setting is made by `flag`"],
+            model_loaders.flags_of,
+            make_dataclass("X", [wrong]),
+        )
 
 
 def test_a_trainee_trains_what_it_can_save_all_of_it_at_one_rate_and_fused():
@@ -1784,6 +1812,11 @@ def test_a_trainee_trains_what_it_can_save_all_of_it_at_one_rate_and_fused():
     t = Trainee(sae, divergence=None)
     sae.W_enc.grad = torch.ones_like(sae.W_enc)
     fails(["without a gradient"], saeft.update, t, 1e-3)
+    frozen = small_sae()
+    frozen.W_dec.requires_grad_(False)
+    before = frozen.W_dec.clone()
+    saeft.mse_step(Trainee(frozen, divergence=None), x, 1e-3, 0, 9, Config())
+    assert torch.equal(frozen.W_dec, before)
     step = functools.partial(saeft.mse_step, t, x, 1e-3, 0, 9, Config())
     groups = [{"params": t.parameters[:1], "lr": 99.0}, {"params": t.parameters[1:]}]
     t.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -2108,6 +2141,8 @@ def test_folders(tmp_path):
         fails([index.name], weights)
     index.write_text(json.dumps({"weight_map": where}))
     assert same(weights(), x | y)
+    model_loaders.write_safetensors(tmp_path / "y.safetensors", y | {"a": torch.ones(2)}, {})
+    fails(["has a twice"], weights)
 
 
 @pytest.mark.parametrize(
@@ -2415,6 +2450,24 @@ def test_what_changes_no_id(tmp_path):
     assert all(again.encode(text) == ours.encode(text) for text in library(0, 20_000))
 
 
+EXTRA = {"id": 2048, "content": "</s>", "special": True, "normalized": False}
+EXTRA |= dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_an_added_token_s_flags_are_those_beside_it(tmp_path, normalized):
+    token = {**EXTRA, "id": len(BYTE["model"]["vocab"]), "content": "café", "special": False}
+    spec = BYTE | {"normalizer": {"type": "NFC"}}
+    spec["added_tokens"] = [*BYTE["added_tokens"], token | {"normalized": not normalized}]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    config["added_tokens_decoder"] = {str(token["id"]): token | {"normalized": normalized}}
+    put(tmp_path, {"tokenizer.json": spec, "tokenizer_config.json": config})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = model_loaders.load_tokenizer(str(tmp_path)).encode("cafe\u0301 x")
+    assert ids == theirs.encode("cafe\u0301 x", add_special_tokens=False)
+    assert (token["id"] in ids) == normalized
+
+
 MERGES = BYTE["model"]["merges"]
 GEMMA_MERGES = GEMMA_LIKE["model"]["merges"]
 JOINED = ["".join(pair) for pair in GEMMA_MERGES]
@@ -2466,8 +2519,6 @@ def test_unreadable(tmp_path, base, path, value, says):
     fails(["has no tokenizer.json"], model_loaders.load_tokenizer, tmp_path)
 
 
-EXTRA = {"id": 2048, "content": "</s>", "special": True, "normalized": False}
-EXTRA |= dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
 SPEC = json.loads((model_loaders.TINY / "tokenizer.json").read_text())
 SPEC["added_tokens"].append(EXTRA)
 VOCAB = SPEC["model"]["vocab"]
@@ -2515,7 +2566,8 @@ def test_a_tokenizer_is_read_with_what_stands_beside_it(tmp_path, name, says, ex
     put(tmp_path, {name: SPEC | says if name == "tokenizer.json" else says})
     load = functools.partial(model_loaders.load_tokenizer, tmp_path)
     if isinstance(expected, str):
-        return fails([expected], load)
+        fails([expected], load)
+        return
     auto, always = load(), load("yes")
     assert (auto.eos_id, auto.bos_id, always.bos_id) == expected
     assert auto.n_vocab == 2049
@@ -2655,7 +2707,7 @@ def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
     assert max(map(len, found)) <= (1 << 16 if form == "jsonl" else 1 << 13)
 
 
-def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
+def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path, monkeypatch):
     whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
     ends = ["<|endoftext|>\n", "<|endoftext|>\r\n", "<|endoftext|>"]
     late = put(tmp_path, {"late.txt": "word " * 900_000 + ends[0] + "word"}) / "late.txt"
@@ -2670,6 +2722,11 @@ def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path):
         assert {held for _, held, _ in own} == {held_out(document)}
         assert [ends for *_, ends in own] == [False] * (len(own) - 1) + [True]
     assert not found
+    for end in ends:  # and wherever a block ends, the newline is of the mark
+        for block in range(3, 40):
+            monkeypatch.setattr(model_loaders, "BLOCK", block)
+            (tmp_path / "a.txt").write_text(f"one{end}two{end} three{end}", newline="")
+            assert documents(str(tmp_path / "a.txt"))[:3] == ["one", "two", " three"]
 
 
 def test_forms_of_text(tmp_path):
@@ -3412,6 +3469,7 @@ def test_hub_through_the_real_client(tmp_path):
     sae_folder(tmp_path / "sae")
     sae = {f"a/{path.name}": path.read_bytes() for path in (tmp_path / "sae").iterdir()}
     models["o/sae"] = sae | {"x/a/cfg.json": b"3"}
+    models["o/adapted"] = {"config.json": b"{}", "adapter_config.json": b"{}"}
     models["EleutherAI/pythia-14m"] = {"config.json": b'{"a": 1}', "step8/config.json": b'{"a": 2}'}
     data = {"o/data": {"d/x.bin": bytes(100_000)}, "o/gated": {"x.bin": bytes(60_000)}}
 
@@ -3429,6 +3487,7 @@ def test_hub_through_the_real_client(tmp_path):
     refused = f"{terms}google/gemma-2-2b|set HF_TOKEN|"
     cases = {
         'weights("o/old")': "'o/old' has no model.safetensors|only",
+        'L.load_config("o/adapted")': "o/adapted has an adapter beside the model",
         'fetch("o/none", "config.json")': "'o/none' has no config.json: give a folder",
         'fetch("o--o/x", "config.json")': "'o--o/x' has no config.json",
         'fetch("gemma-2-2b", "config.json")': f"{refused}401",

@@ -240,6 +240,8 @@ def sparsify(tensors: dict, source: Source) -> dict:
     refused += ["transcode"] if run.get("transcode") else []
     architecture = refused[0] if refused else cfg.get("activation", "topk")
     hook = folder if re.match(r"([a-z_]\w*\.)*(layers|h|blocks)\.\d+", folder) else None
+    if re.fullmatch(r"layer_\d+", folder):  # its first versions counted the embedding
+        hook = f"blocks.{folder[6:]}.hook_resid_pre"
     others = run.get("hookpoints") or [hook]
     refuse(hook not in others, f"its folder is {folder}, but its run read {others}")
     if hook:

@@ -242,6 +242,7 @@ def main() -> None:
     refuse(not usable, "--seeds and --rates are numbers above 0")
     refuse(args.start and args.tokens, "--tokens is of a phase one, which --start has behind it")
     given = vars(flags_of(saeft.Config).parse_args(flags)).keys()
+    refuse(given & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
     own = given & {"name", "method", "kl_tokens", "kl_lr", "seed"}
     refuse(own, f"{', '.join(sorted(own))}: --lengths, --rates and --seeds say that here")
     for seed in range(0 if args.start else args.seeds):

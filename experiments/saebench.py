@@ -207,6 +207,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=expanded, default=Path("runs/saebench"), help="table and log")
     args = parser.parse_args(argv)
+    for name, low in {"cities": 1, "pairs": 1, "seed": 0, "batches": 1, "batch": 1}.items():
+        value = getattr(args, name)
+        saeft.refuse(value is not None and value < low, f"--{name} {value} is below {low}")
     names = [run.name for run in args.runs]
     saeft.refuse(len({*names}) < len(names), f"runs of one name, {names}: give one at a time")
     own = args.data and not args.cities  # no network, it seems

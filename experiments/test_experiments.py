@@ -710,6 +710,17 @@ def test_layers(tmp_path, capsys):
     assert written["hook_name"] == "blocks.7.hook_resid_post"
 
 
+def test_sparsify_first_called_a_folder_by_the_hidden_state_that_it_reads(tmp_path, capsys):
+    """hidden_states[i], of which the first is the embedding."""
+    for i, status in (4, 0), (0, 2):
+        sparsify_run(tmp_path / f"{i}", random_sae())
+        source = (tmp_path / f"{i}" / "layers.3").rename(tmp_path / f"layer_{i}")
+        assert convert.main([str(source), str(tmp_path / f"out{i}")]) == status
+    assert "the embedding" in capsys.readouterr().err
+    written = json.loads((tmp_path / "out4" / "cfg.json").read_text())["metadata"]
+    assert written["hook_name"] == "blocks.3.hook_resid_post"
+
+
 def test_what_saeft_saved_keeps_its_numbers(tmp_path):
     saeft.ReLU(D, F_SAE, l1=3.5).save(tmp_path / "s", {"hook_name": "blocks.3.hook_resid_post"})
     assert convert.main([str(tmp_path / "s"), str(tmp_path / "out")]) == 0
@@ -1354,9 +1365,8 @@ def test_saebench_runs_offline_before_and_after(page_run, labelled, tmp_path, ca
     pytest.importorskip("sae_bench")
     from experiments import saebench
 
-    assert (
-        saebench.main([]) == saebench.main(["x", "--data", str(labelled), "--evals", "ravel"]) == 2
-    )
+    wrong = ["", f"x --data {labelled} --evals ravel", "x --cities 0", "x --batch -1"]
+    assert [saebench.main(line.split()) for line in wrong] == [2] * 4
     flags = ["--data", str(labelled), "--batches", "1", "--out", str(tmp_path / "out")]
     assert saebench.main([str(page_run), *flags]) == 0
     written = (tmp_path / "out" / "table.txt").read_text()
