@@ -224,15 +224,28 @@ def fetch(name, filename: str) -> Path:
         wanted = commits.get(place, revision or None)
         file = {"repo_id": repo, "filename": filename, "revision": wanted}
         path = hf.try_to_load_from_cache(**file)  # an object where it is known that there is none
-        if path is None:
-            with suppress(hub.EntryNotFoundError):  # without a network this fails at once
-                hf.get_hf_file_metadata(hf.hf_hub_url(**file))
-            path = hf.hf_hub_download(**file)  # keeps in mind that there is none
+        if path is None or not re.fullmatch("[0-9a-f]{40}", wanted or ""):  # a branch moves
+            path = _newest(file, path)
         if not isinstance(path, str):
             raise FileNotFoundError
         snapshot = Path(path).parents[len(Path(filename).parts) - 1]  # a commit's folder
         commits.setdefault(place, snapshot.name)
         return Path(path)
+
+
+def _newest(file: dict, cached) -> str:
+    """The file as the Hub has it now; as it is `cached` where the Hub does not say."""
+    try:
+        with suppress(hub.EntryNotFoundError):  # without a network this fails at once
+            hf.get_hf_file_metadata(hf.hf_hub_url(**file))
+        return hf.hf_hub_download(**file)  # keeps in mind that there is none
+    except Exception as error:
+        absent = isinstance(error, hub.EntryNotFoundError)
+        if cached is None or absent and not isinstance(error, FileNotFoundError):
+            raise
+        if not isinstance(error, hub.OfflineModeIsEnabled):
+            say_once(f"note: {file['repo_id']} is out of reach, and read as it was last")
+        return cached
 
 
 def find(name, filename: str) -> Path | None:
@@ -320,9 +333,9 @@ def load_weights(name: str, device, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 # ---- Files: JSON, safetensors, SAEs ------------------------------------------------------------
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-DTYPES = FLOATS | INTEGERS | {"U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 UNQUANTISED = "quantised weights are not read, give the unquantised ones"
 # What cfg.json may say of an SAE that our equations express; the first is what silence means.
 SAE_SETTINGS = {

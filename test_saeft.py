@@ -3544,20 +3544,27 @@ def test_a_file_out_of_reach_is_not_one_that_is_not_there(tmp_path):
     assert eos == 0 and said[1] == note
 
 
-def test_a_model_on_the_hub_is_of_one_commit(tmp_path):
-    """Its config.json is in the cache, then the model changes: all files are of the first commit."""
+def test_a_model_on_the_hub_is_of_one_commit_the_newest(tmp_path):
+    """Whatever is in the cache; but one for all files. Out of reach it is as it was last."""
     x, y = safetensors.save({"a": torch.ones(2)}), safetensors.save({"b": torch.zeros(3)})
-    old = {f"{COMMIT}/config.json": b'{"v": 1}', f"{COMMIT}/model.safetensors": x}
-    new = {"config.json": b'{"v": 2}', "model.safetensors": y}
-    ask = functools.partial(answers, 'L.model_key("o/m")', 'L.load_config("o/m")', 'weights("o/m")')
-    with Hub({"o/m": new | old}) as hub:
+    files = {"config.json": b'{"v": 1}', "model.safetensors": x}
+    asked = 'L.model_key("o/m")', 'L.load_config("o/m")', 'weights("o/m")', "said"
+    ask = functools.partial(answers, *asked)
+    with Hub({"o/m": files}) as hub:
         env = hub.env(tmp_path / "home")
-        assert answers(f'fetch("o/m@{COMMIT}", "config.json")', **env) == ['{"v": 1}']
-        refs = next((tmp_path / "home").rglob("snapshots")).parent / "refs"
-        put(refs, {"main": COMMIT})
+        assert answers('L.find("o/m", "cfg.json")', 'fetch("o/m", "config.json")', **env)[0] is None
         hub.commit = "f" * 40
-        assert ask(**env) == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
-    assert ask(**env, HF_HUB_OFFLINE="1") == [f"o/m@{COMMIT}", {"v": 1}, ["a"]]
+        files[f"{COMMIT}/model.safetensors"] = x
+        files |= {"config.json": b'{"v": 2}', "model.safetensors": y, "cfg.json": b"new"}
+        assert answers('fetch("o/m", "cfg.json")', **env) == ["new"]
+        newest = [f"o/m@{hub.commit}", {"v": 2}, ["b"]]
+        assert ask(**env) == [*newest, []]
+        begun = f'L.commits.update({{"o/m": "{COMMIT}"}})'  # before it changed
+        assert answers(begun, 'weights("o/m")', **env) == [None, ["a"]]
+        hub.fail = {"config.json": 503}
+        assert ask(**env)[-1] == ["note: o/m is out of reach, and read as it was last"]
+    assert ask(**env)[-1] == ["note: o/m is out of reach, and read as it was last"]
+    assert ask(**env, HF_HUB_OFFLINE="1") == [*newest, []]
 
 
 def test_a_dataset_on_the_hub_that_changes(tmp_path):

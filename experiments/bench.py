@@ -1,4 +1,4 @@
-"""Time and memory of each stage, of three beside its floor; nothing is downloaded.
+"""Time and memory of each stage, of three beside its floor; no weights are downloaded.
 
     python experiments/bench.py                                 # Pythia-160M: `make bench`
     python experiments/bench.py --model gemma-2-2b --k 20 80    # on a GPU where there is one

@@ -54,8 +54,9 @@ class Source:
         self.folder = os.path.dirname(inside) if is_file else inside.strip("/")
         self.words = Path(self.root, self.folder).parts  # tell model and layer
         self.kind = None  # what --kind says
-        self.weights = next(filter(None, map(self.find, names or FORMATS)), None)
-        refuse(not self.weights, f"none of {', '.join(names or FORMATS)} there")
+        found = [path for path in map(self.find, names or FORMATS) if path]
+        refuse(len(found) != 1, f"{len(found)} of {', '.join(names or FORMATS)} there: name one")
+        (self.weights,) = found
 
     def find(self, name: str) -> Path | None:
         """A file of the folder; None where there is no such file."""
@@ -387,6 +388,11 @@ def convert(
         given = told.get("model_name", model)
         if model and MODELS.get(given, given) != MODELS.get(model, model):
             say(f"note: --model {given}, where it says {model}")
+        if "model_name" in told:  # in place of another revision, too
+            kept = ("revision", "checkpoint_index", "checkpoint_value")
+            how = cfg.get("model_from_pretrained_kwargs") or {}
+            how = {key: value for key, value in how.items() if key not in kept}
+            cfg["model_from_pretrained_kwargs"] = how
         cfg.update(told)
         cfg["context_size"] = cfg.get("context_size") or cfg.get("usual_context")
         tensors, L = build(tensors, cfg), block(cfg, files, layer)

@@ -1,7 +1,7 @@
 """English text for a real model: the HTML pages of Debian's manuals without their tags.
 
     apt-get download python3.11-doc linux-doc-6.1 debian-handbook sqlite3-doc git-doc
-    for f in *.deb; do dpkg -x $f manuals/${f%%_*}; done
+    mkdir manuals; for f in *.deb; do dpkg -x $f manuals/${f%%_*}; done
     rm -r manuals/debian-handbook/usr/share/doc/debian-handbook/html/[a-df-z]?-?? # translations
     rm -r manuals/debian-handbook/usr/share/doc/debian-handbook/html/e[a-mo-z]-??
     python experiments/manuals.py manuals    # docs.jsonl.gz; labelled: docs/git-doc.jsonl, ...

@@ -163,7 +163,11 @@ def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
             contextlib.redirect_stderr(log),
         ):
             saes = [(label, SAE.load_from_disk(path)) for label, path in folders.items()]
-            results = results_of(name, saes, Path(place).name, settings.get(name, {}), args, folder)
+            own = settings.get(name, {})
+            if name == "ravel" and args.cities:  # it keeps what a model knows by its last name
+                saebench_texts.make_cities(args.cities, Path(folder))
+                own = {**own, "artifact_dir": folder}
+            results = results_of(name, saes, Path(place).name, own, args, folder)
         if results.keys() != folders.keys():  # core keeps its errors to itself
             raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
         for label, groups in results.items():
@@ -228,13 +232,9 @@ def run(argv: list[str] | None) -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     settings = saebench_texts.use(args.data, args.out) if args.data else {}
+    settings["ravel"] = {"num_pairs_per_attribute": args.pairs}
     if args.cities:
-        folder = args.out / f"ravel-{args.cities}"
-        saebench_texts.make_cities(args.cities, folder)
-        asked = {"city": [*saebench_texts.PROMPTS]}
-        settings["ravel"] = {"entity_attribute_selection": asked}
-        settings["ravel"]["artifact_dir"] = str(folder)
-    settings.setdefault("ravel", {})["num_pairs_per_attribute"] = args.pairs
+        settings["ravel"]["entity_attribute_selection"] = {"city": [*saebench_texts.PROMPTS]}
     figures = {}
     for folder in args.runs:
         figures |= evaluate(folder, args, settings)

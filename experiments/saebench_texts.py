@@ -73,7 +73,7 @@ def read_classes(folder: Path) -> dict[str, dict[str, list[str]]]:
         raise UserError(f"--data {folder} is no folder")
     pieces = {}
     for path in sorted(folder.iterdir()):
-        found = pieces[path.name.split(".")[0]] = []
+        found = pieces.setdefault(model_loaders.TEXT.sub("", path.name), [])
         for text, *_ in model_loaders.pieces(str(path)):
             starts = range(0, max(len(text) - PIECE // 2, 1), PIECE)
             found += [text[i : i + PIECE] for i in starts]

@@ -727,6 +727,16 @@ def test_what_saeft_saved_keeps_its_numbers(tmp_path):
     assert saeft.SAE.load(tmp_path / "out").l1 == 3.5
 
 
+def test_a_given_model_is_of_no_other_s_revision(tmp_path):
+    for i, how in enumerate(({"revision": "step3", "x": 1}, {"checkpoint_value": 3, "x": 1})):
+        told = {"model_name": "pythia-160m", "model_from_pretrained_kwargs": how}
+        lens(tmp_path / "s", four(random_sae()), metadata=told)
+        flags = ["--model", "pythia-160m@step1000"]
+        assert convert.main([str(tmp_path / "s"), str(tmp_path / f"{i}"), *flags]) == 0
+        settings = model_loaders.sae_settings(model_loaders.read_sae(tmp_path / f"{i}")[1])
+        assert settings["model"] == "pythia-160m@step1000"
+
+
 def test_k_may_be_a_whole_number_with_a_point(tmp_path):
     lens(tmp_path / "s", four(random_sae()), architecture="topk", k=float(K))
     assert convert.main([str(tmp_path / "s"), str(tmp_path / "out")]) == 0
