@@ -99,7 +99,7 @@ class Config:
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
     kl_lr: float | None = flag(None, "of the fine-tune, at first (default: see finetune_lr)", 0)
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
-    l1: float | None = flag(None, "lambda / scale, of ReLU SAEs (0.1; --start: what suits it)", 0)
+    l1: float | None = flag(None, "lambda / scale, of ReLU SAEs (0.1; --start: its own)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
     seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
     # Running
@@ -192,8 +192,7 @@ class SAE(nn.Module):
 
     def __init__(self, d_model: int, d_sae: int, k: float = 0, seed: int = 0):
         super().__init__()
-        none = k == 0 and "k" in self.numbers
-        refuse(none or not 0 <= k <= d_sae, f"K = {k} of {d_sae} latents")
+        refuse(not 0 <= k <= d_sae, f"K = {k} of {d_sae} latents")
         self.k = k  # what it means is the kind's
         generator = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(d_sae, d_model, generator=generator), dim=-1)
@@ -273,7 +272,7 @@ class TopK(SAE, kind="topk", architecture="topk"):
     """The K largest of each token."""
 
     def __init__(self, d_model, d_sae, k, seed=0):
-        refuse(k % 1, f"K = {k} of {d_sae} latents")
+        refuse(not k or k % 1, f"K = {k} of {d_sae} latents")
         super().__init__(d_model, d_sae, k, seed)
 
     def select(self, pre):
@@ -305,7 +304,8 @@ class JumpReLU(SAE, kind="jumprelu", architecture="jumprelu"):
 
 class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
     """The K N largest of N tokens (of each GPU) in training, later those above a `threshold`, one
-    for all latents, that leaves K a token on average (arXiv 2412.06410)."""
+    for all latents, that leaves K a token on average (arXiv 2412.06410). In a fine-tune K is the L0
+    evaluated before it; in bfloat16 several may be the last one."""
 
     numbers = ("k",)
 
@@ -567,7 +567,8 @@ class Trainee:
         return first * lr_factor(step, steps, warmup, decay)
 
     def loss(self, kl, mse, beta, penalty):
-        """Of phase two; beta = MSE / KL, and the penalty is that of the kind, over D as the MSE."""
+        """Of phase two, where there is a divergence (else mse + penalty); beta = MSE / KL, and the
+        penalty is that of the kind, over D as the MSE."""
         return (beta * kl + mse) / 2 + penalty
 
     def splice(self, tokens, resid, x, keep, config: Config):
@@ -652,7 +653,7 @@ def variance_of(x, weight):
 
 def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
-    clipped to 1, Adam, unit norm again. A gradient that is not finite changes nothing."""
+    clipped to 1, Adam, unit norm again. A gradient that is not finite changes no parameter."""
     unit_norm = t.trained is t.sae and t.sae.unit_norm and t.sae.W_dec.requires_grad
     for p in t.parameters:
         refuse(p.grad is None, f"what trains has a parameter {[*p.shape]} without a gradient")
@@ -740,7 +741,8 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
         for t, (x, x_hat, f, _), kl in zip(phase.trainees, passes, kls):
             mse = weight @ (x - x_hat).pow(2).mean(-1)
             beta = mean_over_ranks(mse.detach()) / (mean_over_ranks(kl.detach()) + 1e-8)
-            penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
+            with config.autocast(x.device):
+                penalty = t.sae.penalty(x, x_hat, f, weight, step / phase.steps) / d_model
             loss = mse + penalty if by_mse else t.loss(kl, mse, beta, penalty)
             losses.append(loss)
             l0 = sum_over_ranks(counts(f)).sum() / (n * world_size())

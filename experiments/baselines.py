@@ -2,7 +2,7 @@
 
     python experiments/baselines.py --method kl lora-sae lora-lm --rank 16   # flags as saeft.py's
 
-kl-only            KL alone on the SAE
+kl-only            KL on the SAE, and its kind's penalty over beta, without the MSE
 lora-sae           LoRA on the SAE's encoder and decoder, the SAE frozen
 lora-lm            LoRA on the language model's matrices, the SAE frozen, KL to the original model
 lora-lm-after      the same on the blocks after L alone
@@ -110,10 +110,11 @@ class Adapter(nn.Module):
         return x_hat + self.U(self.act(self.V(x_hat))), f
 
 
-@dataclass
 class KLOnly(Trainee):
     def loss(self, kl, mse, beta, penalty):
-        return kl + penalty / beta  # the penalty stands beside an MSE, and beta KL is as large
+        return kl + penalty / beta.clamp_min(
+            1e-8
+        )  # the penalty stands beside an MSE, and beta KL is as large
 
 
 @dataclass
@@ -134,9 +135,11 @@ class Baseline(Trainee):
         write_safetensors(folder / "adapter.safetensors", state, told)
 
 
-@dataclass
-class AdaptedModel(Baseline, KLOnly):
+class AdaptedModel(Baseline):
     """LoRA on the language model, on KL alone; its own blocks 0..L may differ, too."""
+
+    def loss(self, kl, mse, beta, penalty):
+        return kl
 
     def splice(self, tokens, resid, x, keep, config):
         if self.method == "lora-lm":

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -186,6 +187,8 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
         model = ["--model", run.config.model, "--layer", str(run.config.layer)]
         file = next(theirs.glob(path)) if path else theirs
         refuse(convert.main([str(file), str(ours), *model]) != 0, name)
+        seen = asdict(run.config), run.lm.n_skip > 0, run.n_mse, run.identity
+        saeft.SAE.load(ours).save(ours, model_loaders.sae_metadata(*seen))
     fine_tune = [*flags, "--start", str(ours), "--method", "kl", "mse"]
     report = finished(tuned.parent, tuned.name, fine_tune)
     trainees = []

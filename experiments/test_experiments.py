@@ -180,6 +180,7 @@ def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     run.n_mse = 5
     trainee = run.trainee("lora-lm", 0, saeft.BatchTopK(128, 64, 4).train())
     assert not trainee.sae.training and trainee.sae.l0_target == 5.0
+    assert trainee.loss(kl=2.0, mse=3.0, beta=1.5, penalty=7.0) == 2.0  # a model does not pay it
 
 
 # ---- No work lost: runs killed at random moments -------------------------------------------------
@@ -2100,6 +2101,10 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
     assert row["kl"] == report["results"]["kl"]["gap_closed"] > 0
     assert row["before"]["ce"] == pytest.approx(report["results"]["MSE"]["ce"], rel=1e-3)
     assert capsys.readouterr().out.count("| plain, topk | after | ") == 2
+    told = model_loaders.sae_cfg(tmp_path / "plain" / "sae")
+    assert told["first_sequence"] == 89  # the fine-tune goes on behind what the library has seen
+    told = model_loaders.sae_cfg(tmp_path / "plain" / "tuned")
+    assert told["first_sequence"] == 93
 
 
 def test_saelens_evaluates_an_sae_as_we_do(tmp_path):

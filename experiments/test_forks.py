@@ -385,6 +385,16 @@ def test_a_kind_of_ones_own_numbers(tmp_path):
     assert saeft.SAE.load(tmp_path / "run").groups == 4
 
 
+@pytest.mark.parametrize("fork", ["matryoshka", "jumprelu"])
+def test_a_fork_s_penalty_in_bfloat16_as_on_a_gpu(tmp_path, monkeypatch, fork):
+    imported(fork)
+    exact = run(tmp_path, f"--sae {fork} --method kl", "exact")
+    monkeypatch.setattr(saeft, "FAST", False)
+    report = run(tmp_path, f"--sae {fork} --method kl --dtype bfloat16")
+    for name in ("ce", "fvu"):
+        assert report[name] == pytest.approx(exact[name], rel=0.05)
+
+
 @pytest.mark.parametrize(
     "fork, flags, in_phase",
     [

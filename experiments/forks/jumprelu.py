@@ -61,7 +61,7 @@ class JumpReLU(saeft.JumpReLU, kind="jumprelu"):
 
     def penalty(self, x, x_hat, f, weight, done):
         on = Jump.apply(f.pre_activations, self.threshold, self.eps, True)
-        l0 = weight @ on.sum(-1)
+        l0 = (weight * on.sum(-1)).sum()
         return (l0 / (self.l0_target or self.k) - 1) ** 2 * (weight @ x.pow(2).sum(-1))
 
 
