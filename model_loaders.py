@@ -986,11 +986,12 @@ def _plain_texts(blocks, path: str, longest: int):
         refuse(block.count("\0") > len(block) // 4, f"{path} is UTF-16: convert it to UTF-8")
         lines = not number and re.match(r'\s*\{.*"text"\s*:\s*".*\}\s*(\n|$)', block)
         refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
-        # One that ends a block waits for the next: a newline may follow.
         *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n|(?!\r?\Z))", rest + block)
-        refuse(whole and cut, f"{path}: the first <|endoftext|> is late: begin it with another")
+        # A mark that ends a block waits for the next: a newline may follow.
+        marked = whole or re.search(r"<\|endoftext\|>\r?\Z", rest)
+        refuse(marked and cut, f"{path}: the first <|endoftext|> is late: begin it with another")
         yield from whole
-        longest = WHOLE if whole else longest
+        longest = WHOLE if marked else longest
         start = 0
         while start + longest < len(rest):
             end = rest.rfind("\n", start, start + longest) + 1 or start + longest

@@ -2722,6 +2722,9 @@ def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path, monkeypatch
         assert {held for _, held, _ in own} == {held_out(document)}
         assert [ends for *_, ends in own] == [False] * (len(own) - 1) + [True]
     assert not found
+    (tmp_path / "b.txt").write_text("word " * 30_000 + ends[-1])  # one alone, at the end
+    alone = documents(str(tmp_path / "b.txt"))
+    assert "".join(alone) == "word " * 30_000 and len(alone) == 3
     for end in ends:  # and wherever a block ends, the newline is of the mark
         for block in range(3, 40):
             monkeypatch.setattr(model_loaders, "BLOCK", block)

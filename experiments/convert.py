@@ -389,9 +389,9 @@ def convert(
         if model and MODELS.get(given, given) != MODELS.get(model, model):
             say(f"note: --model {given}, where it says {model}")
         if "model_name" in told:  # in place of another revision, too
-            kept = ("revision", "checkpoint_index", "checkpoint_value")
+            gone = ("revision", "checkpoint_index", "checkpoint_value")
             how = cfg.get("model_from_pretrained_kwargs") or {}
-            how = {key: value for key, value in how.items() if key not in kept}
+            how = {key: value for key, value in how.items() if key not in gone}
             cfg["model_from_pretrained_kwargs"] = how
         cfg.update(told)
         cfg["context_size"] = cfg.get("context_size") or cfg.get("usual_context")
