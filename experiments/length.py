@@ -2,6 +2,7 @@
 
     python experiments/length.py                  # embedded model, three seeds
     python experiments/length.py --start runs/a runs/b --lengths 6.4k 25.6k --rates 1e-4 3e-4 ...
+    python experiments/length.py --start runs/a --among 500k ...    # not the next page or two
 
 Other flags are saeft.py's. Phase one runs once for each seed, or --start names SAEs. From each of
 them every length is a fine-tune of its own, whose rate falls to 0 over it. The rates of a length
@@ -66,6 +67,18 @@ def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
     return [list(rows) for rows in zip(*figures)]
 
 
+class Mixed:
+    """A stream whose n sequences from `first` on come in random order."""
+
+    def __init__(self, stream, first: int, n: int):
+        self.stream, self.first = stream, first
+        self.order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def train(self, start: int, count: int) -> torch.Tensor:
+        at = self.order[start - self.first :][:count]
+        return torch.cat([self.stream.train(self.first + i, 1) for i in at])
+
+
 def mean(rows: list[dict]) -> dict:
     return {name: average(rows, name) for name in ("ce", "gap", "fvu", "l0")}
 
@@ -81,7 +94,7 @@ def closed(before: list[dict], after: list[dict]) -> tuple[float, float]:
     return share(range(n)), ((n - 1) * statistics.pvariance(without)) ** 0.5 if n > 1 else 0.0
 
 
-def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: list) -> list:
+def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: list, mixed: bool):
     """The trainees of one method and length, one for each rate, trained side by side."""
     config, trainees = run.config, []
     for rate in rates:
@@ -96,13 +109,14 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
         shown = f"{method}, {n_tokens:,} tokens: {phase.step / steps:.0%}, {left}"
         progress(shown, now=phase.step == 1)
 
-    saeft.finetune(phase, run.lm, run.stream, config, after_step)
+    stream = Mixed(run.stream, run.n_mse, run.n - run.n_mse) if mixed else run.stream
+    saeft.finetune(phase, run.lm, stream, config, after_step)
     for t in trainees:
         t.trained.eval()
     return trainees
 
 
-def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], out: Path):
+def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list, out: Path, mixed: bool):
     """Adds to `rows`, and yields after each length, the fine-tunes `todo` {tokens: rates} of the
     SAE of the run's --start, and the control at the same rates; saves them in folders of `out`."""
     config = run.config
@@ -129,7 +143,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
-            trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
+            trainees = [t for m in ("kl", "mse") for t in train(run, sae, m, n, rates, mixed)]
             metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n, now)
             for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
                 t.save(out / f"{base['key']}-{method}-{n}-{lr:g}", metadata)
@@ -234,6 +248,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--among", type=count, default=0, help="draw from so many next tokens")
     parser.add_argument("--tokens", help="of phase one (default: as in a run of saeft.py)")
     parser.add_argument("--out", type=expanded, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
@@ -254,21 +269,23 @@ def main() -> None:
         finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
     table = args.out / "length.json"
-    kept = read_json(table) if table.exists() else {"flags": flags}
-    refuse(kept["flags"] != flags, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
+    made = [*flags, "--among", str(args.among)] if args.among else flags
+    kept = read_json(table) if table.exists() else {"flags": made}
+    refuse(kept["flags"] != made, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
     old = any("d_sae" not in row for row in rows)
     refuse(old, f"{table} is of another version of this script: give another --out")
     keys = {start: sae_key(start) for start in starts}
     for start, key in keys.items():
-        longest = str(max(args.lengths))
+        longest = str(max(*args.lengths, args.among))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
         step, todo = step_of(config, args.lengths), {}
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
-        for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
+        given = todo, rows, args.out, args.among > 0
+        for _ in fine_tunes(saeft.Run(config), *given) if todo else ():
             write_text(table, json.dumps(kept, indent=1))
     rows = [row for row in rows if row["key"] in keys.values()]
     print_table(rows)
