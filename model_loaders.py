@@ -101,7 +101,7 @@ def flags_of(settings: type, doc: str | None = None) -> Parser:
     kinds = {"int": count, "float": float, "str": str}
     for f in fields(settings):
         kind = str(f.type)  # as text, or a type
-        unknown = "help" not in f.metadata or not re.search("bool|int|float|str", kind)
+        unknown = "help" not in f.metadata or not any(n in kind for n in ("bool", *kinds))
         refuse(unknown, f"{f.name}: a setting is made by `flag`, of int, float, str or bool")
         default = f.default_factory()
         shown = "" if default is None else f" (default: {default})"
@@ -473,7 +473,7 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = tensors | {"W_enc": tensors["W_enc"].T}
     folder, cfg = expanded(folder), cfg | told
-    merged(cfg)
+    merged(cfg)  # or it could not be read again
     with replacing(folder / "cfg.json") as file:
         file.write(json.dumps(cfg, indent=2).encode())
         file.flush()  # a full disk shows before the weights are replaced
@@ -850,6 +850,7 @@ IDS = re.compile(r"\.bin$", re.I)
 OTHER = re.compile(r"\.(parquet|arrow|[ct]sv|(nd)?json|zip|7z|tar|tgz|xz|bz2)(\.gz|\.zst)?$", re.I)
 TEXT = re.compile(r"\.(txt|jsonl|json(?=\.gz))(\.gz|\.zst)?$", re.I)
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval"}  # splits that are not trained on
+LAST_MARK = re.compile(r"<\|endoftext\|>\r?\Z")
 LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
@@ -988,7 +989,7 @@ def _plain_texts(blocks, path: str, longest: int):
         refuse(lines, f"{path} holds JSON Lines: call it .jsonl")
         *whole, rest = re.split(r"<\|endoftext\|>(?:\r?\n|(?!\r?\Z))", rest + block)
         # A mark that ends a block waits for the next: a newline may follow.
-        marked = whole or re.search(r"<\|endoftext\|>\r?\Z", rest)
+        marked = whole or LAST_MARK.search(rest)
         refuse(marked and cut, f"{path}: the first <|endoftext|> is late: begin it with another")
         yield from whole
         longest = WHOLE if marked else longest
@@ -998,7 +999,7 @@ def _plain_texts(blocks, path: str, longest: int):
             yield rest[start:end]
             start, cut = end, longest == PIECE
         rest = rest[start:]
-    yield re.sub(r"<\|endoftext\|>\r?\Z", "", rest)
+    yield LAST_MARK.sub("", rest)
 
 
 def source_now(data: str) -> tuple[str, str, Path]:

@@ -358,7 +358,6 @@ def test_a_fork_adds_its_own_by_name(tmp_path, capsys, monkeypatch, refused):
     Gated.architecture = "topk"  # whose f it has, but it trains otherwise
     sae.save(tmp_path / "other", TOLD)
     cfg = json.loads((tmp_path / "other" / "cfg.json").read_text())
-    cfg["metadata"]["saeft"]["kind"] = "topk"
     for kind, told in ("mine", 0), ("theirs", 1), ("topk", 0):
         cfg["metadata"]["saeft"]["kind"] = kind
         (tmp_path / "other" / "cfg.json").write_text(json.dumps(cfg))

@@ -112,9 +112,8 @@ class Adapter(nn.Module):
 
 class KLOnly(Trainee):
     def loss(self, kl, mse, beta, penalty):
-        return kl + penalty / beta.clamp_min(
-            1e-8
-        )  # the penalty stands beside an MSE, and beta KL is as large
+        # The penalty stands beside an MSE, and beta KL is as large.
+        return kl + penalty / beta.clamp_min(1e-8)
 
 
 @dataclass

@@ -94,7 +94,7 @@ def closed(before: list[dict], after: list[dict]) -> tuple[float, float]:
     return share(range(n)), ((n - 1) * statistics.pvariance(without)) ** 0.5 if n > 1 else 0.0
 
 
-def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: list, mixed: bool):
+def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: list) -> list:
     """The trainees of one method and length, one for each rate, trained side by side."""
     config, trainees = run.config, []
     for rate in rates:
@@ -109,8 +109,7 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
         shown = f"{method}, {n_tokens:,} tokens: {phase.step / steps:.0%}, {left}"
         progress(shown, now=phase.step == 1)
 
-    stream = Mixed(run.stream, run.n_mse, run.n - run.n_mse) if mixed else run.stream
-    saeft.finetune(phase, run.lm, stream, config, after_step)
+    saeft.finetune(phase, run.lm, run.stream, config, after_step)
     for t in trainees:
         t.trained.eval()
     return trainees
@@ -127,6 +126,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list, out: Pa
         refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         (sae,) = run.first_saes()
         parts = held_out(run)
+        if mixed:
+            run.stream = Mixed(run.stream, run.n_mse, run.n - run.n_mse)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         gap = mean(before)["gap"]
         refuse(gap <= 0, f"{config.start} has a gap of {gap:.4f}: there is none to close")
@@ -143,7 +144,7 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list, out: Pa
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
-            trainees = [t for m in ("kl", "mse") for t in train(run, sae, m, n, rates, mixed)]
+            trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
             metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n, now)
             for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
                 t.save(out / f"{base['key']}-{method}-{n}-{lr:g}", metadata)
@@ -284,8 +285,8 @@ def main() -> None:
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
-        given = todo, rows, args.out, args.among > 0
-        for _ in fine_tunes(saeft.Run(config), *given) if todo else ():
+        fine_tune = saeft.Run(config), todo, rows, args.out, args.among > 0
+        for _ in fine_tunes(*fine_tune) if todo else ():
             write_text(table, json.dumps(kept, indent=1))
     rows = [row for row in rows if row["key"] in keys.values()]
     print_table(rows)

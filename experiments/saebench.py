@@ -16,6 +16,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -165,8 +166,8 @@ def evaluate(run: Path, args, settings: dict) -> dict[tuple[str, str], dict]:
             saes = [(label, SAE.load_from_disk(path)) for label, path in folders.items()]
             own = settings.get(name, {})
             if name == "ravel" and args.cities:  # it keeps what a model knows by its last name
-                saebench_texts.make_cities(args.cities, Path(folder))
-                own = {**own, "artifact_dir": folder}
+                shutil.copytree(args.out / "cities", Path(folder, "cities"))
+                own = {**own, "artifact_dir": f"{folder}/cities"}
             results = results_of(name, saes, Path(place).name, own, args, folder)
         if results.keys() != folders.keys():  # core keeps its errors to itself
             raise UserError(f"{name} failed for {run}: {args.out / 'log.txt'} says why")
@@ -234,6 +235,7 @@ def run(argv: list[str] | None) -> None:
     settings = saebench_texts.use(args.data, args.out) if args.data else {}
     settings["ravel"] = {"num_pairs_per_attribute": args.pairs}
     if args.cities:
+        saebench_texts.make_cities(args.cities, args.out / "cities")
         settings["ravel"]["entity_attribute_selection"] = {"city": [*saebench_texts.PROMPTS]}
     figures = {}
     for folder in args.runs:
