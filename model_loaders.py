@@ -855,7 +855,8 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 8  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 9  # the version of what makes sequences of a source: splits, documents, pieces, order
+MIX = 1 << 19  # tokens of training whose sequences come in random order
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -1025,6 +1026,11 @@ def source_now(data: str) -> tuple[str, str, Path]:
     return f"hf://datasets/{repo}@{commit}", commit, folder
 
 
+def _whole(n: int, size: int) -> int:
+    """n, up to a multiple of size."""
+    return -(-n // size) * size
+
+
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
@@ -1032,6 +1038,9 @@ class TokenStream:
     `context` ids, the first being bos if there is one. train, val: tokens. n_rows: of the
     embedding; a piece with an id beyond is left out. sae: an `sae_cfg`; n_train counts what it has
     seen of the same ids, too. UserError for an unknown or short source.
+
+    Training gets each MIX tokens' sequences in random order (of the last ones, of what there is),
+    or a short fine-tune would see a page or two. So much is read ahead.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
     many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
@@ -1049,13 +1058,17 @@ class TokenStream:
         self.place, version, folder = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
+        self.block = max(1, MIX // context)  # sequences
         seen = 0  # sequences
         if sae and _dict(sae, "identity").get("data") == self.key:
             with user_errors("the SAE does not say how much it has seen of this data"):
-                ids_in_each = sae["context_size"] - context + self.stride
-                seen = math.ceil(sae["first_sequence"] * ids_in_each / self.stride)
+                seen, other = sae["first_sequence"] + 0, sae["context_size"]
+                if other != context:  # whole blocks, of both
+                    ids = _whole(seen, max(1, MIX // other)) * (other - context + self.stride)
+                    seen = _whole(math.ceil(ids / self.stride), self.block)
         self.asked = [train + seen * context, val]  # tokens
         self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
+        self.want = [_whole(self.need[TRAIN], self.block * self.stride), self.need[VAL]]
         self.folder = folder / self.key
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = False
@@ -1074,11 +1087,21 @@ class TokenStream:
 
     def validation(self) -> torch.Tensor:
         """All validation sequences, int64 [n, context], of text that `train` never gives; waits."""
-        return self.train(0, self.need[VAL] // self.stride, VAL)
+        self._wait(VAL, self.need[VAL])
+        return self._read(VAL, 0, self.need[VAL] // self.stride)
 
-    def train(self, start: int, count: int, side: int = TRAIN) -> torch.Tensor:
+    def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
-        self._wait(side, (start + count) * self.stride)
+        end, parts = start + count, [torch.zeros(0, self.context, dtype=torch.long)]
+        for first in range(start // self.block * self.block, end, self.block):
+            self._wait(TRAIN, (first + self.block) * self.stride)
+            n = min(self.block, self.tokens[TRAIN] // self.stride - first)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(first))
+            parts.append(self._read(TRAIN, first, n)[order[max(start - first, 0) : end - first]])
+        return torch.cat(parts)
+
+    def _read(self, side: int, start: int, count: int) -> torch.Tensor:
+        """Sequences as they are in a side's file, int64 [count, context]."""
         offset = start * self.stride * self.dtype.itemsize
         with user_errors(f"cannot read {self.files[side]}, start again"):
             ids = np.fromfile(self.files[side], self.dtype, count * self.stride, offset=offset)
@@ -1090,8 +1113,8 @@ class TokenStream:
         """Until a side has `enough` tokens, or the thread has ended; raises what has ended it."""
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
-            have, need = sum(map(min, self.tokens, self.need)), sum(self.need)
-            done = f"{have / 1e6:.1f}M of {need / 1e6:.1f}M tokens"
+            have, want = sum(map(min, self.tokens, self.want)), sum(self.want)
+            done = f"{have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
             progress(f"tokenising into {self.folder}: {done}")
         if self.failure:
             raise self.failure
@@ -1106,11 +1129,11 @@ class TokenStream:
                 self.tokens, self.passed = tokens, passed
 
     def lacks(self, side: int) -> bool:
-        return not self.stopped and self.tokens[side] < self.need[side]
+        return not self.stopped and self.tokens[side] < self.want[side]
 
     def _run(self):
-        """The thread: until no side lacks tokens. Fails where the source ends before, unless less
-        is allowed."""
+        """The thread: until no side lacks tokens. Fails where the source has not what is needed,
+        unless less is allowed."""
         if not any(map(self.lacks, (VAL, TRAIN))):
             return
         try:
@@ -1127,7 +1150,8 @@ class TokenStream:
                     self.need[side] = min(self.need[side], have)
                 advice = f"lower {flag}" if have else "give more text"
                 short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
-                refuse(self.lacks(side), f"{self.data} has {short}: {advice}")
+                lacks = self.tokens[side] < self.need[side] and not self.stopped
+                refuse(lacks, f"{self.data} has {short}: {advice}")
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception
@@ -1168,7 +1192,7 @@ class TokenStream:
         at += self.passed[side]
         for file, size in zip(files, sizes):  # at, end: from its beginning on
             while at < min(size, end) and self.lacks(side):
-                missing = self.need[side] - self.tokens[side]
+                missing = self.want[side] - self.tokens[side]
                 ids = self._ids_at(file, at, min(missing, BLOCK, end - at))
                 self._append(side, ids, self.passed[side] + len(ids))
                 at += len(ids)

@@ -712,7 +712,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
 
 # ---- Phase two: KL+MSE on whole sequences ------------------------------------------------------
 def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: Callable):
-    """Phase two, on sequences from phase.first on, in order. Blocks 0..L run once for all."""
+    """Phase two, on sequences from phase.first on. Blocks 0..L run once for all."""
     d_model = lm.W_U.shape[1]
     divergences = [t.divergence for t in phase.trainees]
     by_mse = not any(divergences)  # no later block runs

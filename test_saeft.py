@@ -2651,12 +2651,16 @@ def ids(sequences):
 
 @pytest.fixture
 def stream(tmp_path, monkeypatch):
-    """Make token streams with a cache of this test's own, and close them after it."""
+    """Make token streams with a cache of this test's own, and close them after it. Their sequences
+    come in order, unless the test says that more of them mix."""
     made = []
 
-    def make(data, tokenizer=None, context=16, train=1600, val=160, cache=tmp_path, **options):
+    def make(
+        data, tokenizer=None, context=16, train=1600, val=160, cache=tmp_path, mix=1, **options
+    ):
         tokenizer = tokenizer or Bytes()
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setattr(model_loaders, "MIX", mix)
         made.append(TokenStream(str(data), tokenizer, context, train, val, **options))
         return made[-1]
 
@@ -3119,6 +3123,41 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     assert key(copied) != large  # when it was last touched
 
 
+@pytest.fixture
+def counted(tmp_path, stream):
+    """Streams of 1, 2, 3, .., 9,500 are for training; 40 sequences of 16 mix."""
+    put(tmp_path, {"ids.bin": np.arange(1, 10_001).astype("<u4")})
+    return functools.partial(stream, tmp_path / "ids.bin", Bytes(n_vocab=70_000), mix=640)
+
+
+@pytest.mark.parametrize("context", [16, 25])
+def test_sequences_mix_in_blocks_and_come_once(tmp_path, counted, context):
+    n, block = 9500 // context, 640 // context
+    rows = counted(mix=1, context=context, train=9500).train(0, n)
+    whole = counted(context=context, train=9500).train(0, n)
+    assert rows.flatten().tolist() == [*range(1, n * context + 1)]
+    for part, mixed in zip(rows.split(block), whole.split(block)):
+        assert not torch.equal(part, mixed) and torch.equal(part, mixed[mixed[:, 0].argsort()])
+    few = counted(context=context, train=context * 9, cache=tmp_path / "new")
+    assert torch.equal(few.train(0, 9), whole[:9])  # whatever is asked for
+    assert few.tokens[0] == block * context
+    for start, count in ((0, 0), (3, 5), (block - 1, 2), (block, block), (n - 3, 3), (5, n - 5)):
+        asked = counted(context=context, train=9500).train(start, count)
+        assert torch.equal(asked, whole[start : start + count])
+
+
+@pytest.mark.parametrize("first, then", [(16, 16), (16, 25), (25, 16), (16, 300)])
+def test_what_an_sae_has_seen_is_not_given_again(counted, first, then):
+    for seen in (9, 40, 100):
+        s = counted(context=first, train=seen * first)
+        before = s.train(0, seen).flatten().tolist()
+        sae = {"identity": {"data": s.key}, "first_sequence": seen, "context_size": first}
+        s = counted(context=then, train=3 * then, sae=sae)
+        after = s.train(s.n_train - 3, 3).flatten().tolist()
+        assert len({*before, *after}) == seen * first + 3 * then
+        assert first != then or s.n_train == seen + 3
+
+
 def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
     """Nothing of it is given again, wherever the file lies and however long sequences are."""
     (other := tmp_path / "moved").mkdir()
@@ -3448,7 +3487,7 @@ def answer(question):
     except L.UserError as error:
         return str(error)
 
-said, L.progress = [], str
+said, L.progress, L.MIX = [], str, 1  # sequences in order
 L.say_once = said.append
 if sys.argv[2] == "False":
     time.sleep = lambda seconds: None

@@ -2,7 +2,6 @@
 
     python experiments/length.py                  # embedded model, three seeds
     python experiments/length.py --start runs/a runs/b --lengths 6.4k 25.6k --rates 1e-4 3e-4 ...
-    python experiments/length.py --start runs/a --among 500k ...    # not the next page or two
 
 Other flags are saeft.py's. Phase one runs once for each seed, or --start names SAEs. From each of
 them every length is a fine-tune of its own, whose rate falls to 0 over it. The rates of a length
@@ -67,18 +66,6 @@ def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
     return [list(rows) for rows in zip(*figures)]
 
 
-class Mixed:
-    """A stream whose n sequences from `first` on come in random order."""
-
-    def __init__(self, stream, first: int, n: int):
-        self.stream, self.first = stream, first
-        self.order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-
-    def train(self, start: int, count: int) -> torch.Tensor:
-        at = self.order[start - self.first :][:count]
-        return torch.cat([self.stream.train(self.first + i, 1) for i in at])
-
-
 def mean(rows: list[dict]) -> dict:
     return {name: average(rows, name) for name in ("ce", "gap", "fvu", "l0")}
 
@@ -115,7 +102,7 @@ def train(run: saeft.Run, sae: saeft.SAE, method: str, n_tokens: int, rates: lis
     return trainees
 
 
-def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list, out: Path, mixed: bool):
+def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], out: Path):
     """Adds to `rows`, and yields after each length, the fine-tunes `todo` {tokens: rates} of the
     SAE of the run's --start, and the control at the same rates; saves them in folders of `out`."""
     config = run.config
@@ -126,8 +113,6 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list, out: Pa
         refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         (sae,) = run.first_saes()
         parts = held_out(run)
-        if mixed:
-            run.stream = Mixed(run.stream, run.n_mse, run.n - run.n_mse)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
         gap = mean(before)["gap"]
         refuse(gap <= 0, f"{config.start} has a gap of {gap:.4f}: there is none to close")
@@ -249,7 +234,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=count, nargs="+", default=[*map(count, LENGTHS)])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--among", type=count, default=0, help="draw from so many next tokens")
     parser.add_argument("--tokens", help="of phase one (default: as in a run of saeft.py)")
     parser.add_argument("--out", type=expanded, default=Path("runs/length"))
     args, flags = parser.parse_known_args()
@@ -270,23 +254,21 @@ def main() -> None:
         finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
     table = args.out / "length.json"
-    made = [*flags, "--among", str(args.among)] if args.among else flags
-    kept = read_json(table) if table.exists() else {"flags": made}
-    refuse(kept["flags"] != made, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
+    kept = read_json(table) if table.exists() else {"flags": flags}
+    refuse(kept["flags"] != flags, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
     rows = kept.setdefault("rows", [])
     old = any("d_sae" not in row for row in rows)
     refuse(old, f"{table} is of another version of this script: give another --out")
     keys = {start: sae_key(start) for start in starts}
     for start, key in keys.items():
-        longest = str(max(*args.lengths, args.among))
+        longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
         step, todo = step_of(config, args.lengths), {}
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
-        fine_tune = saeft.Run(config), todo, rows, args.out, args.among > 0
-        for _ in fine_tunes(*fine_tune) if todo else ():
+        for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
             write_text(table, json.dumps(kept, indent=1))
     rows = [row for row in rows if row["key"] in keys.values()]
     print_table(rows)

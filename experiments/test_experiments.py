@@ -1945,14 +1945,6 @@ def test_a_comparison_is_of_one_text(tmp_path, monkeypatch):
         compare.main()
 
 
-def test_mixed_sequences_are_each_of_them_once_in_any_order():
-    stream = SimpleNamespace(train=lambda start, count: torch.arange(start, start + count)[:, None])
-    mixed = length.Mixed(stream, 7, 20)
-    served = [int(i) for start in range(7, 27, 5) for i in mixed.train(start, 5)]
-    assert sorted(served) == [*range(7, 27)] != served
-    assert mixed.train(12, 5).flatten().tolist() == served[5:10]
-
-
 def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     tmp_path, monkeypatch, capsys
 ):
