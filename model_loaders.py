@@ -856,7 +856,7 @@ PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of o
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
 RULES = 9  # the version of what makes sequences of a source: splits, documents, pieces, order
-MIX = 1 << 19  # tokens of training whose sequences come in random order
+MIX = 1 << 12  # sequences of training that come in random order
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -1026,11 +1026,6 @@ def source_now(data: str) -> tuple[str, str, Path]:
     return f"hf://datasets/{repo}@{commit}", commit, folder
 
 
-def _whole(n: int, size: int) -> int:
-    """n, up to a multiple of size."""
-    return -(-n // size) * size
-
-
 class TokenStream:
     """Token ids of one source: tokenised ahead of training by a thread, kept on disk, used again.
     `data`: for `pieces`, or .bin files of ids: little-endian uint16, or uint32 where the
@@ -1039,11 +1034,11 @@ class TokenStream:
     embedding; a piece with an id beyond is left out. sae: an `sae_cfg`; n_train counts what it has
     seen of the same ids, too. UserError for an unknown or short source.
 
-    Training gets each MIX tokens' sequences in random order (of the last ones, of what there is),
-    or a short fine-tune would see a page or two. So much is read ahead.
+    Training gets each MIX sequences in random order (the last of what there is), or a short
+    fine-tune would see a page or two. So much is read ahead.
 
-    In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says how
-    many are whole, and how much of the source they took, so that Ctrl-C leaves no trace."""
+    In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says
+    how many count, and how much of the source they took (-1: all): Ctrl-C leaves no trace."""
 
     def __init__(self, data, tokenizer, context, train, val, short_ok=False, n_rows=None, sae=None):
         self.data, self.tokenizer, self.context = data, tokenizer, context
@@ -1058,17 +1053,16 @@ class TokenStream:
         self.place, version, folder = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, RULES])
-        self.block = max(1, MIX // context)  # sequences
         seen = 0  # sequences
         if sae and _dict(sae, "identity").get("data") == self.key:
             with user_errors("the SAE does not say how much it has seen of this data"):
                 seen, other = sae["first_sequence"] + 0, sae["context_size"]
                 if other != context:  # whole blocks, of both
-                    ids = _whole(seen, max(1, MIX // other)) * (other - context + self.stride)
-                    seen = _whole(math.ceil(ids / self.stride), self.block)
-        self.asked = [train + seen * context, val]  # tokens
-        self.need = [max(asked // context, 1) * self.stride for asked in self.asked]
-        self.want = [_whole(self.need[TRAIN], self.block * self.stride), self.need[VAL]]
+                    ids = math.ceil(seen / MIX) * MIX * (other - context + self.stride)
+                    seen = math.ceil(ids / self.stride / MIX) * MIX
+        n_sequences = [max(train // context + seen, 1), max(val // context, 1)]
+        self.need = [n * self.stride for n in n_sequences]  # ids
+        self.want = [math.ceil(n_sequences[TRAIN] / MIX) * MIX * self.stride, self.need[VAL]]
         self.folder = folder / self.key
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = False
@@ -1088,24 +1082,24 @@ class TokenStream:
     def validation(self) -> torch.Tensor:
         """All validation sequences, int64 [n, context], of text that `train` never gives; waits."""
         self._wait(VAL, self.need[VAL])
-        return self._read(VAL, 0, self.need[VAL] // self.stride)
+        return self._read(VAL, torch.arange(self.need[VAL] // self.stride))
 
     def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
-        end, parts = start + count, [torch.zeros(0, self.context, dtype=torch.long)]
-        for first in range(start // self.block * self.block, end, self.block):
-            self._wait(TRAIN, (first + self.block) * self.stride)
-            n = min(self.block, self.tokens[TRAIN] // self.stride - first)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(first))
-            parts.append(self._read(TRAIN, first, n)[order[max(start - first, 0) : end - first]])
-        return torch.cat(parts)
+        end, rows = start + count, []
+        for first in range(start // MIX * MIX, max(end, 1), MIX):
+            self._wait(TRAIN, (first + MIX) * self.stride)
+            n = min(MIX, self.tokens[TRAIN] // self.stride - first)
+            mixed = torch.randperm(n, generator=torch.Generator().manual_seed(first))
+            rows.append(first + mixed[max(start - first, 0) : end - first])
+        return self._read(TRAIN, torch.cat(rows))
 
-    def _read(self, side: int, start: int, count: int) -> torch.Tensor:
-        """Sequences as they are in a side's file, int64 [count, context]."""
-        offset = start * self.stride * self.dtype.itemsize
+    def _read(self, side: int, rows: torch.Tensor) -> torch.Tensor:
+        """Sequences by their place in a side's file, int64 [n, context]."""
+        shape = self.tokens[side] // self.stride, self.stride
         with user_errors(f"cannot read {self.files[side]}, start again"):
-            ids = np.fromfile(self.files[side], self.dtype, count * self.stride, offset=offset)
-            ids = torch.from_numpy(ids.astype(np.int64)).view(count, self.stride)
+            ids = np.memmap(self.files[side], self.dtype, "r", shape=shape)[rows]
+            ids = torch.from_numpy(ids.astype(np.int64))
         with_bos = (self.context - self.stride, 0)
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
 
@@ -1129,29 +1123,31 @@ class TokenStream:
                 self.tokens, self.passed = tokens, passed
 
     def lacks(self, side: int) -> bool:
-        return not self.stopped and self.tokens[side] < self.want[side]
+        more = self.tokens[side] < self.want[side] and self.passed[side] >= 0
+        return more and not self.stopped
 
     def _run(self):
-        """The thread: until no side lacks tokens. Fails where the source has not what is needed,
-        unless less is allowed."""
-        if not any(map(self.lacks, (VAL, TRAIN))):
-            return
+        """The thread: until no side lacks tokens, or the source ends. Fails where that has less
+        than is needed, unless less is allowed."""
         try:
-            files = source_files(self.place)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
-                self.load_meta()
-                fill = self._copy if IDS.search(files[0][0]) else self._tokenise
-                for side in filter(self.lacks, (VAL, TRAIN)):
-                    fill(side, files)
+            if any(map(self.lacks, (VAL, TRAIN))):
+                files = source_files(self.place)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
+                    self.load_meta()
+                    fill = self._copy if IDS.search(files[0][0]) else self._tokenise
+                    for side in filter(self.lacks, (VAL, TRAIN)):
+                        fill(side, files)
+                        if self.lacks(side):
+                            self._append(side, np.zeros(0, self.dtype), -1)
             for side, (kind, flag) in enumerate(SIDES):
                 have = self.tokens[side] // self.stride * self.stride
                 if self.short_ok and have:
                     self.need[side] = min(self.need[side], have)
                 advice = f"lower {flag}" if have else "give more text"
-                short = f"{self.tokens[side]:,} {kind} tokens, {self.asked[side]:,} were asked for"
-                lacks = self.tokens[side] < self.need[side] and not self.stopped
-                refuse(lacks, f"{self.data} has {short}: {advice}")
+                short = self.tokens[side] < self.need[side] and not self.stopped
+                counts = f"{self.tokens[side]:,} {kind} tokens, of {self.need[side]:,} needed"
+                refuse(short, f"{self.data} has {counts}: {advice}")
         except OSError as error:
             self.failure = UserError(f"cannot write {self.folder} ({error}): set XDG_CACHE_HOME")
         except BaseException as error:  # tiktoken's panics are no Exception

@@ -2900,15 +2900,15 @@ def test_short_data(tmp_path, lines_file, stream):
     s = stream(lines_file, train=2_000_000)
     with pytest.raises(UserError) as error:
         s.train(s.n_train - 1, 1)
-    counts = f"{have:,} training tokens, 2,000,000 were asked for"
+    counts = f"{have:,} training tokens, of 2,000,000 needed"
     advice = "lower --tokens (with --start, --kl-tokens)"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
-    words = ["validation tokens, 9,000,000 ", "--eval-tokens"]
+    words = ["validation tokens, of 9,000,000 needed", "--eval-tokens"]
     fails(words, stream(lines_file, val=9_000_000).validation)
     short = stream(lines_file, train=2_000_000, short_ok=True)
     assert short.n_train == have // 16 == len(short.train(0, short.n_train))
     one = put(tmp_path, {"one.txt": "x = 1"}) / "one.txt"
-    fails(["were asked for: give more text"], lambda: stream(one, short_ok=True))
+    fails([", of 16 needed: give more text"], lambda: stream(one, short_ok=True))
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
@@ -2929,7 +2929,7 @@ def test_files_of_ids(tmp_path, stream, monkeypatch, name, have, held, n_vocab, 
         assert s.validation().flatten().tolist() == stored[held : held + 160].tolist()
         s.close()
     long = make(train=10_000)
-    fails([f"has {have:,} training tokens, 10,000 were"], long.train, long.n_train - 1, 1)
+    fails([f"has {have:,} training tokens, of 10,000 needed"], long.train, long.n_train - 1, 1)
     short = make(train=10_000, short_ok=True)
     assert short.train(0, short.n_train).flatten().tolist() == stored[: have // 16 * 16].tolist()
     put(folder, {"a.jsonl": jsonl(texts())})
@@ -3125,28 +3125,28 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
 
 @pytest.fixture
 def counted(tmp_path, stream):
-    """Streams of 1, 2, 3, .., 9,500 are for training; 40 sequences of 16 mix."""
+    """Streams of 1, 2, 3, .., of which 9,500 are for training; 40 sequences mix."""
     put(tmp_path, {"ids.bin": np.arange(1, 10_001).astype("<u4")})
-    return functools.partial(stream, tmp_path / "ids.bin", Bytes(n_vocab=70_000), mix=640)
+    return functools.partial(stream, tmp_path / "ids.bin", Bytes(n_vocab=70_000), mix=40)
 
 
 @pytest.mark.parametrize("context", [16, 25])
 def test_sequences_mix_in_blocks_and_come_once(tmp_path, counted, context):
-    n, block = 9500 // context, 640 // context
+    n = 9500 // context
     rows = counted(mix=1, context=context, train=9500).train(0, n)
     whole = counted(context=context, train=9500).train(0, n)
     assert rows.flatten().tolist() == [*range(1, n * context + 1)]
-    for part, mixed in zip(rows.split(block), whole.split(block)):
+    for part, mixed in zip(rows.split(40), whole.split(40)):
         assert not torch.equal(part, mixed) and torch.equal(part, mixed[mixed[:, 0].argsort()])
     few = counted(context=context, train=context * 9, cache=tmp_path / "new")
     assert torch.equal(few.train(0, 9), whole[:9])  # whatever is asked for
-    assert few.tokens[0] == block * context
-    for start, count in ((0, 0), (3, 5), (block - 1, 2), (block, block), (n - 3, 3), (5, n - 5)):
+    assert few.tokens[0] == 40 * context
+    for start, count in ((0, 0), (3, 5), (39, 2), (40, 40), (n - 3, 3), (5, n - 5)):
         asked = counted(context=context, train=9500).train(start, count)
         assert torch.equal(asked, whole[start : start + count])
 
 
-@pytest.mark.parametrize("first, then", [(16, 16), (16, 25), (25, 16), (16, 300)])
+@pytest.mark.parametrize("first, then", [(16, 16), (16, 25), (25, 16), (16, 40)])
 def test_what_an_sae_has_seen_is_not_given_again(counted, first, then):
     for seen in (9, 40, 100):
         s = counted(context=first, train=seen * first)
@@ -3174,7 +3174,7 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
     for silent in ("first_sequence", "context_size"):
         fails(["how much it has seen"], stream, other, tokenizer, sae={**sae, silent: None})
     short = stream(other, tokenizer, sae={**sae, "first_sequence": 10**6})
-    fails(["were asked for"], short.train, 10**6, 1)
+    fails([" needed: lower "], short.train, 10**6, 1)
 
 
 def test_the_key_of_a_model_or_an_sae_is_of_its_files(tmp_path):
@@ -3476,7 +3476,8 @@ def part(path):
     with L.open_file(f"hf://datasets/{path}") as file:
         return [file.seek(50_000), len(file.read(1000))]
 
-def ids(data, train, val=640, n_vocab=256):
+def ids(data, train, val=640, n_vocab=256, mix=1):
+    L.MIX = mix  # 1: sequences in order
     stream = L.TokenStream(data, Bytes(n_vocab=n_vocab), 64, train, val)
     sides = stream.train(0, stream.n_train), stream.validation()
     return [rows.flatten().tolist() for rows in sides]
@@ -3487,7 +3488,7 @@ def answer(question):
     except L.UserError as error:
         return str(error)
 
-said, L.progress, L.MIX = [], str, 1  # sequences in order
+said, L.progress = [], str
 L.say_once = said.append
 if sys.argv[2] == "False":
     time.sleep = lambda seconds: None
@@ -3612,19 +3613,21 @@ def test_a_dataset_on_the_hub_that_changes(tmp_path):
     """More tokens of the new version come from the new version alone; offline it is the last."""
     first, second = texts(700, 100, 1), texts(700, 100, 2)
     files = {"train.jsonl": jsonl(first), "test.jsonl": jsonl(["no"]), "LICENSE.md": b"x"}
-    with Hub(datasets={"o/d": files}) as hub:
+    with Hub(datasets={"o/d": files, "o/whole": files}) as hub:
         env = hub.env(tmp_path)
         ((small, _),) = answers('ids("o/d", 16_000)', **env)
         assert bytes(small) == joined(first, False)[:16_000]
         files["train.jsonl"], hub.commit = jsonl(second), "f" * 40
         named = [f'ids("o/d{at}", 32_000)' for at in ("", "@main", f"@{'f' * 40}")]
-        more, *others = answers(*named, **env)
-        assert others == [more, more]
+        all_mix = 'ids("o/whole", 32_000, mix=10**6)'  # read to its end
+        more, *others, mixed = answers(*named, all_mix, **env)
+        assert others == [more, more] and mixed[1] == more[1]
         expected = [joined(second, False)[:32_000], joined(second, True)[:640]]
         assert [*map(bytes, more)] == expected
-    gone = ['ids("o/d", 32_000)', 'ids("o/d", 48_000)', 'ids("o/new", 640)']
-    offline, *errors, said = answers(*gone, "said", **env)
-    assert offline == more and "cannot fetch datasets/o/d" in errors[0]
+    gone = ['ids("o/d", 32_000)', all_mix, 'ids("o/d", 48_000)', 'ids("o/new", 640)']
+    offline, still, *errors, said = answers(*gone, "said", **env)
+    assert [offline, still] == [more, mixed]
+    assert "cannot fetch datasets/o/d" in errors[0]
     assert "note: o/d is out of reach, and read as it was last: ffffffffffff" in said
     assert "cannot fetch datasets/o/new" in errors[1]
 
@@ -3684,7 +3687,7 @@ def test_text_and_ids_from_the_hub(tmp_path):
         more, short, other = answers(*of_pythia[1:], 'ids("pythia", 6400)', **env)
     assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
     assert more == [stored[0, :32_000].tolist(), small[1]]
-    assert "has 200,000 training tokens, 640,000 were asked for" in short
+    assert "has 200,000 training tokens, of 640,000 needed" in short
     assert "give uint16 ids of this tokenizer, under 256" in other
 
 
