@@ -1108,8 +1108,7 @@ class TokenStream:
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             have, want = sum(map(min, self.tokens, self.want)), sum(self.want)
-            done = f"{have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
-            progress(f"tokenising into {self.folder}: {done}")
+            progress(f"tokenising into {self.folder}: {have / 1e6:.1f}M of {want / 1e6:.1f}M tokens")
         if self.failure:
             raise self.failure
 
@@ -1123,8 +1122,7 @@ class TokenStream:
                 self.tokens, self.passed = tokens, passed
 
     def lacks(self, side: int) -> bool:
-        more = self.tokens[side] < self.want[side] and self.passed[side] >= 0
-        return more and not self.stopped
+        return not self.stopped and self.passed[side] >= 0 and self.tokens[side] < self.want[side]
 
     def _run(self):
         """The thread: until no side lacks tokens, or the source ends. Fails where that has less

@@ -64,7 +64,9 @@ def compare(out: Path, ks: list[int], tokens: list, rate: list, rest: list[str])
     flags, rows = [*rest, *rate, *tokens], []
     usual = saeft.parse(flags)
     kl_tokens, seed = usual.kl_tokens, usual.seed
-    refuse(kl_tokens == 0, "--kl-tokens 0: there is nothing to compare")
+    step = usual.kl_batch * usual.context
+    few = f"--kl-tokens {kl_tokens}: one row is of half of it, below a step of {step}"
+    refuse(kl_tokens // 2 < step, few)
     none = "k" not in saeft.KINDS[usual.sae].numbers
     refuse(none, f"--sae {usual.sae}: it has no K, which --ks are of; it is compared beside them")
     for k in ks:

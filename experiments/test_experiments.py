@@ -1923,6 +1923,7 @@ def test_ids_of_a_changed_tokenizer_are_those_of_the_library_or_it_is_refused(tm
         ("length", "--lengths many", "--lengths"),
         ("length", "--start SAE --eval-tokens 128 --context 64", "2 sequences, for 5 parts"),
         ("compare", "--seeds 0", "--seeds 0"),
+        ("compare", "--kl-tokens 3k --kl-batch 16", "one row is of half of it, below a step of"),
         ("compare", "--seed 7 --method mse", "method, seed: --ks, --seeds and --out"),
         ("bench", "--repeats few", "--repeats"),
     ],
