@@ -1098,7 +1098,7 @@ class TokenStream:
         """Sequences by their place in a side's file, int64 [n, context]."""
         shape = self.tokens[side] // self.stride, self.stride
         with user_errors(f"cannot read {self.files[side]}, start again"):
-            ids = np.memmap(self.files[side], self.dtype, "r", shape=shape)[rows]
+            ids = np.memmap(self.files[side], self.dtype, "r", shape=shape)[rows.numpy()]
             ids = torch.from_numpy(ids.astype(np.int64))
         with_bos = (self.context - self.stride, 0)
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
@@ -1108,7 +1108,9 @@ class TokenStream:
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             have, want = sum(map(min, self.tokens, self.want)), sum(self.want)
-            progress(f"tokenising into {self.folder}: {have / 1e6:.1f}M of {want / 1e6:.1f}M tokens")
+            progress(
+                f"tokenising into {self.folder}: {have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
+            )
         if self.failure:
             raise self.failure
 

@@ -214,7 +214,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes[1].set_ylabel("FVU after")
     before = average(rows, "fvu_before")
     axes[1].axhline(before, color="grey", linewidth=0.8)
-    axes[1].set_ylim(0.9 * before, 1.5 * before)
+    axes[1].set_ylim(0.8 * before, 1.4 * before)
     axes[0].legend(frameon=False, title="first rate", loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
