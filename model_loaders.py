@@ -1087,7 +1087,7 @@ class TokenStream:
     def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         end, rows = start + count, []
-        for first in range(start // MIX * MIX, max(end, 1), MIX):
+        for first in range(start // MIX * MIX, max(end, 1), MIX):  # of each block
             self._wait(TRAIN, (first + MIX) * self.stride)
             n = min(MIX, self.tokens[TRAIN] // self.stride - first)
             mixed = torch.randperm(n, generator=torch.Generator().manual_seed(first))
@@ -1108,9 +1108,8 @@ class TokenStream:
         while self.tokens[side] < enough and self.thread.is_alive():
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             have, want = sum(map(min, self.tokens, self.want)), sum(self.want)
-            progress(
-                f"tokenising into {self.folder}: {have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
-            )
+            done = f"{have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
+            progress(f"tokenising into {self.folder}: {done}")
         if self.failure:
             raise self.failure
 
