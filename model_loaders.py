@@ -855,7 +855,7 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 9  # the version of what makes sequences of a source: splits, documents, pieces, order
+RULES = 9  # the version of what makes ids of a source: splits, documents, pieces
 MIX = 1 << 12  # sequences of training that come in random order
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
@@ -1052,13 +1052,14 @@ class TokenStream:
         self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
         self.place, version, folder = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
-        self.key = _key([version, ids, BATCH, RULES])
+        self.key = _key([version, ids, BATCH, MIX, RULES])
         seen = 0  # sequences
         if sae and _dict(sae, "identity").get("data") == self.key:
             with user_errors("the SAE does not say how much it has seen of this data"):
-                seen, other = sae["first_sequence"] + 0, sae["context_size"]
-                if other != context:  # whole blocks, of both
-                    ids = math.ceil(seen / MIX) * MIX * (other - context + self.stride)
+                seen, other = sae["first_sequence"], sae["context_size"]
+                whole = math.ceil(seen / MIX) * MIX  # with the rest of its last block
+                if other != context:
+                    ids = whole * (other - context + self.stride)
                     seen = math.ceil(ids / self.stride / MIX) * MIX
         n_sequences = [max(train // context + seen, 1), max(val // context, 1)]
         self.need = [n * self.stride for n in n_sequences]  # ids
@@ -1087,7 +1088,7 @@ class TokenStream:
     def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         end, rows = start + count, []
-        for first in range(start // MIX * MIX, max(end, 1), MIX):  # of each block
+        for first in range(start // MIX * MIX, max(end, start + 1), MIX):
             self._wait(TRAIN, (first + MIX) * self.stride)
             n = min(MIX, self.tokens[TRAIN] // self.stride - first)
             mixed = torch.randperm(n, generator=torch.Generator().manual_seed(first))

@@ -3099,6 +3099,7 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
     keys = {key(), *(key(**change) for change in changed), key(fingerprint="x")}
     assert len(keys) == 7
     assert key(n_rows=256) == key(n_rows=999) == key() in keys
+    assert stream(lines_file, mix=2).key not in keys
     names = ("o/a.b", "o/a-b", "o/a-b@c", f"o/{'x' * 60}a", f"o/{'y' * 60}a")
     with monkeypatch.context() as patch:
         patch.setattr(model_loaders, "RULES", 99)
@@ -3143,7 +3144,16 @@ def test_sequences_mix_in_blocks_and_come_once(tmp_path, counted, context):
     few = counted(context=context, train=context * 9, cache=tmp_path / "new")
     assert torch.equal(few.train(0, 9), whole[:9])  # whatever is asked for
     assert few.tokens[0] == 40 * context
-    for start, count in ((0, 0), (7, 1), (3, 5), (39, 2), (40, 40), (n - 3, 3), (5, n - 5)):
+    for start, count in (
+        (0, 0),
+        (40, 0),
+        (7, 1),
+        (3, 5),
+        (39, 2),
+        (40, 40),
+        (n - 3, 3),
+        (5, n - 5),
+    ):
         asked = counted(context=context, train=9500).train(start, count)
         assert torch.equal(asked, whole[start : start + count])
 
