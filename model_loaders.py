@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
     """Flags of a program with this docstring, none abbreviated; errors are UserErrors."""
 
     def __init__(self, doc: str | None, **options):
-        super().__init__(description=str(doc).partition("\n")[0], allow_abbrev=False, **options)
+        options.update(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, **options)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
@@ -466,13 +467,13 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     tensors: W_enc, W_dec [F, D], b_enc [F], b_dec [D], and whatever else it has, under its names;
     cfg: architecture, k, ..., metadata. Raises UserError."""
     n_latents, width = tensors["W_dec"].shape
-    told = {"d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu"}
-    for key in ("apply_b_dec_to_input", "normalize_activations", "reshape_activations"):
-        told[key] = SAE_SETTINGS[key][0]
+    fixed = {"d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu"}
+    fixed.update(apply_b_dec_to_input=True, normalize_activations="none")
+    fixed["reshape_activations"] = "none"
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
-    told["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
+    fixed["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = tensors | {"W_enc": tensors["W_enc"].T}
-    folder, cfg = expanded(folder), cfg | told
+    folder, cfg = expanded(folder), cfg | fixed
     merged(cfg)  # or it could not be read again
     with replacing(folder / "cfg.json") as file:
         file.write(json.dumps(cfg, indent=2).encode())
@@ -557,8 +558,8 @@ def sae_settings(cfg: dict) -> dict:
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
     for key, kind in ORIGIN.items():
         value = cfg.get(key)
-        natural = type(value) is kind and (kind is not int or value >= 0)
-        refuse(value is not None and not natural, f"the SAE's cfg.json has {key} = {value!r:.60}")
+        fits = type(value) is kind and (kind is not int or value >= 0)
+        refuse(value is not None and not fits, f"the SAE's cfg.json has {key} = {value!r:.60}")
     told = {"d_sae": cfg["d_sae"], "data": cfg.get("dataset_path")}
     told |= {"context": cfg.get("context_size"), "sink_norm": cfg.get("sink_norm")}
     told["bos"] = {True: "yes", False: "no"}.get(cfg.get("prepend_bos"))
@@ -642,8 +643,8 @@ def _all_ids(spec: dict) -> dict[str, int]:
     """{token: id}, 0, 1, 2, .. without a gap; added tokens after those of the vocabulary, as the
     reference counts them whatever is written in the file. ValueError where that differs."""
     ids = dict(spec["model"]["vocab"])
-    natural = {type(i) for i in ids.values()} == {int}
-    if not natural or sorted(ids.values()) != list(range(len(ids))):
+    whole = {type(i) for i in ids.values()} == {int}
+    if not whole or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError("the ids of its vocabulary are not 0, 1, 2, ..")
     added = [token["content"] for token in spec["added_tokens"]]
     expected = [ids.setdefault(text, len(ids)) for text in added]
@@ -827,8 +828,8 @@ def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
             raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
         spec, decoder = read_json(path), config.get("added_tokens_decoder") or {}
         for token in spec["added_tokens"]:  # transformers goes by what stands beside it
-            told = decoder.get(str(token["id"]), token)
-            token["normalized"] = told.get("normalized", not told.get("special"))
+            stated = decoder.get(str(token["id"]), token)
+            token["normalized"] = stated.get("normalized", not stated.get("special"))
         tokenizer = Tokenizer(spec, _text(config.get("eos_token")))
         _check_beside(tokenizer, config, added)
         if bos == "yes" and tokenizer.bos_id is None:
@@ -1061,6 +1062,7 @@ class TokenStream:
                 if other != context:
                     ids = whole * (other - context + self.stride)
                     seen = math.ceil(ids / self.stride / MIX) * MIX
+        self.seen = [seen, 0]
         n_sequences = [max(train // context + seen, 1), max(val // context, 1)]
         self.need = [n * self.stride for n in n_sequences]  # ids
         self.want = [math.ceil(n_sequences[TRAIN] / MIX) * MIX * self.stride, self.need[VAL]]
@@ -1141,10 +1143,10 @@ class TokenStream:
                         if self.lacks(side):
                             self._append(side, np.zeros(0, self.dtype), -1)
             for side, (kind, flag) in enumerate(SIDES):
-                have = self.tokens[side] // self.stride * self.stride
-                if self.short_ok and have:
-                    self.need[side] = min(self.need[side], have)
-                advice = f"lower {flag}" if have else "give more text"
+                new = self.tokens[side] // self.stride - self.seen[side]  # sequences
+                if self.short_ok and new > 0:
+                    self.need[side] = min(self.need[side], new * self.stride)
+                advice = f"lower {flag}" if new > 0 else "give more text"
                 short = self.tokens[side] < self.need[side] and not self.stopped
                 counts = f"{self.tokens[side]:,} {kind} tokens, of {self.need[side]:,} needed"
                 refuse(short, f"{self.data} has {counts}: {advice}")

@@ -1,8 +1,8 @@
 """Train a sparse autoencoder (SAE) by MSE, then close part of its cross-entropy gap by KL+MSE.
 
-    python saeft.py                                     # embedded model, two minutes, no network
+    python saeft.py                                     # embedded model: 2 minutes, no network
     python saeft.py --model pythia-160m --k 80          # the paper's sizes: 475M + 25M tokens
-    python saeft.py --start owner/name:folder           # fine-tune an SAE that somebody published
+    python saeft.py --start owner/name:folder           # fine-tune an SAE in SAELens's layout
     torchrun --nproc-per-node 8 -- saeft.py --k 40 80   # two SAEs on one activation stream, 8 GPUs
 
 "Revisiting End-To-End Sparse Autoencoder Training: A Short Finetune Is All You Need" (Karvonen
@@ -97,11 +97,11 @@ class Config:
     # Optimisation
     method: list[str] = flag(["kl"], "fine-tunes of the MSE SAE", nargs="+", choices=METHODS)
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
-    kl_lr: float | None = flag(None, "of the fine-tune, at first (default: see finetune_lr)", 0)
+    kl_lr: float | None = flag(None, "first rate of the fine-tune (default: finetune_lr)", 0)
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
-    l1: float | None = flag(None, "lambda / scale, of ReLU SAEs (0.1; --start: its own)", 0)
+    l1: float | None = flag(None, "lambda of ReLU SAEs, on x / scale (0.1; --start: its own)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
-    seed: int = flag(0, "seed of everything random", 0, 4 * 10**9)
+    seed: int = flag(0, "of all that is random but the text's order, which is one", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
@@ -117,6 +117,11 @@ class Config:
     def peak_lr(self) -> float:
         return 2e-4 / math.sqrt(self.d_sae / 2**14) if self.lr is None else self.lr
 
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the fine-tune begins with a random SAE, and is all of the training."""
+        return self.kl_tokens == self.tokens and not self.start
+
     def autocast(self, device: torch.device):
         """Products in --dtype; parameters stay float32."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -126,8 +131,8 @@ PRESETS = {  # flags that a model starts with, by what it is: (V, D, number of b
     (50304, 768, 12): "--layer 8",  # Pythia-160M
     (256000, 2304, 26): "--layer 12",  # Gemma 2 2B
     (2048, 128, 6): "--layer 2 --k 16 --d-sae 1024 --tokens 1.6M --kl-tokens 400k"
-    " --context 128 --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --kl-lr 1.5e-3"
-    " --warmup 50 --dead-after 200k --eval-tokens 100k --log-every 20",  # the embedded one
+    " --context 128 --batch 1024 --buffer 2000 --method kl mse --lr 1e-3 --warmup 50"
+    " --dead-after 200k --eval-tokens 100k --log-every 20",  # the embedded one
 }
 
 
@@ -466,18 +471,13 @@ def collect(lm: LanguageModel, tokens, config: Config):
     return torch.cat(parts)
 
 
-def sink_limit(x, n_skip: int, sink_norm: float):
-    """The norm above which a token of x [B, T, D] is a sink: sink_norm medians, or none for 0."""
-    median = single(x[:, n_skip:]).norm(dim=-1).median()
-    return sink_norm * median if sink_norm else torch.full_like(median, torch.inf)
-
-
 def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Config):
     """Content x [N, D] of the first sequences, at most n and about 32k tokens, and the norm above
     which a token is a sink."""
     n = min(n, 32_768 // config.context + 1)
     x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
-    limit = sink_limit(x, lm.n_skip, config.sink_norm)
+    median = single(x[:, lm.n_skip :]).norm(dim=-1).median()
+    limit = median * (config.sink_norm or torch.inf)
     x = single(x[content(x, lm.n_skip, limit)])
     refuse(len(x) == 0, ALL_SINKS)
     return x, limit
@@ -558,12 +558,11 @@ class Trainee:
         self.optimizer = AdamW(self.parameters, weight_decay=self.decay, fused=True)
 
     def rate(self, step: int, steps: int, config: Config) -> float:
-        """The learning rate of a step of phase two: it falls linearly to 0. If this is all of the
-        training (end to end), it is phase one's."""
-        end_to_end = config.kl_tokens == config.tokens and not config.start
-        given = config.peak_lr if end_to_end else config.kl_lr
+        """The learning rate of a step of phase two: it falls linearly to 0, but that of end to end
+        is phase one's."""
+        given = config.peak_lr if config.end_to_end else config.kl_lr
         first = next(lr for lr in (self.lr, given, finetune_lr(self.sae, steps)) if lr is not None)
-        warmup, decay = (config.warmup, 0.2) if end_to_end else (0, 1.0)
+        warmup, decay = (config.warmup, 0.2) if config.end_to_end else (0, 1.0)
         return first * lr_factor(step, steps, warmup, decay)
 
     def loss(self, kl, mse, beta, penalty):
@@ -695,8 +694,8 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     with config.autocast(x.device):
         x_hat, f = t.sae(x)
         penalty = t.sae.penalty(x, x_hat, f, weight, step / steps)
-    mse = (x - x_hat).pow(2).sum(-1).mean()
-    loss = mse + penalty
+    error = (x - x_hat).pow(2).sum(-1).mean()
+    loss = error + penalty
     loss.backward()
     update(t, lr)
 
@@ -706,7 +705,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     t.sae.idle = torch.where(fired > 0, 0, t.sae.idle + n)
     if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
         t.sae.dead = (t.sae.idle > config.dead_after).nonzero()[:, 0]
-    fvu = mse.detach() / variance_of(x, weight)
+    fvu = error.detach() / variance_of(x, weight)
     return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
 
 
@@ -1418,7 +1417,7 @@ class Run:
         self.sae_folders = [path / f"k{k}" if len(config.k) > 1 else path for k in config.k]
         self.done = Done()
         self.interrupted = {}  # the state of the phase that a checkpoint was saved in
-        self.saved = self.told = time.monotonic()
+        self.saved = self.shown = time.monotonic()
         self.in_loop, self.stopping = False, 0  # the number of a signal
 
     def run(self):
@@ -1521,7 +1520,7 @@ class Run:
         """What a method trains, from a copy of SAE i of phase one."""
         sae = copy.deepcopy(sae).eval()
         sae.dead = ()
-        if self.n_mse or self.config.start:  # else, end to end, there is no L0 to keep
+        if not self.config.end_to_end:  # which has no L0 to keep
             sae.l0_target = self.done.results["MSE"][i]["l0"]
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         return METHODS[method](self.lm, sae, self.config)
@@ -1545,12 +1544,12 @@ class Run:
     def finish(self, phase: Phase):
         """Saves what a phase trained, and evaluates it."""
         name, config, done = phase.name, self.config, self.done
-        trained = self.n_mse or config.start  # whether there is an SAE before the fine-tune
+        random = name == "MSE" and config.end_to_end
         for t in phase.trainees:
             if name == "MSE":
                 t.sae.rescale(phase.scale)
-            t.trained.train(name == "MSE" and not trained)  # a random BatchTopK has no threshold
-        if trained or name != "MSE":
+            t.trained.train(random)  # a random BatchTopK has no threshold
+        if not random:
             parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
             seen = self.n_mse if name == "MSE" else self.n
             origin = asdict(config), self.lm.n_skip > 0, seen, self.identity
@@ -1560,14 +1559,14 @@ class Run:
         arguments = self.lm, self.stream.validation(), phase.trainees, done.limit, config
         done.model_figures, rows = evaluate(*arguments, f"evaluating the SAE {self.label(name)}")
         for row, before in zip(rows, done.results.get("MSE", [])):
-            known = trained and before["gap"] > 0  # else there is none to close
+            known = not config.end_to_end and before["gap"] > 0  # else there is none to close
             row["gap_closed"] = 1 - row["gap"] / before["gap"] if known else None
         done.results[name] = rows
         if name == "MSE":
             done.saes = [(t.sae.state_dict(), plain_state(t.sae)) for t in phase.trainees]
 
     def label(self, name: str) -> str:
-        start = "after MSE" if self.n_mse else "at the random start"
+        start = "at the random start" if self.config.end_to_end else "after MSE"
         labels = {"MSE": "as loaded" if self.config.start else start, "kl": "after KL+MSE"}
         labels["mse"] = "after MSE alone, same tokens"
         return labels.get(name, f"after {name}")
@@ -1577,7 +1576,7 @@ class Run:
         config, folder, done = self.config, self.sae_folders[i], self.done
         results = {name: rows[i] for name, rows in done.results.items()}
         before = results["MSE"]
-        final = results.get(config.method[0], {**before, "gap_closed": 0.0})
+        final = results.get(config.method[0], {**before, "gap_closed": None})
         out = {**asdict(config), "k": config.k[i], **done.model_figures, **final}
         out.update(seconds=done.seconds, identity=self.identity, results=results)
         if rank() == 0:
@@ -1598,14 +1597,14 @@ class Run:
         self.done.seconds[phase.name] = now - phase.began
         if phase.step % self.config.log_every == 0 or phase.step == phase.steps:
             self.log(phase, figures)
-        if first_or_last or now - self.told > (2 if sys.stdout.isatty() else 30):
+        if first_or_last or now - self.shown > (2 if sys.stdout.isatty() else 30):
             row, left = figures[-1], phase.time_left(now)
             names = self.config.method if self.config.kl_tokens else []
             rest = [name for name in names if name not in {phase.name, *self.done.results}]
             then = ", ".join(["evaluation", *rest])
             text = f"{phase.name} {phase.step / phase.steps:4.0%}, {left}, then {then}"
             progress(f"{text}; FVU {row['fvu']:.3f}, L0 {row['l0']:.1f}", now=True)
-            self.told = now
+            self.shown = now
         due = now - self.saved > 60 * self.config.checkpoint_minutes
         wishes = torch.tensor([self.stopping > 0, due]).float()
         stop, due = sum_over_ranks(wishes).tolist()  # all processes at the same step
@@ -1664,7 +1663,7 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
         config.tokens = max(1, config.kl_tokens)
-    elif config.kl_tokens == config.tokens:
+    elif config.end_to_end:
         refuse("kl_lr" in given, "--kl-lr: with no tokens for MSE before it, the rate is --lr")
     return config
 
@@ -1710,7 +1709,7 @@ def exit_status(program: str, run: Callable, advice: str = "give it less at once
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in f"{error}".lower():
+        if isinstance(error, RuntimeError) and "allocate" not in f"{error}".lower():
             raise
         print(f"{program}: out of memory: {advice}", file=sys.stderr)
         return 2
