@@ -170,9 +170,10 @@ def write_page(data: dict, title: str, path: Path) -> int:
     return size
 
 
-def parse(argv: list[str] | None):
-    """The flags; model, layer, data, ... from the SAE's metadata unless given."""
-    parser = model_loaders.Parser(__doc__)
+def parse(argv: list[str] | None, doc: str = __doc__, page: bool = True):
+    """The flags, of a page or of another script, with its docstring; model, layer, data, ... from
+    the SAE's metadata unless given."""
+    parser = model_loaders.Parser(doc)
     parser.add_argument("run", help="a run's folder, or an SAE in SAELens's layout")
     parser.add_argument("--model", help="short name, Hub name or folder")
     parser.add_argument("--layer", type=int, help="the block whose output the SAE reads")
@@ -182,13 +183,13 @@ def parse(argv: list[str] | None):
     parser.add_argument(
         "--tokens", type=model_loaders.count, default=100_000, help="held-out tokens"
     )
-    parser.add_argument(
-        "--latents", type=model_loaders.count, default=120, help="how many are shown"
-    )
     parser.add_argument("--sink-norm", type=float, help="as of saeft.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the random sample")
-    page = "the page (default: features.html in the run's folder)"
-    parser.add_argument("--out", type=model_loaders.expanded, help=page)
+    if page:
+        latents = {"type": model_loaders.count, "default": 120, "help": "how many are shown"}
+        parser.add_argument("--latents", **latents)
+        parser.add_argument("--seed", type=int, default=0, help="of the random sample")
+        out = "the page (default: features.html in the run's folder)"
+        parser.add_argument("--out", type=model_loaders.expanded, help=out)
     parser.add_argument("--device", default="auto")
     fork = "a file that adds kinds, places or models, to import first; may be given again"
     parser.add_argument("--fork", action="append", default=[], help=fork)
@@ -233,7 +234,7 @@ def load(args, n_train: int = FIRST) -> tuple:
     limits = {"layer": (0, len(lm.blocks) - 1), "context": (2, lm.max_context)}
     limits.update(tokens=(1, 10**12), latents=(1, 10**6), sink_norm=(0, 1e9), seed=(0, 2**32 - 1))
     for name, (low, high) in limits.items():
-        value, flag = getattr(args, name), name.replace("_", "-")
+        value, flag = getattr(args, name, low), name.replace("_", "-")
         refuse(not low <= value <= high, f"--{flag} {value} is not from {low} to {high}")
     stream = model_loaders.TokenStream(*source, short_ok=True, n_rows=len(lm.W_U))
     now = {"model": model_loaders.model_key(args.model), "data": stream.key}

@@ -49,11 +49,18 @@ def held_out(run: saeft.Run) -> list[tuple[torch.Tensor, float]]:
     """Parts of the held-out text, and the variance of x in each relative to that in the whole."""
     lm, tokens, limit = run.lm, run.stream.validation(), run.done.limit
     refuse(len(tokens) < PARTS, f"--eval-tokens: {len(tokens)} sequences, for {PARTS} parts")
-    parts = tokens.tensor_split(PARTS)
-    xs = [saeft.collect(lm, part.to(limit.device), run.config) for part in parts]
-    xs = [x[saeft.content(x, lm.n_skip, limit)].double() for x in xs]
-    variance, *variances = (x.var(0, correction=0).sum().item() for x in (torch.cat(xs), *xs))
-    return [(part, v / variance) for part, v in zip(parts, variances)]
+    parts, sums = tokens.tensor_split(PARTS), []
+    for part in parts:
+        x = saeft.collect(lm, part.to(limit.device), run.config)
+        x = x[saeft.content(x, lm.n_skip, limit)].double()
+        sums.append((len(x), x.sum(0), x.pow(2).sum()))
+    whole = variance(*(sum(column) for column in zip(*sums)))
+    return [(part, variance(*some) / whole) for part, some in zip(parts, sums)]
+
+
+def variance(n: int, total, squares) -> float:
+    """mean ||x - mean x||^2 of n x, of which `total` is the sum, `squares` that of ||x||^2."""
+    return ((squares - total.pow(2).sum() / n) / n).item()
 
 
 def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
@@ -141,19 +148,21 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
 
 
 def print_table(rows: list[dict]) -> None:
-    """A line for each kind of SAE and length: the share closed at each rate, mean and deviation
-    over SAEs (of one: the standard error); control and FVU at the rate that closes most."""
+    """A line for each kind of SAE and length: the share closed at each rate; control and FVU at the
+    rate that closes most."""
     lrs = sorted({row["lr"] for row in rows})
     rates = " | ".join(f"{lr:g}" for lr in lrs)
-    say(f"\n| SAE, K, layer, F, FVU | tokens | {rates} | control | FVU |")
-    say("| --- " * (len(lrs) + 4) + "|")
+    say("\n±: standard deviation over SAEs; of one alone, standard error over parts of the text")
+    say(f"\n| SAE, K, layer, F, FVU | SAEs | tokens | {rates} | control | FVU |")
+    say("| --- " * (len(lrs) + 5) + "|")
     for (*what, tokens), group in grouped(rows, *SAE, "tokens").items():
         by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
         cells = [spread(by_lr.get((lr,), [])) for lr in lrs]
         best, control = at_best_rate(group)
         sae = "{} {:g}, {}, {}, ".format(*what) + f"{average(group, 'fvu_before'):.3f}"
         cells += [spread(control), f"{average(best, 'fvu'):.3f}"]
-        say(f"| {sae} | {tokens:,} | {' | '.join(cells)} |")
+        n_saes = len({row["key"] for row in group})
+        say(f"| {sae} | {n_saes} | {tokens:,} | {' | '.join(cells)} |")
 
 
 def at_best_rate(rows: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -5,7 +5,6 @@
 Each token of held-out text is of one or more kinds, by what the model has to predict. `share`: of
 all tokens; `gap`: what the SAE adds to the CE on them, in nats per token, before and after;
 `closed`: the share of that gap which is closed; `of all`: the kind's share of all that is closed.
-Flags are those of features.py.
 """
 
 import contextlib
@@ -85,7 +84,7 @@ def kinds(tokens: Tensor, seen: Tensor, tokenizer) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = features.parse(argv)
+    args = features.parse(argv, __doc__, page=False)
     lm, tokenizer, sae, before, stream, limit = features.load(args, n_train=SEEN)
     with contextlib.closing(stream):
         tokens, seen = stream.validation(), stream.train(0, stream.n_train).flatten()

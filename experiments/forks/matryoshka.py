@@ -4,7 +4,8 @@
     python experiments/forks/matryoshka.py --sae matryoshka-batchtopk --k 16
 
 To the loss ||x - x_hat||^2 of all F latents come those of nested prefixes of them, each from the
-same activations: sum_m ||x - x_hat_m||^2, x_hat_m = f[:m] W_dec[:m] + b_dec.
+same activations: sum_m ||x - x_hat_m||^2, x_hat_m = f[:m] W_dec[:m] + b_dec. In the fine-tune they
+stand, over D, beside (beta KL + MSE) / 2, most of the loss: weigh them in `penalty` as you like.
 """
 
 import sys
