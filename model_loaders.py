@@ -293,7 +293,8 @@ def _stat(path) -> tuple:
 def note_changes(sae: dict, source, settings: dict, identity: dict):
     """Says which of model and data, with <bos>, are not those that the `sae_cfg` of source says."""
     for part, was in _dict(sae, "identity").items():
-        if identity.get(part, was) != was:
+        now = identity.get(part, was)
+        if now != was and now not in _dict(sae, "seen"):
             bos = " or its <bos>" if part == "data" else ""
             say(f"note: the {part}, {settings[part]},{bos} is not what {source} was made with")
 
@@ -548,7 +549,7 @@ def hook_name(layer: int, place: str) -> str:
 
 # What of an SAE's metadata matters, and its type.
 ORIGIN = {"model_name": str, "dataset_path": str, "context_size": int, "prepend_bos": bool}
-ORIGIN |= {"first_sequence": int, "sink_norm": float}
+ORIGIN |= {"sink_norm": float}
 
 
 def sae_settings(cfg: dict) -> dict:
@@ -558,7 +559,7 @@ def sae_settings(cfg: dict) -> dict:
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
     for key, kind in ORIGIN.items():
         value = cfg.get(key)
-        fits = type(value) is kind and (kind is not int or value >= 0)
+        fits = type(value) is kind and (kind is not int or value > 0)
         refuse(value is not None and not fits, f"the SAE's cfg.json has {key} = {value!r:.60}")
     told = {"d_sae": cfg["d_sae"], "data": cfg.get("dataset_path")}
     told |= {"context": cfg.get("context_size"), "sink_norm": cfg.get("sink_norm")}
@@ -576,9 +577,9 @@ def sae_settings(cfg: dict) -> dict:
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
-def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int, identity: dict) -> dict:
+def sae_metadata(settings: dict, prepend_bos: bool, seen: dict, identity: dict) -> dict:
     """What cfg.json says about the origin of an SAE, for SAELens, `sae_settings`, `note_changes`;
-    first_sequence: that of its data from which on it has seen none."""
+    seen: `TokenStream.seen_after`."""
     return {
         "model_name": {**MODELS, "tiny": "tiny"}.get(settings["model"], settings["model"]),
         "hook_name": hook_name(settings["layer"], settings["place"]),
@@ -586,7 +587,7 @@ def sae_metadata(settings: dict, prepend_bos: bool, first_sequence: int, identit
         "prepend_bos": prepend_bos,
         "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
-        "first_sequence": first_sequence,
+        "seen": seen,
         "sink_norm": float(settings["sink_norm"]),
         "identity": {part: identity[part] for part in ("model", "data")},
     }
@@ -856,8 +857,9 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 9  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 10  # the version of what makes ids of a source: splits, documents, pieces
 MIX = 1 << 12  # sequences of training that come in random order
+SPREAD = 1 << 9  # sequences of validation that fewer are drawn from
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
 SIDES = [("training", "--tokens (with --start, --kl-tokens)"), ("validation", "--eval-tokens")]
 
@@ -1004,15 +1006,17 @@ def _plain_texts(blocks, path: str, longest: int):
     yield LAST_MARK.sub("", rest)
 
 
-def source_now(data: str) -> tuple[str, str, Path]:
-    """(place, version, folder) of a source: a path, or a Hub dataset at one commit, which offline
-    is the last; that commit, or `files_key`; where the cache has all versions."""
+def source_now(data: str) -> tuple[str, str, Path, list | None]:
+    """(place, version, folder, files) of a source: a path, or a Hub dataset at one commit, which
+    offline is the last; that commit, or `files_key`; where the cache has all versions; of a path
+    its `source_files`, as they were before the key was taken."""
     place = _place(data)
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     refuse(root[0] == "~", "no home folder to keep tokens in: set XDG_CACHE_HOME to a folder")
     folder = Path(root, "saeft", f"{re.sub(r'[^a-zA-Z0-9]+', '-', place)[-60:]}-{_key(place)}")
     if not place.startswith("hf://"):
-        return place, files_key(path for path, _ in source_files(place)), folder
+        files = source_files(place)
+        return place, files_key(path for path, _ in files), folder, files
     repo, _, revision = place.removeprefix("hf://datasets/").partition("@")
     try:
         with hub_errors(f"datasets/{repo}"):
@@ -1024,7 +1028,7 @@ def source_now(data: str) -> tuple[str, str, Path]:
             raise
         commit = (folder / "commit").read_text()
         say_once(f"note: {repo} is out of reach, and read as it was last: {commit:.12}")
-    return f"hf://datasets/{repo}@{commit}", commit, folder
+    return f"hf://datasets/{repo}@{commit}", commit, folder, None
 
 
 class TokenStream:
@@ -1036,7 +1040,8 @@ class TokenStream:
     seen of the same ids, too. UserError for an unknown or short source.
 
     Training gets each MIX sequences in random order (the last of what there is), or a short
-    fine-tune would see a page or two. So much is read ahead.
+    fine-tune would see a page or two. So much is read ahead. Validation of less than SPREAD
+    sequences is drawn from so many.
 
     In the folder of `key`, what the ids depend on, each side has a file of ids; meta.json says
     how many count, and how much of the source they took (-1: all): Ctrl-C leaves no trace."""
@@ -1051,21 +1056,21 @@ class TokenStream:
         self.stride = context - (bos is not None)  # ids of the stream in a sequence
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
-        self.place, version, folder = source_now(data)
+        self.place, version, folder, self.source = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
-        self.key = _key([version, ids, BATCH, MIX, RULES])
-        seen = 0  # sequences
-        if sae and _dict(sae, "identity").get("data") == self.key:
-            with user_errors("the SAE does not say how much it has seen of this data"):
-                seen, other = sae["first_sequence"], sae["context_size"]
-                whole = math.ceil(seen / MIX) * MIX  # with the rest of its last block
-                if other != context:
-                    ids = whole * (other - context + self.stride)
-                    seen = math.ceil(ids / self.stride / MIX) * MIX
-        self.seen = [seen, 0]
-        n_sequences = [max(train // context + seen, 1), max(val // context, 1)]
-        self.need = [n * self.stride for n in n_sequences]  # ids
-        self.want = [math.ceil(n_sequences[TRAIN] / MIX) * MIX * self.stride, self.need[VAL]]
+        self.key = _key([version, ids, BATCH, MIX, SPREAD, RULES])
+        self.seen = _dict(sae or {}, "seen")  # by the SAE, as `seen_after` has it
+        with user_errors("the SAE does not say how much it has seen of this data"):
+            n_seen, other = self.seen.get(self.key, (0, context))
+            if not n_seen >= 0 < other:
+                raise ValueError(n_seen, other)
+            if other != context:  # blocks are whole, with what is not seen of the last one
+                n_ids = math.ceil(n_seen / MIX) * MIX * (other - context + self.stride)
+                n_seen = math.ceil(n_ids / self.stride / MIX) * MIX
+        self.n_seen = [n_seen, 0]
+        n_sequences = [max(train // context + n_seen, 1), max(val // context, 1)]
+        n_mixed = [math.ceil(n_sequences[TRAIN] / MIX) * MIX, max(n_sequences[VAL], SPREAD)]
+        self.need, self.want = ([n * self.stride for n in ns] for ns in (n_sequences, n_mixed))
         self.folder = folder / self.key
         self.files = [self.folder / "train.bin", self.folder / "val.bin"]
         self.stopped = False
@@ -1084,12 +1089,20 @@ class TokenStream:
 
     def validation(self) -> torch.Tensor:
         """All validation sequences, int64 [n, context], of text that `train` never gives; waits."""
-        self._wait(VAL, self.need[VAL])
-        return self._read(VAL, torch.arange(self.need[VAL] // self.stride))
+        self._wait(VAL, self.want[VAL])
+        among = min(self.tokens[VAL], self.want[VAL]) // self.stride
+        drawn = torch.randperm(among, generator=torch.Generator().manual_seed(0))
+        return self._read(VAL, drawn[: self.need[VAL] // self.stride].sort().values)
+
+    def seen_after(self, n: int) -> dict:
+        """{key: [sequences, context]} of all data that an SAE has seen after the first n sequences,
+        with what it had seen before."""
+        return {**self.seen, self.key: [n, self.context]} if n else self.seen
 
     def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         end, rows = start + count, []
+        refuse(not 0 <= start <= end <= self.n_train, f"{start}..{end} are not of {self.n_train}")
         for first in range(start // MIX * MIX, max(end, start + 1), MIX):
             self._wait(TRAIN, (first + MIX) * self.stride)
             n = min(MIX, self.tokens[TRAIN] // self.stride - first)
@@ -1107,8 +1120,11 @@ class TokenStream:
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
 
     def _wait(self, side: int, enough: float):
-        """Until a side has `enough` tokens, or the thread has ended; raises what has ended it."""
+        """Until a side has `enough` tokens, or all that it needs and the source has, or the thread
+        has ended; raises what has ended it."""
         while self.tokens[side] < enough and self.thread.is_alive():
+            if self.passed[side] < 0 and self.tokens[side] >= self.need[side]:
+                break
             self.thread.join(0.1)  # in short steps: Ctrl-C gets through
             have, want = sum(map(min, self.tokens, self.want)), sum(self.want)
             done = f"{have / 1e6:.1f}M of {want / 1e6:.1f}M tokens"
@@ -1118,12 +1134,16 @@ class TokenStream:
 
     def load_meta(self):
         """Each side's tokens on disk, and what of the source they took; zeros where damaged."""
-        self.tokens, self.passed = [0, 0], [0, 0]
+        found = [0, 0], [0, 0]
         with suppress(Exception):
             tokens, passed = json.loads((self.folder / "meta.json").read_bytes())
-            held = [path.stat().st_size // self.dtype.itemsize for path in self.files]
-            if all(n in range(most + 1) for n, most in zip(tokens, held, strict=True)):
-                self.tokens, self.passed = tokens, passed
+            numbers = [*tokens, *passed]
+            whole = [type(n) for n in numbers] == [int] * 4 and min(numbers) >= -1
+            sizes = [path.stat().st_size if path.exists() else 0 for path in self.files]
+            held = [size // self.dtype.itemsize for size in sizes]
+            if whole and all(0 <= n <= most for n, most in zip(tokens, held, strict=True)):
+                found = tokens, passed
+        self.tokens, self.passed = found
 
     def lacks(self, side: int) -> bool:
         return not self.stopped and self.passed[side] >= 0 and self.tokens[side] < self.want[side]
@@ -1132,18 +1152,11 @@ class TokenStream:
         """The thread: until no side lacks tokens, or the source ends. Fails where that has less
         than is needed, unless less is allowed."""
         try:
-            if any(map(self.lacks, (VAL, TRAIN))):
-                files = source_files(self.place)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with hf.utils.WeakFileLock(self.folder / "lock"):  # one process at a time
-                    self.load_meta()
-                    fill = self._copy if IDS.search(files[0][0]) else self._tokenise
-                    for side in filter(self.lacks, (VAL, TRAIN)):
-                        fill(side, files)
-                        if self.lacks(side):
-                            self._append(side, np.zeros(0, self.dtype), -1)
-            for side, (kind, flag) in enumerate(SIDES):
-                new = self.tokens[side] // self.stride - self.seen[side]  # sequences
+            for side in (VAL, TRAIN):
+                while self.lacks(side):
+                    self._fill(side)
+                kind, flag = SIDES[side]
+                new = self.tokens[side] // self.stride - self.n_seen[side]  # sequences
                 if self.short_ok and new > 0:
                     self.need[side] = min(self.need[side], new * self.stride)
                 advice = f"lower {flag}" if new > 0 else "give more text"
@@ -1155,9 +1168,27 @@ class TokenStream:
         except BaseException as error:  # tiktoken's panics are no Exception
             self.failure = error
 
+    def _fill(self, side: int):
+        """A side, one process at a time; of what another one fills it takes what it needs."""
+        files = self.source or source_files(self.place)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(hf.utils.WeakFileLock(self.folder / "lock", timeout=1))
+            except TimeoutError:
+                return self.load_meta()
+            self.load_meta()
+            if self.lacks(side):
+                fill = self._copy if IDS.search(files[0][0]) else self._tokenise
+                fill(side, files)
+                if self.lacks(side):
+                    self._append(side, np.zeros(0, self.dtype), -1)
+
     def _tokenise(self, side: int, files: list):
         """A side's ids of each batch of pieces; `passed` counts batches."""
         source, eos, begun = pieces(self.place, files), self.tokenizer.eos_id, False
+        if self.tokens[side]:  # perhaps inside a document
+            begun = np.memmap(self.files[side], self.dtype, "r")[self.tokens[side] - 1] != eos
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in islice(enumerate(batches, 1), self.passed[side], None):
             own = [(text, ends) for text, held, ends in batch if held == side]

@@ -1551,7 +1551,7 @@ class Run:
             t.trained.train(random)  # a random BatchTopK has no threshold
         if not random:
             parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
-            seen = self.n_mse if name == "MSE" else self.n
+            seen = self.stream.seen_after(self.n_mse if name == "MSE" else self.n)
             origin = asdict(config), self.lm.n_skip > 0, seen, self.identity
             metadata = model_loaders.sae_metadata(*origin)
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():

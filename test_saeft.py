@@ -242,7 +242,7 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
 
 
 TOLD = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "dataset_path": "tiny"}
-TOLD.update(context_size=64, prepend_bos=False, first_sequence=0)
+TOLD.update(context_size=64, prepend_bos=False)
 
 
 def test_start_takes_lambda_and_says_what_it_cannot_mean(tmp_path, capsys, monkeypatch, refused):
@@ -492,7 +492,7 @@ def test_models_that_cannot_be_are_told_before_training(tmp_path, refused):
     beside = model_folder(tmp_path / "beside")
     (beside / "adapter_config.json").write_text("{}")
     for model, words in {
-        few: ["0 training tokens", "give more text"],
+        few: ["0 validation tokens", "give more text"],
         beside: ["has an adapter beside the model"],
     }.items():
         refused(f"--model {model} --data tiny --layer 2 --name x", *words, out=tmp_path / "runs")
@@ -2201,7 +2201,7 @@ def test_saes_are_read_as_they_were_written(tmp_path):
 
 
 ORIGIN = {"model_name": "o/m", "dataset_path": "c4", "context_size": 64, "prepend_bos": False}
-ORIGIN |= {"first_sequence": 9, "sink_norm": 1.5, "hook_name": "blocks.3.hook_mlp_out"}
+ORIGIN |= {"seen": {"2": [9, 64]}, "sink_norm": 1.5, "hook_name": "blocks.3.hook_mlp_out"}
 
 
 def settings_of(path, metadata, **cfg):
@@ -2222,11 +2222,13 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     for given, model in (({"revision": "step8"}, "o/m@step8"), ({"checkpoint_index": 8}, None)):
         seen = settings_of(tmp_path, ORIGIN | {"model_from_pretrained_kwargs": given})
         assert seen.get("model") == model
-    back = model_loaders.sae_metadata(told, False, 9, {"model": "1", "data": "2", "start": "3"})
-    assert back["identity"] == {"model": "1", "data": "2"}
+    back = model_loaders.sae_metadata(
+        told, False, ORIGIN["seen"], {"model": "1", "data": "2", "start": "3"}
+    )
+    assert back["identity"] == {"model": "1", "data": "2"} and back["seen"] == ORIGIN["seen"]
     assert settings_of(tmp_path, back) == told
-    odd = {"model_name": [7], "context_size": ["long", 8.0], "dataset_path": [["x"]]}
-    odd |= {"prepend_bos": [[1]], "hook_name": [5], "first_sequence": [-1]}
+    odd = {"model_name": [7], "context_size": ["long", 8.0, 0], "dataset_path": [["x"]]}
+    odd |= {"prepend_bos": [[1]], "hook_name": [5]}
     for key, value in ((key, value) for key, values in odd.items() for value in values):
         fails([repr(value)], settings_of, tmp_path, ORIGIN | {key: value})
     for k in (-1, "many", [3], True):
@@ -2663,6 +2665,7 @@ def stream(tmp_path, monkeypatch):
         tokenizer = tokenizer or Bytes()
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.setattr(model_loaders, "MIX", mix)
+        monkeypatch.setattr(model_loaders, "SPREAD", mix)
         made.append(TokenStream(str(data), tokenizer, context, train, val, **options))
         return made[-1]
 
@@ -2849,6 +2852,7 @@ def test_a_cache_is_filled_once_and_grows_without_regard_to_budgets(lines_file, 
 
 
 META = [None, b"", b"[1, 2, [3", b"{}", b"text", b"[1, 2]", b"[[0, 0], [0, 0], 0]", b"\xff"]
+META += [b"[[0, 0], [-2, -2]]", b'[[0, 0], ["a", "b"]]', b"[[0, 0], []]", b"[[0, 0], null]"]
 META += [b"[[9e9, 0], [0, 0]]", b"[[-1, 0], [0, 0]]", b"[[9000000, 0], [1, 1]]", b'[["1", 0], [0]]']
 
 
@@ -2869,7 +2873,7 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
         killed = stream(lines_file, train=9600)
         killed.train(0, 600)
     assert [path.exists() for path in killed.files] == [side == 0, True]
-    for path in killed.files:
+    for path in filter(Path.exists, killed.files):
         with open(path, "ab") as file:
             file.write(b"half a block")
     if meta is not None:
@@ -2881,6 +2885,41 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
     anew.train(0, 800)
     resumed.close()
     assert (whole.calls < fresh.calls) == (meta is None)  # what was done is not done again
+
+
+def test_a_cache_that_grows_inside_a_document_is_as_a_fresh_one(tmp_path, stream, monkeypatch):
+    """One end of text follows a document of which something was kept, however it was continued."""
+    monkeypatch.setattr(model_loaders, "LONGEST", 8)
+    monkeypatch.setattr(model_loaders, "BATCH", 1)
+    kept = next(text for i in range(99) if not held_out(text := f"{i:02} abcd\n" * 4 + "~"))
+    path = put(tmp_path, {"a.jsonl": jsonl([kept, *texts()])}) / "a.jsonl"
+    for train in (16, 32, 1600):
+        s = stream(path, n_rows=126, train=train)
+        s.train(0, s.n_train)
+        s.close()
+    anew = stream(path, n_rows=126, cache=tmp_path / "new").train(0, 100)
+    assert torch.equal(s.train(0, 100), anew) and anew.flatten()[32] == 0
+
+
+def test_what_is_cached_is_there_while_another_process_fills_more(lines_file, stream, tmp_path):
+    """And what that one has filled is taken before it is done."""
+    done = stream(lines_file, train=9600)
+    done.train(0, 600), done.validation()
+    waiting = stream(lines_file, cache=tmp_path / "new", val=0)
+    waiting.close()
+    with model_loaders.hf.utils.WeakFileLock(waiting.folder / "lock"):
+        (waiting.folder / "meta.json").write_text("[[0, 0], [0, 0]]")
+        waiting = stream(lines_file, cache=tmp_path / "new")
+        time.sleep(0.3)
+        for name in ("train.bin", "val.bin", "meta.json"):
+            shutil.copy(done.folder / name, waiting.folder)
+        assert torch.equal(waiting.train(0, 100), done.train(0, 100))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        loads = json.loads
+        patch.setattr(json, "loads", lambda text: seen.append([*done.tokens]) or loads(text))
+        done.load_meta()
+    assert seen == [done.tokens] and min(done.tokens) > 0  # never less meanwhile
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -2906,13 +2945,18 @@ def test_short_data(tmp_path, lines_file, stream):
     advice = "lower --tokens (with --start, --kl-tokens)"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
     words = ["validation tokens, of 9,000,000 needed", "--eval-tokens"]
-    fails(words, stream(lines_file, val=9_000_000).validation)
+    s = stream(lines_file, val=9_000_000, cache=tmp_path / "new")
+    fails(words, s.train, 0, 1)  # before any training
+    assert s.tokens[0] == 0
+    for start, count in ((-1, 1), (0, -1), (99, 2), (100, 1), (101, 0)):
+        fails([f"{start}..{start + count} are not of 100"], stream(lines_file).train, start, count)
     short = stream(lines_file, train=2_000_000, short_ok=True)
     assert short.n_train == have // 16 == len(short.train(0, short.n_train))
     one = put(tmp_path, {"one.txt": "x = 1"}) / "one.txt"
-    fails(
-        ["6 training tokens, of 1,600 needed: give more text"], lambda: stream(one, short_ok=True)
-    )
+    fails(["0 validation tokens, of 160 needed: give more text"], stream(one).train, 0, 1)
+    few = jsonl([*filter(held_out, texts()), "x = 1"])
+    one = put(tmp_path, {"few.jsonl": few}) / "few.jsonl"
+    fails(["6 training tokens, of 1,600 needed: give more text"], stream(one, val=16).train, 0, 1)
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
@@ -3108,7 +3152,7 @@ def test_what_ids_depend_on_is_in_the_key(tmp_path, lines_file, stream, monkeypa
         assert key() not in keys
         about = SimpleNamespace(sha="c")  # nor do datasets share what is remembered of each
         patch.setattr(model_loaders.hf.HfApi, "dataset_info", lambda *_, **__: about)
-        assert len({model_loaders.source_now(name)[-1] for name in names}) == 5
+        assert len({model_loaders.source_now(name)[2] for name in names}) == 5
     first = stream(lines_file)
     first.train(0, 9)
     assert first.folder.name == first.key
@@ -3160,16 +3204,29 @@ def test_sequences_mix_in_blocks_and_come_once(tmp_path, counted, context):
         assert torch.equal(asked, whole[start : start + count])
 
 
+def test_few_sequences_of_validation_are_drawn_from_more(tmp_path, counted):
+    for spread, among in ((20, 20), (40, 31)):  # there are no more than 31
+        drawn = [counted(mix=spread, cache=tmp_path / str(spread)).validation() for _ in range(2)]
+        assert torch.equal(*drawn)
+        first = (drawn[0][:, 0] - 9501) // 16
+        assert torch.equal(drawn[0], 9501 + 16 * first[:, None] + torch.arange(16))
+        assert len({*first.tolist()}) == 10 and 10 < first.max() < among
+
+
 @pytest.mark.parametrize("first, then", [(16, 16), (16, 25), (25, 16), (16, 40)])
 def test_what_an_sae_has_seen_is_not_given_again(counted, first, then):
     for seen in (9, 40, 100):
         s = counted(context=first, train=seen * first)
         before = s.train(0, seen).flatten().tolist()
-        sae = {"identity": {"data": s.key}, "first_sequence": seen, "context_size": first}
+        sae = {"seen": s.seen_after(seen)}
         s = counted(context=then, train=3 * then, sae=sae)
         after = s.train(s.n_train - 3, 3).flatten().tolist()
         assert len({*before, *after}) == seen * first + 3 * then
         assert first != then or s.n_train == seen + 3
+        assert s.seen_after(0) == sae["seen"]
+        sae["seen"]["other"] = [5, 8]  # data that it has seen before them are not forgotten
+        s = counted(context=then, train=then, sae=sae)
+        assert s.seen_after(999) == {"other": [5, 8], s.key: [999, then]}
 
 
 def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
@@ -3179,15 +3236,15 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
     for bos, context in ((None, 16), (1, 16), (None, 24), (1, 7)):
         tokenizer = Bytes(bos_id=bos)
         key = stream(lines_file, tokenizer).key
-        sae = {"identity": {"data": key}, "first_sequence": 9, "context_size": 16}
+        sae = {"seen": {key: [9, 16]}}
         in_each = context - (bos is not None)
         seen = math.ceil(9 * (16 - (bos is not None)) / in_each)
         s = stream(other, tokenizer, context, train=2 * context, sae=sae)
         assert s.key == key and s.n_train == seen + 2 and len(s.train(seen, 2)) == 2
-    assert stream(other, Bytes(), train=0, sae={**sae, "identity": {"data": "x"}}).n_train == 1
-    for silent in ("first_sequence", "context_size"):
-        fails(["how much it has seen"], stream, other, tokenizer, sae={**sae, silent: None})
-    short = stream(other, tokenizer, sae={**sae, "first_sequence": 10**6})
+    assert stream(other, Bytes(), train=0, sae={"seen": {"x": [9, 16]}}).n_train == 1
+    for odd in (None, 9, [9], [9, 0], [-1, 16], [None, 16]):
+        fails(["how much it has seen"], stream, other, tokenizer, sae={"seen": {key: odd}})
+    short = stream(other, tokenizer, sae={"seen": {key: [10**6, 16]}})
     fails([" needed: give more text"], short.train, 10**6, 1)
 
 
@@ -3262,6 +3319,7 @@ def test_what_is_cleared_is_a_runs_own(tmp_path):
     ({"identity": {"model": "1", "data": "2"}}, ""),
     ({"identity": {"model": "0", "data": "2"}}, "the model, ./m, is not what"),
     ({"identity": {"data": "0"}}, "the data, ./d, or its <bos> is not what"),
+    ({"identity": {"data": "0"}, "seen": {"0": [9, 8], "2": [9, 8]}}, ""),
 ])  # fmt: skip
 def test_what_changed_since_a_run_is_told(tmp_path, capsys, metadata, told):
     sae = model_loaders.sae_cfg(put(tmp_path, {"cfg.json": {"metadata": metadata}}))
@@ -3271,7 +3329,7 @@ def test_what_changed_since_a_run_is_told(tmp_path, capsys, metadata, told):
     assert told in out and out.count("\n") == bool(told)
 
 
-def test_a_source_that_changes_while_it_is_read_is_refused(lines_file, stream, monkeypatch):
+def test_a_source_that_changes_is_refused(tmp_path, lines_file, stream, monkeypatch):
     """And what was read before stays: the file as it was gives the same ids as ever."""
     monkeypatch.setattr(model_loaders, "BLOCK", 1 << 12)
     lines_file.write_bytes(content := jsonl(lines := texts(3000)))
@@ -3286,6 +3344,11 @@ def test_a_source_that_changes_while_it_is_read_is_refused(lines_file, stream, m
     changing = stream(lines_file, Slow(), train=100_000)
     fails(["changed meanwhile: start again"], changing.train, 6000, 1)
     lines_file.write_bytes(content)
+    with monkeypatch.context() as patch:  # also between the key and the first byte that is read
+        key = model_loaders.files_key
+        patch.setattr(model_loaders, "files_key", lambda paths: [key(paths), lines_file.touch()][0])
+        changing = stream(lines_file, train=100_000, cache=tmp_path / "new")
+    fails(["changed meanwhile: start again"], changing.train, 0, 1)
     whole = stream(lines_file, train=100_000)
     assert ids(whole.train(0, 6250)) == joined(lines, False)[:100_000]
 
@@ -3491,7 +3554,7 @@ def part(path):
         return [file.seek(50_000), len(file.read(1000))]
 
 def ids(data, train, val=640, n_vocab=256, mix=1):
-    L.MIX = mix  # 1: sequences in order
+    L.MIX, L.SPREAD = mix, 1  # 1: sequences in order
     stream = L.TokenStream(data, Bytes(n_vocab=n_vocab), 64, train, val)
     sides = stream.train(0, stream.n_train), stream.validation()
     return [rows.flatten().tolist() for rows in sides]
@@ -3844,7 +3907,7 @@ def test_there_is_no_share_of_no_gap(gap, closed, tmp_path, monkeypatch):
     run = a_run(tmp_path)
     run.n, run.n_mse, run.identity = 187, 109, {"model": "1", "data": "2"}
     run.done.results = {"MSE": [{"gap": gap}]}
-    run.stream = SimpleNamespace(validation=lambda: None)
+    run.stream = SimpleNamespace(validation=lambda: None, seen_after=lambda n: {})
     monkeypatch.setattr(saeft, "evaluate", lambda *args: ({}, [{"gap": 0.2}]))
     run.finish(phase_of())
     assert run.done.results["kl"][0]["gap_closed"] == closed

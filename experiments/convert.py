@@ -267,7 +267,7 @@ SUFFIXES = {".pt": dictionary_learning, ".npz": gemma_scope}  # of files with ot
 NAMES = {"encoder.weight": "W_enc", "w_enc": "W_enc", "encoder.bias": "b_enc"}
 NAMES |= {"decoder.weight": "W_dec", "w_dec": "W_dec", "decoder.bias": "b_dec", "bias": "b_dec"}
 KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "identity", "sink_norm"]
-KEPT += ["first_sequence", "model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
+KEPT += ["seen", "model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 # Words of a path for something else than the residual stream.
 OTHER = {"mlp", "mlps", "att", "attn", "attention", "mid", "z", "embed", "embedding", "clt"}
 OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders"}

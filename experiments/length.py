@@ -137,7 +137,8 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
         for n, rates in todo.items():
             cells = [(method, lr) for method in ("kl", "mse") for lr in rates]
             trainees = train(run, sae, "kl", n, rates) + train(run, sae, "mse", n, rates)
-            metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, run.n, now)
+            seen = run.stream.seen_after(run.n_mse + n // config.context)
+            metadata = sae_metadata(asdict(config), run.lm.n_skip > 0, seen, now)
             for (method, lr), t, after in zip(cells, trainees, evaluate(run, trainees, parts)):
                 t.save(out / f"{base['key']}-{method}-{n}-{lr:g}", metadata)
                 share, error = closed(before, after)

@@ -187,8 +187,9 @@ def row_of(name: str, run: saeft.Run, out: Path, flags: list[str]) -> dict:
         model = ["--model", run.config.model, "--layer", str(run.config.layer)]
         file = next(theirs.glob(path)) if path else theirs
         refuse(convert.main([str(file), str(ours), *model]) != 0, name)
-        seen = asdict(run.config), run.lm.n_skip > 0, run.n_mse, run.identity
-        saeft.SAE.load(ours).save(ours, model_loaders.sae_metadata(*seen))
+        seen = run.stream.seen_after(run.n_mse)
+        origin = asdict(run.config), run.lm.n_skip > 0, seen, run.identity
+        saeft.SAE.load(ours).save(ours, model_loaders.sae_metadata(*origin))
     fine_tune = [*flags, "--start", str(ours), "--method", "kl", "mse"]
     report = finished(tuned.parent, tuned.name, fine_tune)
     trainees = []
