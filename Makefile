@@ -1,5 +1,5 @@
-# make demo      train an SAE on the embedded model and fine-tune it: three minutes, no network
-# make test      the tests
+# make demo      install; train an SAE on the embedded model and fine-tune it: three minutes
+# make test      the tests, but the lesson's own (experiments/test_lesson.py: ten minutes)
 # make compare   every method of the paper on the embedded model: about 15 minutes
 # make lesson    the method, built by the reader in a notebook; without a display it runs it
 # make bench     time and memory of each stage beside its floor

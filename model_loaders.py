@@ -1176,7 +1176,8 @@ class TokenStream:
             try:
                 lock.enter_context(hf.utils.WeakFileLock(self.folder / "lock", timeout=1))
             except TimeoutError:
-                return self.load_meta()
+                self.load_meta()
+                return
             self.load_meta()
             if self.lacks(side):
                 fill = self._copy if IDS.search(files[0][0]) else self._tokenise

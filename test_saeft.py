@@ -241,6 +241,24 @@ def test_kinds_of_sae_ways_to_train_and_start(tmp_path, capsys, kind):
     torch.testing.assert_close(dict(b), dict(a), rtol=1e-3, atol=1e-4)
 
 
+def test_an_sae_tells_all_data_that_it_has_seen(tmp_path, capsys, monkeypatch):
+    """A start on other data forgets nothing, and the SAE that it started from stays what it was."""
+    other = put(tmp_path, {"other.jsonl": jsonl(texts(3000, 100))}) / "other.jsonl"
+    small = "--kl-tokens 1k --eval-tokens 640 --kl-batch 2 --method kl"
+    assert command("--kl-tokens 0 --name x", tmp_path) == 0
+    assert command(f"--start {tmp_path / 'x'} --data {other} --name y", tmp_path, sizes=small) == 0
+    assert capsys.readouterr().out.count("note: the data, ") == 1
+    paths = tmp_path / "x", tmp_path / "y" / "before", tmp_path / "y"
+    first, before, both = (model_loaders.sae_cfg(path)["seen"] for path in paths)
+    assert before == first and both.items() > first.items()
+    assert [*first.values()] == [[187, 64]] and [*both.values()] == [[187, 64], [15, 64]]
+    asked = []
+    train = TokenStream.train
+    monkeypatch.setattr(TokenStream, "train", lambda s, *at: asked.append(at) or train(s, *at))
+    assert command(f"--start {paths[2]} --data tiny --name z", tmp_path, sizes=small) == 0
+    assert "note: the data" not in capsys.readouterr().out and asked[-1] == (187 + 12, 2)
+
+
 TOLD = {"model_name": "tiny", "hook_name": "blocks.2.hook_resid_post", "dataset_path": "tiny"}
 TOLD.update(context_size=64, prepend_bos=False)
 
