@@ -578,8 +578,8 @@ def sae_settings(cfg: dict) -> dict:
 
 
 def sae_metadata(settings: dict, prepend_bos: bool, seen: dict, identity: dict) -> dict:
-    """What cfg.json says about the origin of an SAE, for SAELens, `sae_settings`, `note_changes`;
-    seen: `TokenStream.seen_after`."""
+    """What cfg.json says about the origin of an SAE, for SAELens, `sae_settings`, `note_changes`:
+    settings and identity of the run that saves it, and the data that it has `seen_after` it."""
     return {
         "model_name": {**MODELS, "tiny": "tiny"}.get(settings["model"], settings["model"]),
         "hook_name": hook_name(settings["layer"], settings["place"]),
@@ -1056,13 +1056,14 @@ class TokenStream:
         self.stride = context - (bos is not None)  # ids of the stream in a sequence
         self.dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
         self.advice = f"give {self.dtype.name} ids of this tokenizer, under {self.n_ids:,}, or text"
-        self.place, version, folder, self.source = source_now(data)
+        self.place, version, folder, self.source_files = source_now(data)
         ids = tokenizer.fingerprint, bos, eos, tokenizer.n_vocab, self.n_ids
         self.key = _key([version, ids, BATCH, MIX, SPREAD, RULES])
-        self.seen = _dict(sae or {}, "seen")  # by the SAE, as `seen_after` has it
         with user_errors("the SAE does not say how much it has seen of this data"):
+            self.seen = {**(sae or {}).get("seen", {})}  # as `seen_after` has it
             n_seen, other = self.seen.get(self.key, (0, context))
-            if not n_seen >= 0 < other:
+            whole = type(n_seen) is type(other) is int
+            if not (whole and 0 <= n_seen < 2**60 and 0 < other < 2**31):
                 raise ValueError(n_seen, other)
             if other != context:  # blocks are whole, with what is not seen of the last one
                 n_ids = math.ceil(n_seen / MIX) * MIX * (other - context + self.stride)
@@ -1102,6 +1103,7 @@ class TokenStream:
     def train(self, start: int, count: int) -> torch.Tensor:
         """Sequences start..start+count, int64 [count, context]; waits for them or a UserError."""
         end, rows = start + count, []
+        self._wait(VAL, self.want[VAL])  # too little of it is told before any training
         refuse(not 0 <= start <= end <= self.n_train, f"{start}..{end} are not of {self.n_train}")
         for first in range(start // MIX * MIX, max(end, start + 1), MIX):
             self._wait(TRAIN, (first + MIX) * self.stride)
@@ -1153,13 +1155,13 @@ class TokenStream:
         than is needed, unless less is allowed."""
         try:
             for side in (VAL, TRAIN):
-                while self.lacks(side):
-                    self._fill(side)
+                while self.lacks(VAL) or self.lacks(side):  # another process may empty the cache
+                    self._fill(VAL if self.lacks(VAL) else side)
                 kind, flag = SIDES[side]
-                new = self.tokens[side] // self.stride - self.n_seen[side]  # sequences
-                if self.short_ok and new > 0:
-                    self.need[side] = min(self.need[side], new * self.stride)
-                advice = f"lower {flag}" if new > 0 else "give more text"
+                have = self.tokens[side] // self.stride  # sequences
+                if self.short_ok and have > self.n_seen[side]:
+                    self.need[side] = min(self.need[side], have * self.stride)
+                advice = f"lower {flag}" if have > self.n_seen[side] else "give more text"
                 short = self.tokens[side] < self.need[side] and not self.stopped
                 counts = f"{self.tokens[side]:,} {kind} tokens, of {self.need[side]:,} needed"
                 refuse(short, f"{self.data} has {counts}: {advice}")
@@ -1170,7 +1172,6 @@ class TokenStream:
 
     def _fill(self, side: int):
         """A side, one process at a time; of what another one fills it takes what it needs."""
-        files = self.source or source_files(self.place)
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as lock:
             try:
@@ -1180,6 +1181,7 @@ class TokenStream:
                 return
             self.load_meta()
             if self.lacks(side):
+                files = self.source_files or source_files(self.place)
                 fill = self._copy if IDS.search(files[0][0]) else self._tokenise
                 fill(side, files)
                 if self.lacks(side):
@@ -1189,7 +1191,7 @@ class TokenStream:
         """A side's ids of each batch of pieces; `passed` counts batches."""
         source, eos, begun = pieces(self.place, files), self.tokenizer.eos_id, False
         if self.tokens[side]:  # perhaps inside a document
-            begun = np.memmap(self.files[side], self.dtype, "r")[self.tokens[side] - 1] != eos
+            begun = np.memmap(self.files[side], self.dtype, "r", shape=self.tokens[side])[-1] != eos
         batches = iter(lambda: list(islice(source, BATCH)), [])
         for number, batch in islice(enumerate(batches, 1), self.passed[side], None):
             own = [(text, ends) for text, held, ends in batch if held == side]

@@ -101,7 +101,7 @@ class Config:
     warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
     l1: float | None = flag(None, "lambda of ReLU SAEs, on x / scale (0.1; --start: its own)", 0)
     dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
-    seed: int = flag(0, "of all that is random but the text's order, which is one", 0, 4 * 10**9)
+    seed: int = flag(0, "of all that is random but the order of the text", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
     dtype: str = flag("float32", "of the model and of products", choices=["float32", "bfloat16"])
@@ -477,7 +477,7 @@ def first_activations(lm: LanguageModel, stream: TokenStream, n: int, config: Co
     n = min(n, 32_768 // config.context + 1)
     x = collect(lm, stream.train(0, n).to(lm.W_U.device), config)
     median = single(x[:, lm.n_skip :]).norm(dim=-1).median()
-    limit = median * (config.sink_norm or torch.inf)
+    limit = median * config.sink_norm if config.sink_norm else torch.full_like(median, torch.inf)
     x = single(x[content(x, lm.n_skip, limit)])
     refuse(len(x) == 0, ALL_SINKS)
     return x, limit
@@ -1551,8 +1551,9 @@ class Run:
             t.trained.train(random)  # a random BatchTopK has no threshold
         if not random:
             parts = {"MSE": "." if self.n_mse == self.n else "before", config.method[0]: "."}
-            seen = self.stream.seen_after(self.n_mse if name == "MSE" else self.n)
-            origin = asdict(config), self.lm.n_skip > 0, seen, self.identity
+            n = self.n_mse if name == "MSE" else self.n
+            n = 0 if name == "MSE" and config.start else n  # as loaded, it has seen no more
+            origin = asdict(config), self.lm.n_skip > 0, self.stream.seen_after(n), self.identity
             metadata = model_loaders.sae_metadata(*origin)
             for t, folder in zip(phase.trainees, self.sae_folders) if rank() == 0 else ():
                 t.save(folder / parts.get(name, name), metadata)

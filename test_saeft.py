@@ -255,7 +255,10 @@ def test_an_sae_tells_all_data_that_it_has_seen(tmp_path, capsys, monkeypatch):
     asked = []
     train = TokenStream.train
     monkeypatch.setattr(TokenStream, "train", lambda s, *at: asked.append(at) or train(s, *at))
-    assert command(f"--start {paths[2]} --data tiny --name z", tmp_path, sizes=small) == 0
+    same = f"--start {paths[2]} --data tiny --name z"
+    assert command(f"{same} --overwrite", tmp_path, sizes=small.replace("1k", "0")) == 0
+    assert model_loaders.sae_cfg(tmp_path / "z")["seen"] == both  # that was evaluated alone
+    assert command(f"{same} --overwrite", tmp_path, sizes=small) == 0
     assert "note: the data" not in capsys.readouterr().out and asked[-1] == (187 + 12, 2)
 
 
@@ -2893,7 +2896,7 @@ def test_interrupted_or_damaged_cache(lines_file, stream, monkeypatch, tmp_path,
     assert [path.exists() for path in killed.files] == [side == 0, True]
     for path in filter(Path.exists, killed.files):
         with open(path, "ab") as file:
-            file.write(b"half a block")
+            file.write(b"half a block!")
     if meta is not None:
         (killed.folder / "meta.json").write_bytes(meta)
     resumed = stream(lines_file, whole := Bytes(), train=12_800, val=320)
@@ -2922,7 +2925,7 @@ def test_a_cache_that_grows_inside_a_document_is_as_a_fresh_one(tmp_path, stream
 def test_what_is_cached_is_there_while_another_process_fills_more(lines_file, stream, tmp_path):
     """And what that one has filled is taken before it is done."""
     done = stream(lines_file, train=9600)
-    done.train(0, 600), done.validation()
+    done.train(0, 600), done.thread.join()
     waiting = stream(lines_file, cache=tmp_path / "new", val=0)
     waiting.close()
     with model_loaders.hf.utils.WeakFileLock(waiting.folder / "lock"):
@@ -2963,9 +2966,8 @@ def test_short_data(tmp_path, lines_file, stream):
     advice = "lower --tokens (with --start, --kl-tokens)"
     assert str(error.value) == f"{lines_file} has {counts}: {advice}"
     words = ["validation tokens, of 9,000,000 needed", "--eval-tokens"]
-    s = stream(lines_file, val=9_000_000, cache=tmp_path / "new")
+    s = stream(lines_file, val=9_000_000)
     fails(words, s.train, 0, 1)  # before any training
-    assert s.tokens[0] == 0
     for start, count in ((-1, 1), (0, -1), (99, 2), (100, 1), (101, 0)):
         fails([f"{start}..{start + count} are not of 100"], stream(lines_file).train, start, count)
     short = stream(lines_file, train=2_000_000, short_ok=True)
@@ -3260,8 +3262,9 @@ def test_what_an_sae_has_seen_is_told_by_the_ids(tmp_path, lines_file, stream):
         s = stream(other, tokenizer, context, train=2 * context, sae=sae)
         assert s.key == key and s.n_train == seen + 2 and len(s.train(seen, 2)) == 2
     assert stream(other, Bytes(), train=0, sae={"seen": {"x": [9, 16]}}).n_train == 1
-    for odd in (None, 9, [9], [9, 0], [-1, 16], [None, 16]):
+    for odd in (None, 9, [9], [9, 0], [-1, 16], [None, 16], [9.5, 16], [10**400, 16]):
         fails(["how much it has seen"], stream, other, tokenizer, sae={"seen": {key: odd}})
+    fails(["how much it has seen"], stream, other, tokenizer, sae={"seen": [1]})
     short = stream(other, tokenizer, sae={"seen": {key: [10**6, 16]}})
     fails([" needed: give more text"], short.train, 10**6, 1)
 
@@ -3364,7 +3367,9 @@ def test_a_source_that_changes_is_refused(tmp_path, lines_file, stream, monkeypa
     lines_file.write_bytes(content)
     with monkeypatch.context() as patch:  # also between the key and the first byte that is read
         key = model_loaders.files_key
-        patch.setattr(model_loaders, "files_key", lambda paths: [key(paths), lines_file.touch()][0])
+        patch.setattr(
+            model_loaders, "files_key", lambda p: [key(p), os.utime(lines_file, (0, 0))][0]
+        )
         changing = stream(lines_file, train=100_000, cache=tmp_path / "new")
     fails(["changed meanwhile: start again"], changing.train, 0, 1)
     whole = stream(lines_file, train=100_000)

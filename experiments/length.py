@@ -66,10 +66,10 @@ def variance(n: int, total, squares) -> float:
 def evaluate(run: saeft.Run, trainees: list, parts: list) -> list[list[dict]]:
     """Figures of each trainee on each of the `held_out` parts, which are all but equally long."""
     figures = []
-    for i, (tokens, variance) in enumerate(parts):
+    for i, (tokens, share) in enumerate(parts):
         label = f"evaluating, part {i + 1} of {len(parts)}"
         _, rows = saeft.evaluate(run.lm, tokens, trainees, run.done.limit, run.config, label)
-        figures.append([{**row, "fvu": row["fvu"] * variance} for row in rows])
+        figures.append([{**row, "fvu": row["fvu"] * share} for row in rows])
     return [list(rows) for rows in zip(*figures)]
 
 
