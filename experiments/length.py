@@ -225,7 +225,7 @@ def draw(rows: list[dict], path: Path) -> None:
     before = average(rows, "fvu_before")
     axes[1].axhline(before, color="grey", linewidth=0.8)
     axes[1].set_ylim(0.8 * before, 1.4 * before)
-    axes[0].legend(frameon=False, title="first rate", loc="upper left")
+    axes[0].legend(frameon=False, title="first rate", loc="best")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
