@@ -1062,8 +1062,8 @@ class TokenStream:
         with user_errors("the SAE does not say how much it has seen of this data"):
             self.seen = {**(sae or {}).get("seen", {})}  # as `seen_after` has it
             n_seen, other = self.seen.get(self.key, (0, context))
-            whole = type(n_seen) is type(other) is int
-            if not (whole and 0 <= n_seen < 2**60 and 0 < other < 2**31):
+            numbers = type(n_seen) is type(other) is int
+            if not (numbers and 0 <= n_seen < 2**60 and 0 < other < 2**31):
                 raise ValueError(n_seen, other)
             if other != context:  # blocks are whole, with what is not seen of the last one
                 n_ids = math.ceil(n_seen / MIX) * MIX * (other - context + self.stride)
@@ -1089,7 +1089,7 @@ class TokenStream:
         self.thread.join(5)
 
     def validation(self) -> torch.Tensor:
-        """All validation sequences, int64 [n, context], of text that `train` never gives; waits."""
+        """The validation sequences, int64 [n, context], of text that `train` never gives; waits."""
         self._wait(VAL, self.want[VAL])
         among = min(self.tokens[VAL], self.want[VAL]) // self.stride
         drawn = torch.randperm(among, generator=torch.Generator().manual_seed(0))
