@@ -469,8 +469,8 @@ def write_sae(folder, tensors: dict[str, torch.Tensor], cfg: dict):
     cfg: architecture, k, ..., metadata. Raises UserError."""
     n_latents, width = tensors["W_dec"].shape
     fixed = {"d_in": width, "d_sae": n_latents, "dtype": "float32", "device": "cpu"}
-    fixed.update(apply_b_dec_to_input=True, normalize_activations="none")
-    fixed["reshape_activations"] = "none"
+    for key in ("apply_b_dec_to_input", "normalize_activations", "reshape_activations"):
+        fixed[key] = SAE_SETTINGS[key][0]
     # Without a version SAELens takes the file for an old one, and drops the other metadata.
     fixed["metadata"] = {"sae_lens_version": "6.54.0", **cfg.get("metadata", {})}
     tensors = tensors | {"W_enc": tensors["W_enc"].T}

@@ -2243,9 +2243,8 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     for given, model in (({"revision": "step8"}, "o/m@step8"), ({"checkpoint_index": 8}, None)):
         seen = settings_of(tmp_path, ORIGIN | {"model_from_pretrained_kwargs": given})
         assert seen.get("model") == model
-    back = model_loaders.sae_metadata(
-        told, False, ORIGIN["seen"], {"model": "1", "data": "2", "start": "3"}
-    )
+    identity = {"model": "1", "data": "2", "start": "3"}
+    back = model_loaders.sae_metadata(told, False, ORIGIN["seen"], identity)
     assert back["identity"] == {"model": "1", "data": "2"} and back["seen"] == ORIGIN["seen"]
     assert settings_of(tmp_path, back) == told
     odd = {"model_name": [7], "context_size": ["long", 8.0, 0], "dataset_path": [["x"]]}
@@ -2925,7 +2924,7 @@ def test_a_cache_that_grows_inside_a_document_is_as_a_fresh_one(tmp_path, stream
 def test_what_is_cached_is_there_while_another_process_fills_more(lines_file, stream, tmp_path):
     """And what that one has filled is taken before it is done."""
     done = stream(lines_file, train=9600)
-    done.train(0, 600), done.thread.join()
+    done.thread.join()
     waiting = stream(lines_file, cache=tmp_path / "new", val=0)
     waiting.close()
     with model_loaders.hf.utils.WeakFileLock(waiting.folder / "lock"):
@@ -3210,16 +3209,8 @@ def test_sequences_mix_in_blocks_and_come_once(tmp_path, counted, context):
     few = counted(context=context, train=context * 9, cache=tmp_path / "new")
     assert torch.equal(few.train(0, 9), whole[:9])  # whatever is asked for
     assert few.tokens[0] == 40 * context
-    for start, count in (
-        (0, 0),
-        (40, 0),
-        (7, 1),
-        (3, 5),
-        (39, 2),
-        (40, 40),
-        (n - 3, 3),
-        (5, n - 5),
-    ):
+    places = [(0, 0), (40, 0), (7, 1), (3, 5), (39, 2), (40, 40), (n - 3, 3), (5, n - 5)]
+    for start, count in places:
         asked = counted(context=context, train=9500).train(start, count)
         assert torch.equal(asked, whole[start : start + count])
 
@@ -3365,11 +3356,15 @@ def test_a_source_that_changes_is_refused(tmp_path, lines_file, stream, monkeypa
     changing = stream(lines_file, Slow(), train=100_000)
     fails(["changed meanwhile: start again"], changing.train, 6000, 1)
     lines_file.write_bytes(content)
+    files_key = model_loaders.files_key
+
+    def touched_after(paths):
+        key = files_key(paths)
+        os.utime(lines_file, (0, 0))
+        return key
+
     with monkeypatch.context() as patch:  # also between the key and the first byte that is read
-        key = model_loaders.files_key
-        patch.setattr(
-            model_loaders, "files_key", lambda p: [key(p), os.utime(lines_file, (0, 0))][0]
-        )
+        patch.setattr(model_loaders, "files_key", touched_after)
         changing = stream(lines_file, train=100_000, cache=tmp_path / "new")
     fails(["changed meanwhile: start again"], changing.train, 0, 1)
     whole = stream(lines_file, train=100_000)
