@@ -186,7 +186,8 @@ def hub_errors(repo: str, filename: str = "such file"):
             message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
             advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
-            advice += " (models are read from safetensors files only, SAEs from SAELens's layout)"
+            advice += " (models are read from safetensors files only, SAEs from SAELens's layout,"
+            advice += " which experiments/convert.py makes)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
             advice = "try again, or a folder, --model tiny, --data tiny"
@@ -347,8 +348,10 @@ SAE_SETTINGS = {
     "reshape_activations": ["none", None],
     "hook_head_index": [None],
     "hook_point_head_index": [None],  # before SAELens 3
+    "hook_name_out": [None, ""],  # of transcoders
     "activation_fn": ["relu"],
     "activation_fn_str": ["relu"],  # before SAELens 6
+    "activation_fn_kwargs": [{}, None],
     "center_writing_weights": [False, None],  # or it was trained on x less its mean
 }
 
@@ -497,6 +500,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     `saeft` is a dict. UserError also for what our equations cannot express."""
     cfg = sae_cfg(source)
     cfg["saeft"] = _dict(cfg, "saeft")
+    merged({**cfg, "metadata": cfg["saeft"]})  # of K, too
     says = _dict(cfg, "model_from_pretrained_kwargs") | cfg
     for key, accepted in SAE_SETTINGS.items():
         advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
@@ -559,8 +563,12 @@ def sae_settings(cfg: dict) -> dict:
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
     for key, kind in ORIGIN.items():
         value = cfg.get(key)
-        fits = type(value) is kind and (kind is not int or value > 0)
+        kinds = (float, int) if kind is float else (kind,)
+        fits = type(value) in kinds and (kind is not int or value > 0)
         refuse(value is not None and not fits, f"the SAE's cfg.json has {key} = {value!r:.60}")
+    positions = cfg.get("seqpos_slice") or [None]
+    if any(positions):
+        say_once(f"note: the SAE was trained on positions {positions!r:.60}; here all count")
     told = {"d_sae": cfg["d_sae"], "data": cfg.get("dataset_path")}
     told |= {"context": cfg.get("context_size"), "sink_norm": cfg.get("sink_norm")}
     told["bos"] = {True: "yes", False: "no"}.get(cfg.get("prepend_bos"))

@@ -382,6 +382,7 @@ def kind_of(cfg: dict, source="") -> type[SAE]:
     architecture = str(cfg.get("architecture", "standard"))
     kinds = {name: kind for name, kind in KINDS.items() if kind.architecture == architecture}
     known = ", ".join(sorted({kind.architecture for kind in KINDS.values()}))
+    known += " (experiments/convert.py reads more)"
     refuse(not kinds, f"{source}: architecture {architecture!r:.60}; there are {known}")
     return kinds.get(str(cfg["saeft"].get("kind")), next(iter(kinds.values())))
 
@@ -1677,8 +1678,8 @@ def told_by_sae(source: str, given: dict) -> dict:
     if own.get("kind", kind.kind) != kind.kind or own.keys() - {"kind", *kind.numbers}:
         known = f"is of a fork's kind, {own.get('kind')!r:.60}; without it {kind.kind} trains"
         model_loaders.say_once(f"note: {source} {known}")
-    threshold = tensors.get("threshold", torch.zeros(0))
-    if told["sae"] == "jumprelu" and len(threshold.unique()) == 1:
+    threshold = tensors.get("threshold", torch.zeros(1))
+    if told["sae"] == "jumprelu" and threshold.allclose(threshold.mean(), atol=0):
         one = "one threshold for all latents, which stays; convert.py knows BatchTopK's"
         model_loaders.say_once(f"note: {source} has {one}")
     for name in sorted(given.keys() & told.keys() & {"layer", "place", "k", "sae", "d_sae"}):

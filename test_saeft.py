@@ -2230,7 +2230,7 @@ def settings_of(path, metadata, **cfg):
     return model_loaders.sae_settings(model_loaders.read_sae(path)[1])
 
 
-def test_an_sae_tells_its_settings_and_no_others(tmp_path):
+def test_an_sae_tells_its_settings_and_no_others(tmp_path, capsys):
     told = {"layer": 3, "place": "mlp_out", "model": "o/m", "data": "c4", "bos": "no"}
     told |= {"context": 64, "sink_norm": 1.5, "k": [3], "d_sae": 20}
     assert settings_of(tmp_path, ORIGIN) == told
@@ -2248,7 +2248,14 @@ def test_an_sae_tells_its_settings_and_no_others(tmp_path):
     assert back["identity"] == {"model": "1", "data": "2"} and back["seen"] == ORIGIN["seen"]
     assert settings_of(tmp_path, back) == told
     odd = {"model_name": [7], "context_size": ["long", 8.0, 0], "dataset_path": [["x"]]}
-    odd |= {"prepend_bos": [[1]], "hook_name": [5]}
+    odd |= {"prepend_bos": [[1]], "hook_name": [5], "sink_norm": ["4", True]}
+    for n in (4, 0):  # JSON of other programs has no 4.0
+        assert settings_of(tmp_path, ORIGIN | {"sink_norm": n}) == told | {"sink_norm": n}
+    capsys.readouterr()
+    for positions, notes in ([0, 8], 1), ([None], 0), (None, 0):
+        assert settings_of(tmp_path, ORIGIN | {"seqpos_slice": positions}) == told
+        assert capsys.readouterr().out.count("note: the SAE was trained on positions") == notes
+    fails(["['k'] twice"], settings_of, tmp_path, ORIGIN | {"saeft": {"k": 2}})
     for key, value in ((key, value) for key, values in odd.items() for value in values):
         fails([repr(value)], settings_of, tmp_path, ORIGIN | {key: value})
     for k in (-1, "many", [3], True):
@@ -2262,6 +2269,8 @@ UNREAD = [  # ends in a blank: convert.py is named
     ({}, {"hook_head_index": 3}, "hook_head_index 3 "),
     ({}, {"hook_point_head_index": 1}, "hook_point_head_index 1 "),
     ({}, {"activation_fn": "topk"}, "activation_fn 'topk' "),
+    ({}, {"activation_fn_kwargs": {"k": 2}}, "activation_fn_kwargs {'k': 2} "),
+    ({}, {"hook_name_out": "blocks.4.hook_mlp_out"}, "hook_name_out 'blocks.4.hook_mlp_out' "),
     ({}, {"apply_b_dec_to_input": False}, "apply_b_dec_to_input False "),
     ({}, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True "),
     ({}, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm' "),

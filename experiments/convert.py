@@ -84,6 +84,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             except pickle.UnpicklingError:
                 raise UserError(f"{path}: a pickle of more than tensors, not opened") from None
         names = {name: re.sub(r"^(_orig_mod\.|module\.)+", "", name) for name in stored}
+        refuse(len({*names.values()}) < len(names), f"{path} has a tensor twice: {[*names]}")
         tensors = {names[name]: torch.as_tensor(stored[name]) for name in stored}
         for name, tensor in tensors.items():
             numbers = tensor.is_floating_point() or tensor.dim() < 2
@@ -96,22 +97,30 @@ ARCHITECTURES = ["standard", "topk", "batchtopk", "jumprelu"]
 UNPROCESSED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
 
 
+def the_one(what: str, *values):
+    """What the values say that say something; None where none does, UserError for two."""
+    said = [value for value in values if value not in (None, "")]
+    refuse(any(value != said[0] for value in said), f"its {what} is {said!r:.80}")
+    return said[0] if said else None
+
+
 def saelens(tensors: dict, source: Source) -> dict:
     """Flat before version 6, and with the name of an activation function."""
     cfg = merged(source.json("cfg.json", needed=True))
     cfg["hook_name"] = cfg.get("hook_name") or cfg.get("hook_point")
     cfg["layer"] = cfg.get("hook_layer", cfg.get("hook_point_layer"))
-    architecture = cfg.get("architecture", "standard").removeprefix("matryoshka_")
-    k = cfg.get("k")
-    function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
-    if function != "relu":
-        architecture = function
-        of_function = (cfg.get("activation_fn_kwargs") or {}).get("k", k)
-        refuse(k not in (None, of_function), f"its K is {k!r:.60} and {of_function!r:.60}")
-        k = of_function
+    architecture = str(cfg.get("architecture", "standard")).removeprefix("matryoshka_")
+    names = cfg.get("activation_fn_str"), cfg.get("activation_fn")
+    function = the_one("activation function", *names) or "relu"
+    architecture = architecture if function == "relu" else function
+    more = {**(cfg.get("activation_fn_kwargs") or {})}
+    k = the_one("K", cfg.get("k"), more.pop("k", None))
+    refuse(any(more.values()), f"its activation_fn_kwargs are {more!r:.60}")
     refuse(architecture == "standard" and k, f"its k is {k!r:.60}, but it is no TopK SAE")
-    for key in ("reshape_activations", "hook_head_index", "hook_point_head_index", "adapter"):
-        refuse(cfg.get(key) not in (None, "none"), f"its {key} is {cfg.get(key)!r:.60}")
+    elsewhere = ("reshape_activations", "hook_head_index", "hook_point_head_index", "adapter")
+    for key in (*elsewhere, "hook_name_out"):
+        same = cfg.get(key) in (None, "none") or cfg[key] == cfg["hook_name"]
+        refuse(not same, f"its {key} is {cfg.get(key)!r:.60}")
     centred = (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
     refuse(centred, "center_writing_weights: it reads x less its mean, and returns that")
     if "log_threshold" in tensors:  # of older checkpoints
@@ -122,7 +131,7 @@ def saelens(tensors: dict, source: Source) -> dict:
     trained = cfg.get("training_architecture_details") or cfg.get("saeft") or {}
     name = cfg.get("training_architecture") or trained.get("kind") or ""
     if architecture == "jumprelu" and name.endswith("batchtopk") and trained.get("k"):
-        if len(tensors["threshold"].unique()) == 1:
+        if tensors["threshold"].allclose(tensors["threshold"].mean(), atol=0):
             architecture, k = "batchtopk", trained["k"]
     elif "topk" not in architecture:
         cfg["rescale_acts_by_decoder_norm"] = False
@@ -165,7 +174,8 @@ CLASSES.update(JumpReluAutoEncoder="jumprelu", ReluSAE="standard")
 def dictionary_learning(tensors: dict, source: Source) -> dict:
     config = source.json("config.json")
     refuse(config and not config.get("trainer"), "its config.json is none of dictionary_learning")
-    config = config or source.json("../config.json")  # of a checkpoint
+    if not config and Path(source.folder).name == "checkpoints":
+        config = source.json("../config.json")
     trainer, buffer = config.get("trainer") or {}, config.get("buffer") or {}
     name = trainer.get("dict_class") or by_tensors(tensors, source.kind)
     k = [float(k) for k in (trainer.get("k"), tensors.pop("k", None)) if k is not None]
@@ -178,7 +188,7 @@ def dictionary_learning(tensors: dict, source: Source) -> dict:
     cfg = {"architecture": CLASSES.get(name, name), "k": int(k[0]) if k else None}
     cfg["apply_b_dec_to_input"] = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     cfg["rescale_acts_by_decoder_norm"] = name == "AutoEncoder"  # by its loader
-    io = buffer.get("io", "out")  # of the module
+    io = buffer.get("io", "no output" if buffer else "out")  # of the module
     cfg["hook_name"] = trainer.get("submodule_name") if io == "out" else io
     cfg.update(layer=trainer.get("layer"), context_size=buffer.get("ctx_len"))
     cfg.update(d_in=trainer.get("activation_dim"), d_sae=trainer.get("dict_size"))
@@ -207,6 +217,10 @@ def by_tensors(tensors: dict, kind: str | None) -> str:
 def gemma_scope(tensors: dict, source: Source) -> dict:
     """Both; the second has a config.json."""
     config = source.json("config.json")
+    refuse(
+        config and not config.get("hf_hook_point_in"), "its config.json is none of Gemma Scope 2"
+    )
+    refuse(config.get("affine_connection"), "it has an affine connection")
     model = (config.get("model_name") or "").split("/")[-1].replace("-v3-", "-3-")
     name = re.search(r"gemma-scope-(2-)?(\d+[bm]-(?:pt|it))(-\w+)?", "/".join(source.words))
     if name:
@@ -218,7 +232,7 @@ def gemma_scope(tensors: dict, source: Source) -> dict:
         model = model.removesuffix("-pt")  # its name on the Hub
     architecture = config.get("architecture", "jump_relu").replace("_", "")
     into, what = config.get("hf_hook_point_in"), config.get("type", "sae")
-    out = config.get("hf_hook_point_out", into)
+    out = config.get("hf_hook_point_out") or into
     if what != "sae" or out != into:
         architecture = f"{what} to {out}"
     cfg = {"architecture": architecture, "apply_b_dec_to_input": False, "prepend_bos": True}
@@ -253,7 +267,7 @@ def sparsify(tensors: dict, source: Source) -> dict:
     cfg = {"architecture": architecture, "k": cfg.get("k"), "hook_name": hook, **UNPROCESSED}
     cfg.update(d_in=d_in, d_sae=d_sae)
     cfg.update(model_name=run.get("model"), context_size=run.get("ctx_len"))
-    if run.get("revision"):
+    if run.get("model") and run.get("revision"):
         cfg["model_name"] += f"@{run['revision']}"
     return {**cfg, "dataset_path": run.get("dataset")}
 
@@ -270,7 +284,7 @@ KEPT = ["model_name", "context_size", "prepend_bos", "dataset_path", "identity",
 KEPT += ["seen", "model_from_pretrained_kwargs", "exclude_special_tokens", "seqpos_slice"]
 # Words of a path for something else than the residual stream.
 OTHER = {"mlp", "mlps", "att", "attn", "attention", "mid", "z", "embed", "embedding", "clt"}
-OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders"}
+OTHER |= {"transcoder", "transcoders", "crosscoder", "crosscoders", "pre", "input", "ln1", "ln2"}
 
 
 # What an SAE reads, in other words than SAELens's: a block's own name, as in transformers and
@@ -311,11 +325,14 @@ def block(cfg: dict, source: Source, layer: int | None) -> int | None:
 
 def hook_of_path(words: tuple) -> str | None:
     """What the SAE reads, where no file says it: a folder that is called as a hook is, or as in
-    Gemma Scope 2. UserError where another folder's name means another place."""
+    Gemma Scope, layer_12/width_16k, and Gemma Scope 2, resid_post/layer_12_width_16k_l0_medium.
+    UserError where another folder's name means another place."""
     hooks, others = [], []
-    for word in words:
-        hook = re.sub(r"^(layer_\d+)_width_\w+$", r"\1", word)
-        if saelens_hook(hook).startswith("blocks."):
+    for above, word, below in zip(("", *words), words, (*words[1:], "")):
+        hook, width = re.fullmatch(r"(.*?)(_width_\w+)?", word).groups()
+        scope = below.startswith("width_") if not width else above.startswith("resid_post")
+        bare = re.fullmatch(r"layer_?\d+", hook)  # says no place, unless it is theirs
+        if saelens_hook(hook).startswith("blocks.") and (scope or not bare):
             hooks.append(hook)
         elif {*re.split(r"[\W_]+", word.lower())} & OTHER:
             others.append(word)
@@ -331,6 +348,7 @@ def build(stored: dict[str, Tensor], cfg: dict) -> dict[str, Tensor]:
     architecture, k, t = cfg["architecture"], cfg["k"], {}
     refuse(architecture not in ARCHITECTURES, f"its architecture is {architecture!r:.60}")
     for name, tensor in stored.items():  # an nn.Linear's weight is [outputs, inputs]
+        refuse(NAMES.get(name, name) in t, f"it has {name} twice, as {', '.join(stored)}")
         t[NAMES.get(name, name)] = tensor.mT if name.endswith("coder.weight") else tensor
     names = ["W_enc", "b_enc", "W_dec", "b_dec"]
     names += ["threshold"] if architecture in ("jumprelu", "batchtopk") else []

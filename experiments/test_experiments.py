@@ -539,7 +539,7 @@ def dl_standard_without_config(folder, t):
 
 
 def dl_jumprelu_without_config(folder, t):
-    write(folder / "layer_3", "ae.pt", t)
+    write(folder / "resid_post_layer_3", "ae.pt", t)
     return formula(t, jump(t["threshold"]), centred=False)
 
 
@@ -834,6 +834,20 @@ def mlp_scope(folder, t):
     write(folder / "gemma-scope-2b-pt-mlp" / "layer_3", "params.npz", t)
 
 
+def below_a_config(folder, t):
+    """Only a checkpoint's config.json is one folder up."""
+    dictionary(folder, linear(t), "AutoEncoderTopK", k=K)
+    (folder / "child").mkdir()
+    (folder / "ae.pt").rename(folder / "child" / "ae.pt")
+
+
+def heads(folder, t):
+    """The library's buffer for attention heads says no io."""
+    dictionary(folder, linear(t), "AutoEncoderTopK", k=K)
+    config = json.loads((folder / "config.json").read_text())
+    write(folder, "ae.pt", linear(t), config_json={**config, "buffer": {"n_ctxs": 32}})
+
+
 def two_saes(folder, t):
     for name in ("one", "two"):
         lens(folder / name, four(t))
@@ -881,7 +895,7 @@ REFUSED = {
     "k of no TopK": (lens6(k=K), f"its k is {K}"),
     "two k": (
         flat(activation_fn_str="topk", activation_fn_kwargs={"k": K}, k=K + 1),
-        f"its K is {K + 1} and",
+        f"its K is [{K + 1}, {K}]",
     ),
     "two thresholds": (
         tensors_of(lambda t: t | {"log_threshold": torch.zeros(F_SAE)}),
@@ -891,6 +905,35 @@ REFUSED = {
         tensors_of(lambda t: t, apply_b_dec_to_input="false"),
         "apply_b_dec_to_input is 'false'",
     ),
+    "two k, version 5": (
+        flat(architecture="topk", k=K, activation_fn_kwargs={"k": 3}),
+        f"its K is [{K}, 3]",
+    ),
+    "two functions": (
+        flat(activation_fn_str="relu", activation_fn="topk", activation_fn_kwargs={"k": K}),
+        "['relu', 'topk']",
+    ),
+    "of signed latents": (
+        flat(activation_fn_str="topk", activation_fn_kwargs={"k": K, "signed": True}),
+        "{'signed': True}",
+    ),
+    "elsewhere": (
+        lens6(architecture="jumprelu", hook_name_out="blocks.4.hook_resid_post"),
+        "its hook_name_out is 'blocks.4.hook_resid_post'",
+    ),
+    "the same twice": (
+        tensors_of(lambda t: four(t) | {"module.W_dec": 2 * t["W_dec"]}),
+        "has a tensor twice",
+    ),
+    "the same by two names": (
+        dl("AutoEncoder", lambda t: linear(t) | {"bias": t["b_dec"] + 1}),
+        "it has bias twice",
+    ),
+    "no architecture": (flat(architecture=None), "its architecture is 'None'"),
+    "dl config of a parent": (below_a_config, "--kind"),
+    "dl heads": (heads, "it reads 'no output'"),
+    "scope 2, a config of others": (scope2(hf_hook_point_in=None), "none of Gemma Scope 2"),
+    "scope 2, affine": (scope2(affine_connection=True), "affine"),
     "dl class": (dl("AutoEncoder", biased), "has no decoder.bias"),
     "k too large": (dl("AutoEncoderTopK", linear, k=F_SAE + 1), "41"),
     "k contradicts": (dl("AutoEncoderTopK", k=K + 1), "6"),
@@ -1535,6 +1578,7 @@ def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
         "gemma_scope_2b_pt_att/layer_2": "gemma_scope_2b_pt_att",
         "my-mlp-saes/layer_2/a/b/c/d/e/f": "my-mlp-saes",
         "v5_32k_layer_2_hook_z": "v5_32k_layer_2_hook_z",
+        "resid_pre/layer_3/width_16k": "resid_pre",
     }.items():
         fails([says, "--layer L"], convert.hook_of_path, path.split("/"))
     for path, says in {
@@ -1542,12 +1586,15 @@ def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
         "blocks.2.hook_mlp_out": "blocks.2.hook_mlp_out",  # refused by that name
         "layers.2/seed0": "layers.2",
         "resid_post/layer_5_width_16k_l0_small": "layer_5",
+        "gemma_scope/layer_5/width_16k/average_l0_82": "layer_5",
+        "what/layer_5_width_16k_l0_small": None,  # says no place
+        "what/layer_5/trainer_0": None,
         "layer_12_to_layer_13": None,
         "mine-layer2": None,
     }.items():
         assert convert.hook_of_path(path.split("/")) == says, path
     source = convert.Source.__new__(convert.Source)
-    source.words = ("layer_2",)
+    source.words = ("resid_post_layer_2",)
     assert convert.block({}, source, 7) == 7 and convert.block({}, source, None) == 2
     for cfg in ({"hook_name": "resid_post_layer_2", "layer": 3}, {"layer": -1}, {"layer": 3.0}):
         fails(["layer"], convert.block, cfg, source, None)
@@ -1556,8 +1603,8 @@ def test_a_path_tells_a_layer_by_whole_words_alone(capsys):
     assert convert.block({"layer": 5}, source, None) == 5
     source.words = ("mlp_out_layer5",)
     fails(["mlp_out_layer5"], convert.block, {"layer": 5}, source, None)
-    source.words = ("layer_5", "resid_post_layer_6")
-    fails(["layer_5 and resid_post_layer_6"], convert.block, {}, source, None)
+    source.words = ("layers.5", "resid_post_layer_6")
+    fails(["layers.5 and resid_post_layer_6"], convert.block, {}, source, None)
     assert "no file says what" in capsys.readouterr().out
 
 
@@ -1662,7 +1709,7 @@ NOTED = [
 ]
 NOTED += [
     (gemma_scope_2_without_config, "layer_5, as its path"),
-    (dl_jumprelu_without_config, "layer_3"),
+    (dl_jumprelu_without_config, "resid_post_layer_3"),
 ]
 
 

@@ -60,7 +60,8 @@ class JumpReLU(saeft.JumpReLU, kind="jumprelu"):
         return f
 
     def penalty(self, x, x_hat, f, weight, done):
-        on = Jump.apply(f.pre_activations, self.threshold, self.eps, True)
+        theta = self.threshold.clamp_min(0)  # z is never below it
+        on = Jump.apply(f.pre_activations, theta, self.eps, True)
         l0 = (weight * on.sum(-1)).sum()
         return (l0 / (self.l0_target or self.k) - 1) ** 2 * (weight @ x.pow(2).sum(-1))
 
