@@ -813,7 +813,7 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
     other = [token for token in decoder.values() if any(map({**token}.get, strips))]
     added = added | {_text(token): int(i) for i, token in decoder.items()}
     other += [text for text, i in added.items() if tokenizer.ids.get(text) != i]
-    named = [config.get(f"{name}_token") for name in "bos eos unk sep pad cls mask".split()]
+    named = [v for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))]
     for kind in ("additional", "extra", "model_specific"):
         more = config.get(f"{kind}_special_tokens") or []
         named += more.values() if isinstance(more, dict) else more
@@ -832,7 +832,7 @@ def load_tokenizer(name, bos: str = "auto") -> Tokenizer:
     special, config, added = [read_json(file) if file else {} for file in beside]
     with user_errors(f"cannot read {path}"):
         ends = {_text(said["eos_token"]) for said in (special, config) if said.get("eos_token")}
-        config = special | config
+        config = special | {k: v for k, v in config.items() if v is not None}
         if len(ends) > 1 and not config.get("added_tokens_decoder"):
             raise ValueError(f"files beside it name several ends of text, {ends!r:.200}")
         spec, decoder = read_json(path), config.get("added_tokens_decoder") or {}

@@ -1037,6 +1037,7 @@ class LanguageModel(nn.Module):
     eps = ""  # the setting of the norms
     known = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"])  # there must be
     known.update(num_hidden_layers=None, num_attention_heads=None, max_position_embeddings=8192)
+    known.update(is_causal=[True])
     n_skip = 0  # leading positions without content (<bos>)
     preset = ""  # flags that models of the family start with
     load_tokenizer = staticmethod(model_loaders.load_tokenizer)  # (name, bos) -> its tokenizer

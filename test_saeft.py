@@ -1038,6 +1038,7 @@ BAD_CONFIGS = [  # (family, key, values): UserError, which names the key and sho
     ("gemma3", "attn_logit_softcapping", [50.0]),
     ("gemma3", "use_bidirectional_attention", [True, "x"]),
     ("gemma3", "sliding_window_pattern", [0, -6, "6"]),
+    *((family, "is_causal", [False, None]) for family in ("pythia", "gemma2", "gemma3")),
 ]
 BAD_TOGETHER = [  # each value could be right, not beside the others: UserError, one line
     ("pythia", "num_attention_heads", [3]),
@@ -2584,6 +2585,7 @@ BESIDE = [  # a file, what it says; the end of text, what is put first, and with
     (CONFIG, {"add_prefix_space": True}, OTHERWISE),
     (CONFIG, {"split_special_tokens": True}, OTHERWISE),
     (CONFIG, {"pad_token": "<pad>"}, OTHERWISE),
+    (CONFIG, {"image_token": "<new>"}, OTHERWISE),  # whatever it is called
     (CONFIG, {"mask_token": "def"}, OTHERWISE),  # of the vocabulary: not cut out of a text
     (MAP, {"bos_token": {"content": "<s>"}}, OTHERWISE),
     (MAP, {"additional_special_tokens": ["<new>"]}, OTHERWISE),
@@ -2604,6 +2606,9 @@ def test_a_tokenizer_is_read_with_what_stands_beside_it(tmp_path, name, says, ex
     assert (auto.eos_id, auto.bos_id, always.bos_id) == expected
     assert auto.n_vocab == 2049
     assert load("no").bos_id is None
+    if says == {"eos_token": None}:
+        put(tmp_path, {MAP: {"eos_token": "</s>"}})  # what is null says nothing
+        assert load().eos_id == 2048
     if expected[0] == 2048:
         put(tmp_path, {MAP: {"eos_token": "def"}})  # of these transformers' versions take either
         fails(["several ends of text", "def"], load)

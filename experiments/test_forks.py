@@ -3,6 +3,7 @@
 python -m pytest -q experiments/test_forks.py
 """
 
+import functools
 import json
 import signal
 import sys
@@ -276,6 +277,12 @@ def with_nan(tensors):
     return {**tensors, "model.layers.1.mlp.up_proj.weight": torch.full((64, 32), torch.nan)}
 
 
+def two_equal_rows(tensors):
+    rows = tensors["model.embed_tokens.weight"]
+    rows[5] = rows[4]
+    return tensors
+
+
 OLD_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 
@@ -283,6 +290,7 @@ OLD_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
     "family, change, sizes",
     [
         ("bert", dict, {}),  # it looks ahead
+        ("llama", two_equal_rows, {"is_causal": False}),
         ("openai-gpt", dict, OLD_GPT),  # its blocks put out a list
         ("opt", dict, {"word_embed_proj_dim": 16, "ffn_dim": 64}),
         ("llama", without_a_block, {}),
@@ -327,6 +335,26 @@ def test_any_model_s_tokenizer(tmp_path):
     assert "".join(parts) == ours.decode(ids) == " the cat sat"
     assert ours.encode("\ud800 cat") == ours.encode("\ufffd cat")  # half a character
     assert (ours.bos_id, fork.Tokenizer(str(tmp_path), "yes").bos_id) == (None, ours.eos_id)
+    template = functools.partial(
+        tokenizers.processors.TemplateProcessing, special_tokens=[("<unk>", 0), ("</s>", 1)]
+    )
+    for single, firsts in {"<unk> $A </s>": (0, 0, None), "$A </s>": (None, 1, None)}.items():
+        own.post_processor = template(single=single)
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>")
+        theirs.save_pretrained(tmp_path)
+        ours = [fork.Tokenizer(str(tmp_path), bos) for bos in ("auto", "yes", "no")]
+        assert tuple(t.bos_id for t in ours) == firsts
+    own.post_processor = template(single="<unk> </s> $A")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>")
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(model_loaders.UserError, match=r"puts \[0, 1\] first"):
+        fork.Tokenizer(str(tmp_path))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=own, eos_token="</s>", split_special_tokens=True
+    )
+    theirs.save_pretrained(tmp_path / "split")
+    keys = {fork.Tokenizer(str(tmp_path / part), "no").fingerprint for part in ("", "split")}
+    assert len(keys) == 2
     transformers.ByT5Tokenizer().save_pretrained(tmp_path / "slow")
     with pytest.raises(model_loaders.UserError, match="no tokenizer for"):
         fork.Tokenizer(str(tmp_path / "slow"))

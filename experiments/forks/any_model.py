@@ -52,15 +52,17 @@ class Tokenizer:
 
     def __init__(self, name: str, bos: str = "auto"):
         with model_loaders.user_errors(f"no tokenizer for {name}"):
-            self.tokenizer = AutoTokenizer.from_pretrained(**named(name))
-            text = self.tokenizer.backend_tokenizer.to_str()
+            self.tokenizer = own = AutoTokenizer.from_pretrained(**named(name))
+            text = f"{own.backend_tokenizer.to_str()}{own.split_special_tokens}"
+            ids = own("a").input_ids
+            put = ids[: ids.index(self.encode("a")[0])]  # before a text
+        refuse(len(put) > 1 and bos != "no", f"the tokenizer of {name} puts {put} first: --bos no")
         self.fingerprint = self.vocabulary = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1  # there may be gaps
-        self.eos_id = self.tokenizer.eos_token_id
+        self.n_vocab = max(own.get_vocab().values()) + 1  # there may be gaps
+        self.eos_id = own.eos_token_id
         refuse(self.eos_id is None, f"the tokenizer of {name} has no end of text")
-        bos_id, first = self.tokenizer.bos_token_id, self.tokenizer("a").input_ids[0]
-        own = self.eos_id if bos_id is None else bos_id
-        self.bos_id = own if bos == "yes" or (bos == "auto" and first == bos_id) else None
+        first = {"auto": put, "yes": [*put, own.bos_token_id, self.eos_id], "no": []}[bos]
+        self.bos_id = next((i for i in first if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -96,10 +98,10 @@ class AnyModel(saeft.LanguageModel):
             model, report = AutoModelForCausalLM.from_pretrained(**options)
             refuse(report["missing_keys"], f"{name} lacks {sorted(report['missing_keys'])[:3]}")
             self.use(model.to(device).eval().requires_grad_(False))
-            tokens = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
+            tokens = torch.tensor([[1, 2, 3, last] for last in range(4, 16)], device=device)
             resid = self.prefix(tokens, 0)
             whole, parts = self(tokens), self.unembed(self.suffix(resid, 0))
-            off = max((whole - parts).abs().max(), (whole[0] - whole[1])[:-1].abs().max())
+            off = max((whole - parts).abs().max(), (whole - whole[:1])[:, :-1].abs().max())
             limit = max(1e-4, 4 * torch.finfo(dtype).eps) * whole.abs().max()
             fits = resid.shape[-1] == self.W_U.shape[1] and off <= limit  # False for nan
             refuse(not fits, f"{name}: no decoder that runs in two parts")
@@ -109,27 +111,24 @@ class AnyModel(saeft.LanguageModel):
         # On the meta device masks cannot be made.
         return tokens if self.W_U.is_meta else self.model(tokens, use_cache=False).logits
 
-    def prefix(self, tokens, layer: int):
-        return self.run(tokens, layer)
-
     def suffix(self, resid, layer: int):
-        return self.run(resid, -1, layer + 1)
+        return self.prefix(resid, -1, layer + 1)
 
     def unembed(self, resid):
         # Rows as sequences of one token: a slice of them may be longer than the model's context.
         x = resid if resid.dim() == 3 else resid[:, None]
-        return self.run(x, None, len(self.blocks)).view(*resid.shape[:-1], -1)
+        return self.prefix(x, None, len(self.blocks)).view(*resid.shape[:-1], -1)
 
-    def run(self, given, last: int | None, first: int = 0):
-        """From block `first` on, of which `given` is the input (tokens, if it is 0), to the output
-        of block `last`, or to the logits."""
+    def prefix(self, given, layer: int | None, first: int = 0):
+        """The output of block `layer`, or, for None, the logits. given: tokens, or the input of
+        block `first`, with which it begins."""
         tokens = given if first == 0 else given.new_zeros(given.shape[:2], dtype=torch.long)
         whole = (given, *[None] * (self.width - 1)) if self.width else given
         with ExitStack() as stack:
             for block in self.blocks[:first]:
                 stack.enter_context(patch.object(block, "forward", lambda *a, **b: whole))
-            if last is not None:
-                stack.callback(self.blocks[last].register_forward_hook(leave).remove)
+            if layer is not None:
+                stack.callback(self.blocks[layer].register_forward_hook(leave).remove)
             try:
                 return self.model(tokens, use_cache=False).logits
             except Reached as reached:
