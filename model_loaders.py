@@ -1271,7 +1271,8 @@ class TokenStream:
 # ---- A run's folder ---------------------------------------------------------------------------
 MARK = ".saeft"  # the file that says that a folder is a run's; its process holds it locked
 WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
-WRITTEN += ["metrics.jsonl", "report.json", "checkpoint", "checkpoint*.pt", ".*.part"]
+WRITTEN += ["metrics.jsonl", "report.json", "features.html", "checkpoint", "checkpoint*.pt"]
+WRITTEN += [".*.part"]
 
 
 def run_path(settings: dict) -> Path:

@@ -725,7 +725,6 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
             keep = content(x, lm.n_skip, phase.limit)  # [B, T]
             n = mean_over_ranks(keep.sum().float()).clamp_min(1)  # tokens, in a mean process
             weight = keep.flatten() / n  # [N]; the mean of y is mean_over_ranks(weight @ y)
-            variance = variance_of(x.flatten(0, 1), weight)
             last_p = None if by_mse else lm.suffix(resid, config.layer).flatten(0, 1)
 
         passes = [t.splice(tokens, resid, x, keep, config) for t in phase.trainees]
@@ -746,7 +745,8 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
             loss = mse + penalty if by_mse else t.loss(kl, mse, beta, penalty)
             losses.append(loss)
             l0 = sum_over_ranks(counts(f)).sum() / (n * world_size())
-            row = {"loss": loss, "mse": mse, "fvu": mse * d_model / variance, "l0": l0}
+            row = {"loss": loss, "mse": mse, "l0": l0}
+            row["fvu"] = mse * d_model / variance_of(x.detach(), weight)
             if not by_mse:
                 row.update(kl=kl, beta=beta)
             figures.append({name: value.detach() for name, value in row.items()})
@@ -797,14 +797,14 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
         for i, t in enumerate(trainees):
             own_x, x_hat, f, spliced = t.splice(batch, resid, x, keep, config)
             passes.append((t.lm, spliced))
-            sums["error", i] += (own_x - x_hat)[keep.flatten()].double().pow(2).sum()
+            own_x, x_hat = (y[keep.flatten()].double() for y in (own_x, x_hat))
+            sums["error", i] += (own_x - x_hat).pow(2).sum()
+            sums["x", i] += own_x.sum(0)
+            sums["x^2", i] += own_x.pow(2).sum()
             sums["fired", i] += counts(f)
         scored = keep[:, :-1]  # a token's next one is its target
         lasts = [m.suffix(s, config.layer)[:, :-1][scored] for m, s in passes]
         sums["ce, kl"] += ce_and_kl(lm, lasts, batch[:, 1:][scored])
-        x = x[keep].double()
-        sums["x"] += x.sum(0)
-        sums["x^2"] += x.pow(2).sum()
         sums["kept"] += keep.sum()
         sums["scored"] += scored.sum()
     sums = {name: sum_over_ranks(value) for name, value in sums.items()}
@@ -812,16 +812,16 @@ def evaluate(lm, tokens, trainees: list[Trainee], limit, config: Config, label="
     kept = sums["kept"].item()
     few = kept < 2 or not sums["scored"]
     refuse(few, "no token to evaluate: raise --context, --eval-tokens, --sink-norm")
-    variance = (sums["x^2"] - sums["x"].pow(2).sum() / kept).item()
     (ce_original, _), (ce_zero, _), *rows = (sums["ce, kl"] / sums["scored"]).tolist()
-    damaged = not math.isfinite(ce_original + ce_zero + variance)
+    damaged = not math.isfinite(ce_original + ce_zero)
     refuse(damaged, "the model's own CE is not finite: a damaged model, or another --dtype is due")
     model = {"ce_original": ce_original, "ce_zero": ce_zero, "left_out": 1 - kept / tokens.numel()}
     figures = []
     for i, (ce, kl) in enumerate(rows):
         fired = sums["fired", i]
         row = {"ce": ce, "gap": ce - ce_original, "kl": kl}
-        row["fvu"] = sums["error", i].item() / variance
+        variance = sums["x^2", i] - sums["x", i].pow(2).sum() / kept
+        row["fvu"] = (sums["error", i] / variance).item()
         row["l0"] = fired.sum().item() / kept
         row["dead"] = int((fired == 0).sum())
         lost = ce_zero - ce_original
@@ -1466,9 +1466,10 @@ class Run:
         """A new run; on --resume that of the last checkpoint. UserError if it is another."""
         config, settings = self.config, asdict(self.config)
         saved = self.folder.load_state(self.device) if config.resume else None
-        if saved:
-            self.folder.go_on(saved, settings, self.identity, world_size())
-            self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
+        if saved is not None:
+            with user_errors("--resume: the checkpoint is of another version: --overwrite"):
+                self.folder.go_on(saved, settings, self.identity, world_size())
+                self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
             return
         if config.resume:
             say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")

@@ -600,6 +600,9 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path, capsys, monkeypatch, refus
     (checkpoint,) = (tmp_path / "x").glob("checkpoint-*.pt")
     checkpoint.write_bytes(before[checkpoint][:5000])
     refused(f"{line} x --resume", "cannot read a checkpoint")
+    for other in ([1], {}, {"config": 7}):
+        torch.save(other, checkpoint)
+        refused(f"{line} x --resume", "--overwrite")
     checkpoint.write_bytes(before[checkpoint])
     (tmp_path / "x" / ".checkpoint-0-9-0.pt.part").write_text("half, by a kill")
     # Killed after the first SAE's report, it goes on with the second's.
@@ -1730,6 +1733,13 @@ def share_recovered(model, row):
     return (model["ce_zero"] - row["ce"]) / (model["ce_zero"] - model["ce_original"])
 
 
+class Adapted(Trainee):
+    """Reads an x of its own, as LoRA on blocks before the SAE does."""
+
+    def splice(self, tokens, resid, x, keep, config):
+        return super().splice(tokens, 3 * resid + 1, 3 * x + 1, keep, config)
+
+
 @torch.no_grad()
 def test_evaluate_equals_direct_computation(lm):
     tokens, lm = torch.randint(96, (11, 20)), lm.double()
@@ -1758,9 +1768,23 @@ def test_evaluate_equals_direct_computation(lm):
             assert expected["dead"] >= 3
         assert ours == pytest.approx(expected, rel=1e-6)
         assert ours.get("ce", ce) == pytest.approx(ce, rel=1e-9)
+    # A method that reads another x is measured by that one's variance.
+    adapted = Adapted(saes[0], lm, divergence=None)
+    _, (row,) = saeft.evaluate(lm, tokens, [adapted], limit, LOOP)
+    x = 3 * lm.prefix(tokens, LOOP.layer)[keep] + 1
+    own = (x - saes[0](x)[0]).square().sum() / (x - x.mean(0)).square().sum()
+    assert row["fvu"] == pytest.approx(own.item())
     # Without the limit all but <bos> count.
     model, _ = saeft.evaluate(lm, tokens, trainees[:1], torch.tensor(torch.inf), LOOP)
     assert model["left_out"] == pytest.approx(1 / 20)
+    # A step says the same of its own x.
+    steps, adapted = [], Adapted(small_sae(), lm.float(), divergence=None)
+    phase, stream = replace(phase_of(adapted, steps=1), limit=limit.float()), Stream(tokens)
+    with torch.enable_grad():
+        saeft.finetune(phase, lm, stream, LOOP, lambda phase, figures: steps.extend(figures))
+    x = 3 * lm.prefix(tokens[:3], LOOP.layer)[keep[:3]] + 1
+    ratio = steps[0]["mse"] * x.shape[1] / (x - x.mean(0)).square().sum(-1).mean()
+    assert steps[0]["fvu"].item() == pytest.approx(ratio.item(), rel=1e-4)
 
 
 def steps_of_a_process(rank, world, kind, method, folder, file):

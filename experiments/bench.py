@@ -264,7 +264,8 @@ def measure(steps: dict, n_tokens: int, args) -> dict[str, float]:
 def main() -> None:
     parser = model_loaders.Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--plain", action="store_const", const=PLAIN, default={})
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
@@ -275,6 +276,8 @@ def main() -> None:
     with patch.object(model_loaders, "load_config", lambda n: SHAPES.get(n) or fetched(n)):
         config = saeft.parse(f"--model pythia-160m {rates} {sizes}".split() + flags)
         args.shape = model_loaders.load_config(config.model)
+    model_loaders.check_ranges(config)
+    model_loaders.refuse(args.repeats < 1, f"--repeats {args.repeats}: give 1 or more")
     config.layer = args.shape["num_hidden_layers"] // 2 if config.layer is None else config.layer
     args.device = saeft.join_processes(config.device)
     torch.set_float32_matmul_precision("high")  # as in a run

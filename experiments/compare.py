@@ -11,36 +11,65 @@ OUT: a comparison that was interrupted goes on where it stopped. The rows go to 
 import json
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import Parser, expanded, flags_of, model_key, read_json, refuse, say, write_text
+from model_loaders import (
+    OWN_DATA,
+    Parser,
+    TokenStream,
+    expanded,
+    flags_of,
+    model_key,
+    read_json,
+    refuse,
+    sae_key,
+    say,
+    write_text,
+)
 
 END = "end to end"
 
 
+MAY_DIFFER = {"out", "name", "resume", "overwrite", "checkpoint_minutes", "log_every"}
+
+
 def run(out: Path, name: str, flags: list[str]) -> dict:
-    """A run's report; of one that is finished with these flags and this model, as it is. The flags
-    are kept beside the run, since one that is not given any more is in no setting."""
-    done, kept = out / name / "report.json", out / f"{name}.flags.json"
+    """A run's report; of one that is finished, as it is, if its settings are these, and its model,
+    data and --start what they were."""
+    done = out / name / "report.json"
     given = vars(flags_of(baselines.Settings).parse_args(flags))
     refuse(given.keys() & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
     if not done.exists():
-        write_text(kept, json.dumps(given))
         line = [*flags, "--out", str(out), "--name", name, "--resume"]
         status = saeft.main(line, baselines.Settings)
         if status:
             sys.exit(status)
-    was = read_json(kept) if kept.exists() else {}
-    other = {key: was.get(key) for key in was.keys() | given if was.get(key) != given.get(key)}
+    report, config = read_json(done), saeft.parse(flags, baselines.Settings)
+    now = identity_now(config)
+    settings = {**asdict(config), "k": config.k[0]}
+    same = sorted((settings.keys() & report.keys()) - MAY_DIFFER)
+    other = {key: report[key] for key in same if report[key] != settings[key]}
     refuse(other, f"{done.parent} was made with {other}: give another --out")
-    report = read_json(done)
-    changed = report["identity"]["model"] != model_key(report["model"])
-    refuse(changed, f"the model of {done.parent} changed since: give another --out")
+    changed = [part for part in now if report["identity"].get(part) != now[part]]
+    refuse(changed, f"{' and '.join(changed)} of {done.parent} changed since: give another --out")
     return report
+
+
+def identity_now(config: saeft.Config) -> dict:
+    """What a run of these settings would depend on, as `Run.prepare` finds it; it also fills in
+    layer and data where they are not given."""
+    lm = saeft.check(config)
+    tokenizer = lm.load_tokenizer(config.model, config.bos)
+    config.data = config.data or OWN_DATA.get(tokenizer.vocabulary, "c4")
+    stream = TokenStream(config.data, tokenizer, config.context, 0, 0, n_rows=len(lm.W_U))
+    stream.close()
+    now = {"model": model_key(config.model), "data": stream.key}
+    return {**now, "start": sae_key(config.start)} if config.start else now
 
 
 def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]:
@@ -71,6 +100,7 @@ def compare(out: Path, ks: list[int], tokens: list, rate: list, rest: list[str])
     few = f"--kl-tokens {kl_tokens}: one row is of half of it, below a step of {step}"
     refuse(kl_tokens // 2 < step, few)
     none = "k" not in saeft.KINDS[usual.sae].numbers
+    refuse(usual.end_to_end, f"--kl-tokens {kl_tokens}: no token is left for MSE")
     refuse(none, f"--sae {usual.sae}: it has no K, which --ks are of; it is compared beside them")
     for k in ks:
         name, cell = f"k{k}-seed{seed}", [*flags, "--k", str(k)]

@@ -254,7 +254,8 @@ def make_page(args) -> str:
         raise UserError(f"no latent of {args.run} fires on {args.data}: {why}")
     report = folder / "report.json"
     report = model_loaders.read_json(report) if before and report.exists() else {}
-    if report.get("identity", {}).get("data") == stream.key:  # of the same text
+    same = report.get("identity", {}).get("data") == stream.key
+    if same and report.get("context") == args.context:  # of the same sequences
         for name, words in (("gap", "CE gap"), ("fvu", "FVU")):
             with user_errors(f"{folder / 'report.json'} is no report of saeft"):
                 was, now = report["results"]["MSE"][name], report[name]

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+from compare import identity_now
 from compare import run as finished
 
 import saeft
@@ -33,6 +34,7 @@ from model_loaders import (
     progress,
     read_json,
     refuse,
+    sae_cfg,
     sae_key,
     sae_metadata,
     say,
@@ -41,7 +43,7 @@ from model_loaders import (
 
 PARTS = 5  # of the held-out text
 LENGTHS = ["10k", "20k", "50k", "100k", "200k", "400k"]
-SAE = ("sae", "k", "layer", "d_sae")  # what rows have in common that are averaged
+SAE = ("sae", "k", "layer", "d_sae", "context", "sink_norm")  # the same where rows are averaged
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 
 
@@ -116,8 +118,6 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
     with contextlib.ExitStack() as closing:
         run.prepare(closing)
         now = {part: run.identity[part] for part in ("model", "data")}
-        mixed = any(row.get(part) != key for row in rows for part, key in now.items())
-        refuse(mixed, f"{out} has rows of another model or other data: give another --out")
         (sae,) = run.first_saes()
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
@@ -128,10 +128,12 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
             **now,
             "start": config.start,
             "key": run.identity["start"],
-            "sae": config.sae,
+            "sae": (sae_cfg(config.start).get("saeft") or {}).get("kind", config.sae),
             "k": sae.k,
             "layer": config.layer,
             "d_sae": config.d_sae,
+            "context": config.context,
+            "sink_norm": config.sink_norm,
         }
         base.update({f"{name}_before": value for name, value in mean(before).items()})
         for n, rates in todo.items():
@@ -154,13 +156,13 @@ def print_table(rows: list[dict]) -> None:
     lrs = sorted({row["lr"] for row in rows})
     rates = " | ".join(f"{lr:g}" for lr in lrs)
     say("\n±: standard deviation over SAEs; of one alone, standard error over parts of the text")
-    say(f"\n| SAE, K, layer, F, FVU | SAEs | tokens | {rates} | control | FVU |")
+    say(f"\n| SAE, K, layer, F, context, sinks, FVU | SAEs | tokens | {rates} | control | FVU |")
     say("| --- " * (len(lrs) + 5) + "|")
     for (*what, tokens), group in grouped(rows, *SAE, "tokens").items():
         by_lr = grouped([row for row in group if row["method"] == "kl"], "lr")
         cells = [spread(by_lr.get((lr,), [])) for lr in lrs]
         best, control = at_best_rate(group)
-        sae = "{} {:g}, {}, {}, ".format(*what) + f"{average(group, 'fvu_before'):.3f}"
+        sae = "{} {:g}, {}, {}, {}, {:g}, ".format(*what) + f"{average(group, 'fvu_before'):.3f}"
         cells += [spread(control), f"{average(best, 'fvu'):.3f}"]
         n_saes = len({row["key"] for row in group})
         say(f"| {sae} | {n_saes} | {tokens:,} | {' | '.join(cells)} |")
@@ -172,6 +174,15 @@ def at_best_rate(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     means = {lr: average(group, "closed") for (name, lr), group in groups.items() if name == "kl"}
     best = max(means, key=means.get)
     return groups["kl", best], groups["mse", best]
+
+
+def shared(rows: list[dict]) -> list[dict]:
+    """Rows of the lengths and rates that all SAEs have which are averaged: else a mean of one would
+    stand beside one of several."""
+    keys = {what: {row["key"] for row in group} for what, group in grouped(rows, *SAE).items()}
+    cells = grouped(rows, *SAE, "tokens", "lr").items()
+    whole = [cell for what, cell in cells if {row["key"] for row in cell} == keys[what[: len(SAE)]]]
+    return [row for cell in whole for row in cell]
 
 
 def average(rows: list[dict], name: str) -> float:
@@ -215,16 +226,16 @@ def draw(rows: list[dict], path: Path) -> None:
     control = {n: at_best_rate(group)[1] for (n,), group in grouped(rows, "tokens").items()}
     for axis, name in zip(axes, ("closed", "fvu")):
         means = [average(rows, name) for rows in control.values()]
-        axis.plot([*control], means, ":", color="black", label="control")
+        axis.plot([*control], means, ".:", color="black", label="control")
         axis.set_xscale("log")
         axis.set_xlabel("tokens of fine-tune")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of the CE gap closed")
-    axes[0].set_ylim(-0.1, None)
+    axes[0].set_ylim(min(-0.1, 1.05 * min(row["closed"] for row in rows)), None)
     axes[1].set_ylabel("FVU after")
     before = average(rows, "fvu_before")
     axes[1].axhline(before, color="grey", linewidth=0.8)
-    axes[1].set_ylim(0.8 * before, 1.4 * before)
+    axes[1].set_ylim(0.8 * before, max(1.4 * before, 1.05 * max(row["fvu"] for row in rows)))
     axes[0].legend(frameon=False, title="first rate", loc="best")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -251,9 +262,9 @@ def main() -> None:
     usable = args.seeds > 0 and all(0 < rate < 1e18 for rate in args.rates)
     refuse(not usable, "--seeds and --rates are numbers above 0")
     refuse(args.start and args.tokens, "--tokens is of a phase one, which --start has behind it")
-    given = vars(flags_of(saeft.Config).parse_args(flags)).keys()
-    refuse(given & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
-    own = given & {"name", "method", "kl_tokens", "kl_lr", "seed"}
+    given = vars(flags_of(saeft.Config).parse_args(flags))
+    refuse(given.keys() & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
+    own = given.keys() & {"name", "method", "kl_tokens", "kl_lr", "seed"}
     refuse(own, f"{', '.join(sorted(own))}: --lengths, --rates and --seeds say that here")
     for seed in range(0 if args.start else args.seeds):
         usual = saeft.parse(flags)
@@ -264,23 +275,26 @@ def main() -> None:
         finished(args.out, f"seed{seed}", [*flags, *once])
         starts.append(str(args.out / f"seed{seed}"))
     table = args.out / "length.json"
-    kept = read_json(table) if table.exists() else {"flags": flags}
-    refuse(kept["flags"] != flags, f"{table} is of flags {' '.join(kept['flags'])}: other --out")
+    kept = read_json(table) if table.exists() else {"flags": given}
+    refuse(kept["flags"] != given, f"{table} is of flags {kept['flags']}: give another --out")
     rows = kept.setdefault("rows", [])
-    old = any("d_sae" not in row for row in rows)
+    old = any("sink_norm" not in row for row in rows)
     refuse(old, f"{table} is of another version of this script: give another --out")
     keys = {start: sae_key(start) for start in starts}
     for start, key in keys.items():
         longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
-        step, todo = step_of(config, args.lengths), {}
+        step, todo, now = step_of(config, args.lengths), {}, identity_now(config)
+        mixed = any(row[part] != now[part] for row in rows for part in ("model", "data"))
+        refuse(mixed, f"{table} has rows of another model or other data: give another --out")
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
         for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
             write_text(table, json.dumps(kept, indent=1))
-    rows = [row for row in rows if row["key"] in keys.values()]
+    rows = shared([row for row in rows if row["key"] in keys.values()])
+    refuse(not rows, f"{table} has no length and rate that all of these SAEs were trained at")
     print_table(rows)
     groups = grouped(rows, *SAE)
     for what, group in groups.items():

@@ -38,28 +38,29 @@ class Page(HTMLParser):
         self.text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
     def handle_starttag(self, tag, attrs):
-        self.silent += tag in SILENT
+        self.silent = 0 if tag == "body" else self.silent + (tag in SILENT)  # </head> may lack
         if tag in BLOCKS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag):
-        self.silent -= tag in SILENT
+        self.silent = max(0, self.silent - (tag in SILENT))
         if tag in BLOCKS:
             self.parts.append("\n")
 
     def handle_data(self, data):
-        if self.silent <= 0:
+        if not self.silent:
             self.parts.append(data)
 
 
-def read(folder: Path) -> list[str]:
-    """The texts of a folder's pages."""
-    texts = {}
+def read(folder: Path, seen: set[str]) -> list[str]:
+    """The texts of a folder's pages, but those that have been `seen`."""
+    texts = []
     for path in sorted(folder.rglob("*.html")):
         page = Page(path.read_text(encoding="utf-8", errors="replace"))
-        if len(page.text) >= 500:
-            texts[page.text] = None
-    return [*texts]
+        if len(page.text) >= 500 and page.text not in seen:
+            seen.add(page.text)
+            texts.append(page.text)
+    return texts
 
 
 def run(argv: list[str] | None) -> None:
@@ -69,9 +70,9 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     manuals = [path for path in sorted(args.folder.glob("*")) if path.is_dir()]
     saeft.refuse(not manuals, f"{args.folder} has no folder of a manual")
-    pages = []
+    pages, seen = [], set()
     for manual in manuals:
-        texts = read(manual)
+        texts = read(manual, seen)
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         model_loaders.write_text(args.out / f"{manual.name}.jsonl", "".join(lines))
         model_loaders.say(f"{manual.name}: {len(texts)} pages, {sum(map(len, texts)):,} characters")

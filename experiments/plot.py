@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
-from model_loaders import Parser, expanded, read_json, refuse
+from model_loaders import Parser, expanded, read_json, refuse, user_errors
 
 try:
     import matplotlib
@@ -31,9 +31,11 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=expanded, help="of compare.json")
     folder = parser.parse_args().folder
-    rows = read_json(folder / "compare.json")["rows"]
-    ks = sorted({row["k"] for row in rows if row["sae"] != "relu"})  # which has no K
-    rows = [row for row in rows if row["k"] in ks and row["sae"] != "relu"]
+    with user_errors(f"{folder / 'compare.json'} is not compare.py's"):
+        rows = read_json(folder / "compare.json")["rows"]
+        rows = [row for row in rows if row["sae"] != "relu"]  # which has no K
+        ks = sorted({row["k"] for row in rows})
+    refuse(not rows, f"{folder / 'compare.json'} has no rows")
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     for method, label, colour in METHODS:
         means = []

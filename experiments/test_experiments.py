@@ -1491,11 +1491,35 @@ def test_what_was_made_otherwise_is_not_taken_for_the_same(tmp_path, capsys):
     weights = folder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert model_loaders.sae_key(folder) != key
-    report = json.loads((folder / "report.json").read_text())
+
+
+def test_a_finished_run_is_taken_as_it_is_if_nothing_changed(tmp_path):
+    """Its settings, those that are given no more and those of the run itself; the SAE that it
+    started from, its text, its model."""
+    text = tmp_path / "text.jsonl"
+    lines = (json.dumps({"text": f"def f{i}(x):\n    return {i} + x\n" * 9}) for i in range(4000))
+    text.write_text("\n".join(lines))
+    flags = [*SMALL.split(), "--layer", "2", "--data", str(text)]
+    report = compare.run(tmp_path, "x", flags)
+    start = ["--start", str(tmp_path / "x" / "before"), "--kl-tokens", "1k", "--eval-tokens", "2k"]
+    again = [compare.run(tmp_path, name, own) for name, own in (("x", flags), ("y", start))]
+    assert again == [report, compare.run(tmp_path, "y", start)]
+
+    def refused(words, name, flags):
+        with pytest.raises(saeft.UserError, match=words):
+            compare.run(tmp_path, name, flags)
+
+    other = [*flags, "--out", str(tmp_path), "--name", "x", "--overwrite", "--seed", "1"]
+    assert saeft.main(other) == 0  # by hand, in its place
+    refused("x was made with {'seed': 1}", "x", flags)
+    refused("start of .*y changed since", "y", start)
+    assert saeft.main([*other, "--seed", "0"]) == 0
+    assert compare.run(tmp_path, "y", start) == again[1]
+    text.write_text(text.read_text().upper())
+    refused("data of .*x changed since", "x", flags)
     report["identity"]["model"] = "0" * 16
-    (folder / "report.json").write_text(json.dumps(report))
-    with pytest.raises(saeft.UserError, match="changed since"):
-        compare.run(tmp_path, "x", [*flags, "--rank", "2"])
+    (tmp_path / "x" / "report.json").write_text(json.dumps(report))
+    refused("model and data of .*x changed since", "x", flags)
 
 
 @pytest.mark.parametrize("flags", ["--layer 99", "--context 4096", "--sink-norm nan", "--tokens 0"])
@@ -2036,16 +2060,25 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     other = [{**row, "layer": 3} for row in both]  # which is averaged with no other layer's
     length.print_table([*both, *other])
     assert capsys.readouterr().out.count("| topk 4, 3, 64, ") == 2
+    second = [{**row, "key": "2"} for row in both if row["lr"] == 3e-3]
+    averaged = length.shared([*both, *second])  # a mean of one is not set beside that of two
+    assert {row["lr"] for row in averaged} == {3e-3} and len(averaged) == 2 * len(second)
+    assert len(length.shared([*both, *other])) == 2 * len(both)
+    draw_to = tmp_path / "hopeless.png"
+    length.draw([{**row, "closed": -0.5, "fvu": 5.0} for row in both], draw_to)
+    assert draw_to.exists()
     with monkeypatch.context() as patch:
         patch.setattr(length, "mean", lambda rows: {"gap": 0.0})
         with pytest.raises(model_loaders.UserError, match="a gap of 0.0000: there is none"):
             rows_of("1e-2")
+    sizes[:4] = sizes[2], sizes[3], sizes[0], sizes[1]
+    assert rows_of("1e-3", "3e-3") == both
     path = tmp_path / "length.json"
     path.write_text(path.read_text().replace(both[0]["data"], "0" * 16))
     with pytest.raises(model_loaders.UserError, match="rows of another model or other data"):
-        rows_of("1e-2")
-    sizes[1] = "32"
-    with pytest.raises(model_loaders.UserError, match="length.json is of flags --context 64"):
+        rows_of("1e-3")  # although nothing is left to do
+    sizes[3] = "32"
+    with pytest.raises(model_loaders.UserError, match="length.json is of flags {'context': 64"):
         rows_of("1e-3")
     with pytest.raises(model_loaders.UserError, match="--rates are numbers"):
         rows_of("nan")
@@ -2082,6 +2115,8 @@ def test_a_page_of_a_manual_becomes_its_text(tmp_path, capsys):
     )
     page = f"<html><head><title>no</title></head><body><nav><p>no</nav>{body}</body></html>"
     pages = {"m/b.html": page, "m/c.html": page, "n/sub/a.html": page + "n", "m/d.html": "<p>short"}
+    pages["n/b.html"] = page  # as in another folder
+    pages["o/a.html"] = page.replace("</head>", "").replace("</nav>", "</nav></nav>") + "o"
     for name, text in pages.items():
         model_loaders.write_text(tmp_path / "in" / name, text)
     assert manuals.main([str(tmp_path / "in"), "--out", str(tmp_path / "docs")]) == 0
@@ -2089,7 +2124,8 @@ def test_a_page_of_a_manual_becomes_its_text(tmp_path, capsys):
     assert len(of_m) == 1 and of_m[0].startswith("a < b, bold.\n\n  x = 1\n  y = 2\n\nz\nz\n")
     assert "no" not in of_m[0] and capsys.readouterr().out.startswith("m: 1 pages")
     docs = gzip.open(tmp_path / "docs.jsonl.gz", "rt").readlines()
-    assert {json.loads(line)["text"] for line in docs} == {of_m[0], of_m[0] + "n"}
+    texts = sorted(json.loads(line)["text"] for line in docs)
+    assert texts == [of_m[0], of_m[0] + "n", of_m[0] + "o"]
     assert manuals.main([str(tmp_path / "docs")]) == 2
 
 
