@@ -59,7 +59,8 @@ def user_errors(what: str):
         advice = f"pip install {error.name}" if package else str(error)
         raise UserError(f"{what}: {advice}") from error
     except Exception as error:  # the disk's or the content's: each decompressor has its own
-        error = error.__context__ if isinstance(error.__context__, OSError) else error
+        if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+            error = error.__context__
         why = re.sub(r"(\\n|\\t|\s)+", " ", f"{type(error).__name__}: {error}")
         raise UserError(f"{what} ({why:.300})") from error
 
@@ -99,18 +100,15 @@ def flag(default, help: str, low: float = -math.inf, high: float = 10**18, **opt
 def flags_of(settings: type, doc: str | None = None) -> Parser:
     """A parser of the flags that the fields of a dataclass are; it leaves out what is not given."""
     parser = Parser(doc, argument_default=argparse.SUPPRESS)
-    kinds = {"int": count, "float": float, "str": str}
+    kinds = {"int": {"type": count}, "float": {"type": float}, "str": {"type": str}}
+    kinds["bool"] = {"action": "store_true"}
     for f in fields(settings):
-        kind = str(f.type)  # as text, or a type
-        unknown = "help" not in f.metadata or not any(n in kind for n in ("bool", *kinds))
+        kind = next((kinds[name] for name in kinds if name in str(f.type)), None)  # text or a type
+        unknown = "help" not in f.metadata or kind is None
         refuse(unknown, f"{f.name}: a setting is made by `flag`, of int, float, str or bool")
         default = f.default_factory()
         shown = "" if default is None else f" (default: {default})"
-        options = {"help": f.metadata["help"] + shown, **f.metadata["options"]}
-        if "bool" in kind:
-            options["action"] = "store_true"
-        else:
-            options["type"] = next(kinds[name] for name in kinds if name in kind)
+        options = {"help": f.metadata["help"] + shown, **kind, **f.metadata["options"]}
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 
@@ -186,8 +184,7 @@ def hub_errors(repo: str, filename: str = "such file"):
             message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
             advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
-            advice += " (models are read from safetensors files only, SAEs from SAELens's layout,"
-            advice += " which experiments/convert.py makes)"
+            advice += " (models: safetensors files only; SAEs: as experiments/convert.py writes)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
             advice = "try again, or a folder, --model tiny, --data tiny"
@@ -551,9 +548,10 @@ def hook_name(layer: int, place: str) -> str:
     return f"blocks.{layer}.{place if 'hook_' in place else 'hook_' + place}"
 
 
-# What of an SAE's metadata matters, and its type.
-ORIGIN = {"model_name": str, "dataset_path": str, "context_size": int, "prepend_bos": bool}
-ORIGIN |= {"sink_norm": float}
+# What of an SAE's metadata matters: the setting that it tells, and its types.
+ORIGIN = {"model_name": ("model", [str]), "dataset_path": ("data", [str])}
+ORIGIN |= {"context_size": ("context", [int]), "prepend_bos": ("bos", [bool])}
+ORIGIN |= {"sink_norm": ("sink_norm", [float, int])}
 
 
 def sae_settings(cfg: dict) -> dict:
@@ -561,22 +559,20 @@ def sae_settings(cfg: dict) -> dict:
     hook that is not understood, and for values of other types."""
     beside = f"what was trained is the {cfg.get('adapter')} beside this SAE"
     refuse("adapter" in cfg, f"{beside}: load() of experiments/baselines.py reads both")
-    for key, kind in ORIGIN.items():
-        value = cfg.get(key)
-        kinds = (float, int) if kind is float else (kind,)
-        fits = type(value) in kinds and (kind is not int or value > 0)
+    told = {"d_sae": cfg["d_sae"]}
+    for key, (name, kinds) in ORIGIN.items():
+        value = told[name] = cfg.get(key)
+        fits = type(value) in kinds and (kinds != [int] or value > 0)
         refuse(value is not None and not fits, f"the SAE's cfg.json has {key} = {value!r:.60}")
     positions = cfg.get("seqpos_slice") or [None]
     if any(positions):
         say_once(f"note: the SAE was trained on positions {positions!r:.60}; here all count")
-    told = {"d_sae": cfg["d_sae"], "data": cfg.get("dataset_path")}
-    told |= {"context": cfg.get("context_size"), "sink_norm": cfg.get("sink_norm")}
-    told["bos"] = {True: "yes", False: "no"}.get(cfg.get("prepend_bos"))
+    told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
     hook = cfg.get("hook_name") or cfg.get("hook_point")  # the second before SAELens 3
     if hook is not None:
         block = cfg.get("hook_layer", cfg.get("hook_point_layer"))
         told["layer"], told["place"] = read_hook(hook, block)
-    model, how = cfg.get("model_name"), _dict(cfg, "model_from_pretrained_kwargs")
+    model, how = told.pop("model"), _dict(cfg, "model_from_pretrained_kwargs")
     if model and not how.keys() & {"checkpoint_index", "checkpoint_value"}:  # these have no name
         told["model"] = f"{model}@{how['revision']}" if how.get("revision") else model
     k = cfg.get("k") or cfg["saeft"].get("k")
@@ -588,15 +584,12 @@ def sae_settings(cfg: dict) -> dict:
 def sae_metadata(settings: dict, prepend_bos: bool, seen: dict, identity: dict) -> dict:
     """What cfg.json says about the origin of an SAE, for SAELens, `sae_settings`, `note_changes`:
     settings and identity of the run that saves it, and the data that it has `seen_after` it."""
-    return {
+    return {key: settings[name] for key, (name, _) in ORIGIN.items()} | {
         "model_name": {**MODELS, "tiny": "tiny"}.get(settings["model"], settings["model"]),
         "hook_name": hook_name(settings["layer"], settings["place"]),
-        "context_size": settings["context"],
         "prepend_bos": prepend_bos,
-        "dataset_path": settings["data"],
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # x as it is
         "seen": seen,
-        "sink_norm": float(settings["sink_norm"]),
         "identity": {part: identity[part] for part in ("model", "data")},
     }
 
@@ -700,18 +693,15 @@ def _made_tokens(merges: list[tuple], vocab: dict[str, int]) -> list[str]:
     return list(ranks)
 
 
-def _gemma_units(vocab: dict[str, int]) -> dict[bytes, list[int]]:
-    """{bytes: ids} of what is there before any merge, by rank: bytes, leading bytes of characters,
+def _gemma_chars(vocab: dict[str, int]) -> dict[bytes, list[int]]:
+    """{bytes: ids} of what is there before any merge, after the bytes: leading bytes of characters,
     characters, so that tiktoken puts these together first. Others keep the ids of their bytes."""
-    chars = {char: i for char, i in vocab.items() if len(char) == 1 and char != " "}
-    chars = {char.replace("▁", " ").encode(): [i] for char, i in chars.items()}
-    units = {byte: [vocab[name]] for name, byte in SPM_BYTES.items() if name in vocab}
-    for lead in {char[:n] for char in chars for n in range(2, len(char))}:
-        units[lead] = [vocab[f"<0x{byte:02X}>"] for byte in lead]
-    return units | chars
+    chars = {_gemma_bytes(c): [i] for c, i in vocab.items() if len(c) == 1 and c != " "}
+    leads = {char[:n] for char in chars for n in range(2, len(char))}
+    return {lead: [vocab[f"<0x{byte:02X}>"] for byte in lead] for lead in leads} | chars
 
 
-def _first_token(post_processor: dict | None) -> int | None:
+def _first_token(post_processor: dict | None, ids: dict[str, int]) -> int | None:
     """The id that it puts before a text. ValueError for what is not understood."""
     post, first = post_processor or {"type": "Sequence", "processors": []}, []
     for part in post["processors"] if post["type"] == "Sequence" else [post]:
@@ -720,8 +710,8 @@ def _first_token(post_processor: dict | None) -> int | None:
                 first += part["special_tokens"][item["SpecialToken"]["id"]]["ids"]
         elif part["type"] != "ByteLevel":
             raise ValueError(f"post_processor {part['type']!r:.60}")
-    if len(first) > 1:
-        raise ValueError(f"post_processor: it puts {first} before a text")
+    if len(first) > 1 or not {*first} <= {*ids.values()}:
+        raise ValueError(f"post_processor: it puts {first!r:.60} before a text")
     return first[0] if first else None
 
 
@@ -741,9 +731,7 @@ class Tokenizer:
         _check_settings(spec, GEMMA if gemma else NEOX)
         ids = _all_ids(spec)
         self.fingerprint, self.n_vocab = _key(spec), len(ids)
-        self.bos_id = _first_token(spec.get("post_processor"))
-        if self.bos_id not in (None, *ids.values()):
-            raise ValueError(f"post_processor: it puts {self.bos_id!r:.60} first")
+        self.bos_id = _first_token(spec.get("post_processor"), ids)
         names = ("<|endoftext|>", "<eos>", "</s>") if eos is None else (eos,)
         self.eos_id = next((ids[name] for name in names if name in ids), None)
         if self.eos_id is None:
@@ -751,20 +739,19 @@ class Tokenizer:
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
         made = _made_tokens(merges, vocab)
         letters = {*"".join(made)}
+        byte_names, to_bytes = (SPM_BYTES, _gemma_bytes) if gemma else (GPT2_BYTES, _gpt2_bytes)
+        units = {byte: [vocab[name]] for name, byte in byte_names.items() if name in vocab}
         if gemma:
-            if " " in letters or SPM_BYTES.keys() & {*made, *chain(*merges)}:
-                raise ValueError("merges of a space or of <0x..>")
-            units, split = _gemma_units(vocab), "(?s).+"
-            to_bytes, self._normalize = _gemma_bytes, partial(re.sub, "▁", " ")
+            odd = {*letters, *made, *chain(*merges)} & {" ", *SPM_BYTES}
+            units |= _gemma_chars(vocab)
+            split, self._normalize = "(?s).+", partial(re.sub, "▁", " ")
         else:
-            if not GPT2_BYTES.keys() >= letters:
-                raise ValueError("merges of a character that stands for no byte")
-            units = {byte: [vocab[char]] for char, byte in GPT2_BYTES.items() if char in vocab}
-            split, to_bytes = GPT2_SPLIT, _gpt2_bytes
+            odd = letters - GPT2_BYTES.keys()
             nfc = partial(unicodedata.normalize, "NFC")
-            self._normalize = nfc if spec.get("normalizer") else str
-        if not units.keys() >= UTF8_BYTES:
-            raise ValueError("the vocabulary has no token for some byte")
+            split, self._normalize = GPT2_SPLIT, nfc if spec.get("normalizer") else str
+        missing = UTF8_BYTES - units.keys()
+        if odd or missing:
+            raise ValueError(f"merges of {odd!r:.60}, or no token for a byte, {missing!r:.60}")
         units |= {to_bytes(token): [vocab[token]] for token in made}
         ranks = {unit: rank for rank, unit in enumerate(units)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})
@@ -817,7 +804,7 @@ def _check_beside(tokenizer: Tokenizer, config: dict, added: dict):
     for kind in ("additional", "extra", "model_specific"):
         more = config.get(f"{kind}_special_tokens") or []
         named += more.values() if isinstance(more, dict) else more
-    other += {_text(token) for token in named if token} - tokenizer.added
+    other += {*added, *(_text(token) for token in named if token)} - tokenizer.added
     other += [key for key in ("add_prefix_space", "split_special_tokens") if config.get(key)]
     if other:
         raise ValueError(f"files beside it say otherwise of {other[:3]!r:.200}")
@@ -853,7 +840,6 @@ DATASETS = {"c4": "allenai/c4", "pile": "monology/pile-uncopyrighted"}  # short 
 DATASETS["pythia"] = "EleutherAI/pile-standard-pythia-preshuffled"
 DATASETS["pythia-deduped"] = "EleutherAI/pile-deduped-pythia-preshuffled"
 DATASETS["tiny"] = str(TINY / "text.jsonl.gz")
-HUB_FOLDERS = {"datasets/allenai/c4": "en"}  # the others are other data
 # The source that belongs to a vocabulary, by Tokenizer.vocabulary: GPT-NeoX's and tiny's.
 OWN_DATA = {"e56ffe519fcf54d3": "pythia", "45c3a5511fb22111": "tiny"}
 IDS = re.compile(r"\.bin$", re.I)
@@ -865,7 +851,7 @@ LONGEST = 1 << 16  # characters in a piece of a document
 PIECE, WHOLE = 1 << 13, 1 << 24  # in a document of a .txt that is cut, and of one that is not
 FEW = 100  # fewer .txt than these are cut into documents: hardly one in twenty of them is whole
 BATCH = 64  # pieces tokenised at a time
-RULES = 10  # the version of what makes ids of a source: splits, documents, pieces
+RULES = 11  # the version of what makes ids of a source: splits, documents, pieces
 MIX = 1 << 12  # sequences of training that come in random order
 SPREAD = 1 << 9  # sequences of validation that fewer are drawn from
 TRAIN, VAL = 0, 1  # the two sides, as `held_out` tells them
@@ -907,7 +893,8 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     other = [n for n in shown if OTHER.search(n) and not TEXT.search(n)]
     other = [n for n in other if not (train and words[n] & HELD_OUT)]
     unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
-    refuse(unread > read, f"{data!r} has {other[:1]}, which is not read, and less that is")
+    lost = unread > read or not train and any("train" in words[name] for name in other)
+    refuse(lost, f"{data!r} has {other[:1]}, which is not read, and less that is")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")
@@ -921,18 +908,24 @@ def _listed(place: str) -> dict:
     one file. UserError for a link to a folder, which would be left out, or to nothing."""
     if place.startswith("hf://"):
         repo = place.removeprefix("hf://")
-        folder = HUB_FOLDERS.get(repo.partition("@")[0], "")
+        folder = "/en" if re.match("datasets/allenai/c4(@|$)", repo) else ""  # its others differ
         with hub_errors(repo):
-            about = hf.HfFileSystem().find(f"{repo}/{folder}".rstrip("/"), detail=True)
+            about = hf.HfFileSystem().find(repo + folder, detail=True)
             return {p.split("/", 3)[-1]: (f"hf://{p}", (about[p]["size"],)) for p in sorted(about)}
     top, below = os.path.dirname(place), [Path(place)]
     if os.path.isdir(place):
         top, below = place, sorted(Path(place).rglob("*"))
+    files = {}
     for path in below:
-        link = path.is_symlink() and not path.is_file() and not path.name.startswith(".")
-        refuse(link, f"{path} is a link, but to no file: name the folder itself, or remove it")
-    files = [path for path in below if path.is_file()]
-    return {path.relative_to(top).as_posix(): (str(path), _stat(path)) for path in files}
+        name = path.relative_to(top).as_posix()
+        with user_errors(f"cannot read {path}"):
+            if path.is_file():
+                files[name] = str(path), _stat(path)
+            elif not re.search(r"(^|/)\.", name):
+                refuse(path.is_symlink(), f"{path} is a link, but to no file: remove it")
+                closed = path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
+                refuse(closed, f"{path} is closed to you")
+    return files
 
 
 def pieces(data: str, files: list | None = None):
@@ -967,13 +960,17 @@ def _unpacked(file, path: str):
         return
     import zstandard
 
-    frame = None
+    frame, unpacked = None, bytearray()
     for packed in iter(partial(file.read, 4096), b""):  # of which no more than 130 MB can come
         while packed:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(packed)
+            unpacked += frame.decompress(packed)
             packed = frame.unused_data
             frame = None if frame.eof else frame
+        while len(unpacked) >= BLOCK:  # as of other files: a text's first mark may be in the first
+            yield bytes(unpacked[:BLOCK])
+            del unpacked[:BLOCK]
+    yield bytes(unpacked)
     if frame:
         raise EOFError("the file ends in the middle of a frame")
 
@@ -1125,6 +1122,7 @@ class TokenStream:
         shape = self.tokens[side] // self.stride, self.stride
         with user_errors(f"cannot read {self.files[side]}, start again"):
             ids = np.memmap(self.files[side], self.dtype, "r", shape=shape)[rows.numpy()]
+            refuse((ids >= self.n_ids).any(), f"{self.files[side]} is damaged: remove it")
             ids = torch.from_numpy(ids.astype(np.int64))
         with_bos = (self.context - self.stride, 0)
         return torch.nn.functional.pad(ids, with_bos, value=self.tokenizer.bos_id)
@@ -1220,15 +1218,15 @@ class TokenStream:
                 break
 
     def _copy(self, side: int, files: list):
-        """Validation: the last file; of one file its last 20th, without the document that is cut
-        there. Training: all before it. `passed` counts ids."""
+        """Validation: the last file, or of one its last 20th, without the document cut there.
+        Training: all before. `passed` counts ids."""
         sizes = [size // self.dtype.itemsize for _, (size, *_) in files]
         at, end = 0, sum(sizes[:-1]) or sizes[0] * 19 // 20
         if side == VAL:
             at, end = end, sum(sizes)
-            if len(files) == 1:
-                ends = self._ids_at(files[0], at, BLOCK) == self.tokenizer.eos_id
-                at += ends.argmax() + 1 if ends.any() else 0
+            before = sum(sizes[:-1])  # ids of other files
+            ends = self._ids_at(files[-1], at - before, BLOCK) == self.tokenizer.eos_id
+            at += ends.argmax() + 1 if ends.any() else 0
         at += self.passed[side]
         for file, size in zip(files, sizes):  # at, end: from its beginning on
             while at < min(size, end) and self.lacks(side):
@@ -1288,8 +1286,7 @@ def run_path(settings: dict) -> Path:
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
     path = expanded(settings["out"]) / name
     refuse((path.parent / MARK).exists(), f"--out {path.parent} is a run's own folder")
-    source = expanded(start or os.sep).resolve()
-    inside = path.resolve() in (source, *source.parents)
+    inside = expanded(start or os.sep).resolve().is_relative_to(path.resolve())
     refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
     return path
 
@@ -1301,6 +1298,7 @@ class RunFolder:
 
     def __init__(self, path: Path, parts: list[str], rank: int = 0):
         self.path, self.parts, self.rank, self.lock = path, parts, rank, ExitStack()
+        self.metrics = path / "metrics.jsonl"
         odd = [part for part in parts if not re.fullmatch(r"[\w-]+", part) or parts.count(part) > 1]
         refuse(odd, f"--method: {odd} cannot be a method's name, nor its folder's")
 
@@ -1346,7 +1344,7 @@ class RunFolder:
     def log(self, lines: list[str]):
         """Add lines to metrics.jsonl."""
         if self.rank == 0:
-            path = self.path / "metrics.jsonl"
+            path = self.metrics
             with user_errors(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in lines)
 
@@ -1355,7 +1353,7 @@ class RunFolder:
         writes their tag to the file `checkpoint`, and removes what came before."""
         _wait_for_all_processes()  # the first one may be removing an earlier run's
         if self.rank == 0:
-            state = {**state, "logged": (self.path / "metrics.jsonl").stat().st_size}
+            state = {**state, "logged": self.metrics.stat().st_size}
         with replacing(self.path / f"checkpoint-{tag}-{self.rank}.pt") as file:
             torch.save(state, file)
         _wait_for_all_processes()
@@ -1387,8 +1385,7 @@ class RunFolder:
             refuse(changed, f"--resume: {part} {settings[part]} is not what it was: --overwrite")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
-            path = self.path / "metrics.jsonl"
-            with user_errors(f"cannot write {path}"), open(path, "ab") as file:
+            with user_errors(f"cannot write {self.metrics}"), open(self.metrics, "ab") as file:
                 file.truncate(min(saved["logged"], file.tell()))
 
     def finish(self):

@@ -615,7 +615,8 @@ class Phase:
         seconds, left = now - self.began, 0.0
         if self.buffer:
             seconds -= self.buffer.seconds
-            left = (self.buffer.n_sequences / self.buffer.next_sequence - 1) * self.buffer.seconds
+            read = self.buffer.next_sequence / self.buffer.n_sequences  # again from 0 at the end
+            left = (1 / max(read, self.step / self.steps) - 1) * self.buffer.seconds
         left += seconds / self.step * (self.steps - self.step)
         return f"{left:.0f} s left" if left < 60 else f"{left / 60:.1f} minutes left"
 
@@ -1473,12 +1474,13 @@ class Run:
             return
         if config.resume:
             say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
-        self.folder.begin(settings)
 
     def train(self):
         """Phase one, then each method from its SAEs."""
         config, lm, done = self.config, self.lm, self.done
         saes = self.first_saes()
+        if not done.results and not self.interrupted:  # an earlier run's files are there till now
+            self.folder.begin(asdict(config))
         if "MSE" not in done.results:
             n_tokens = 0 if config.start else self.n_mse * (config.context - lm.n_skip)
             steps = n_tokens // (config.batch * world_size())
@@ -1709,18 +1711,17 @@ def exit_status(program: str, run: Callable, advice: str = "give it less at once
             stream.reconfigure(errors="backslashreplace")  # names that a locale cannot show
     try:
         run()
+        return 0
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        status, why = 2, error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in f"{error}".lower():
             raise
-        print(f"{program}: out of memory: {advice}", file=sys.stderr)
-        return 2
+        status, why = 2, f"out of memory: {advice}"
     except KeyboardInterrupt as interrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 128 + (*interrupt.args, signal.SIGINT)[0]
-    return 0
+        status, why = 128 + (*interrupt.args, signal.SIGINT)[0], "interrupted"
+    print(f"{program}: {why}", file=sys.stderr)
+    return status
 
 
 def main(argv: list[str] | None = None, settings: type = Config) -> int:

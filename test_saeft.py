@@ -530,9 +530,10 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, r
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     before = snapshot(folder)
-    # Without the flag, or if model or data are not there, the old run stays as it was.
+    # Without the flag, or if model or data are not there or too small, the old run stays as it was.
     refused("--k 4 8 --name x", "--overwrite")
-    for line in ("--context 100k", "--data /nowhere", "--model /nowhere"):
+    late = ["--sink-norm 0.001", "--eval-tokens 9M"]  # told when all is loaded
+    for line in ("--context 100k", "--data /nowhere", "--model /nowhere", *late):
         refused(f"--k 4 8 --name x --overwrite {line}")
         assert snapshot(folder) == before, line
     # One that succeeds takes its place: nothing of the old run is left, all of the user's is.
@@ -1725,6 +1726,8 @@ def test_the_time_left_is_at_the_pace_of_steps_and_of_refills():
     assert phase.time_left(1080.0) == "2.0 minutes left"
     phase.buffer = SimpleNamespace(seconds=60.0, n_sequences=100, next_sequence=50)
     assert phase.time_left(1080.0) == "1.5 minutes left"  # 60 s of refills, 30 s of steps
+    phase.step, phase.buffer.next_sequence = 99, 1  # sinks left too few: from the first one again
+    assert phase.time_left(1080.0) == "1 s left"
 
 
 def share_recovered(model, row):
@@ -2603,6 +2606,7 @@ BESIDE = [  # a file, what it says; the end of text, what is put first, and with
     (CONFIG, '{"eos_token": ', CONFIG),
     (CONFIG, {"added_tokens_decoder": {"2049": {"content": "<new>"}}}, OTHERWISE),
     (CONFIG, {"added_tokens_decoder": {"7": {"content": "def"}}}, OTHERWISE),
+    (CONFIG, {"added_tokens_decoder": {str(DEF): {"content": "def"}}}, OTHERWISE),  # is cut out
     (CONFIG, {"added_tokens_decoder": {"2048": EXTRA | {"rstrip": True}}}, OTHERWISE),
     (CONFIG, {"extra_special_tokens": {"image": "<new>"}}, OTHERWISE),
     (CONFIG, {"model_specific_special_tokens": {"image": "def"}}, OTHERWISE),
@@ -2776,8 +2780,16 @@ def test_a_text_of_any_form_is_cut_into_pieces(tmp_path, form, content):
 def test_marks_in_a_txt_separate_documents_that_stay_whole(tmp_path, monkeypatch):
     whole = [f"{i} " + "word " * n for i, n in enumerate([3, 30_000, 5, 40_000, 900_000, 2])]
     ends = ["<|endoftext|>\n", "<|endoftext|>\r\n", "<|endoftext|>"]
-    late = put(tmp_path, {"late.txt": "word " * 900_000 + ends[0] + "word"}) / "late.txt"
-    fails(["the first <|endoftext|> is late"], list, model_loaders.pieces(str(late)))
+    pack = pytest.importorskip("zstandard").compress
+    for n, is_late in (900_000, True), (700_000, False):  # in the first block, packed or not
+        text = "word " * n + ends[0] + "word"
+        packed = pack(text.encode())
+        for name, content in {"late.txt": text, "late.txt.zst": packed}.items():
+            late = model_loaders.pieces(str(put(tmp_path / "late", {name: content}) / name))
+            if is_late:
+                fails(["the first <|endoftext|> is late"], list, late)
+            else:
+                assert "".join(piece for piece, *_ in late) == text.replace(ends[0], "")
     text = "".join(text + end for text, end in zip(whole, [*ends, *ends[:2], ""]))
     (tmp_path / "a.txt").write_text(text, newline="")
     found = list(model_loaders.pieces(str(tmp_path / "a.txt")))
@@ -2826,7 +2838,16 @@ def test_links(tmp_path, monkeypatch):
     for target in (real, "nothing.txt"):
         (real / "train").symlink_to(target)
         fails(["train is a link, but to no file"], documents, str(real))
-        (real / "train").unlink()
+        (real / ".venv").mkdir(exist_ok=True)
+        (real / "train").rename(real / ".venv" / "lib64")  # which is not read
+        assert documents(str(real)) == ["text"]
+        (real / ".venv" / "lib64").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != ".venv")
+    assert documents(str(real)) == ["text"]
+    (real / ".venv").rename(real / "closed")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")
+    fails(["closed is closed to you"], documents, str(real))
+    fails(["cannot read", "File name too long"], documents, str(tmp_path / ("n" * 300)))
 
 
 def test_memory_stays_bounded_and_nothing_hangs(tmp_path):
@@ -3017,13 +3038,14 @@ def test_short_data(tmp_path, lines_file, stream):
 
 
 @pytest.mark.parametrize("n_vocab, dtype", [(256, "<u2"), (1 << 16, "<u2"), (70_000, "<u4")])
-@pytest.mark.parametrize("name, have, held", [("IDS.BIN", 9500, 9701), ("{}-of-3.bin", 7500, 7500)])
+@pytest.mark.parametrize("name, have, held", [("IDS.BIN", 9500, 9701), ("{}-of-3.bin", 7500, 8001)])
 def test_files_of_ids(tmp_path, stream, monkeypatch, name, have, held, n_vocab, dtype):
     """Two bytes each where the tokenizer's fit in, else four, as in the cache. The last file is held
-    out, of one file its last documents. A copy goes on in the middle of it."""
+    out, of one file its last documents, but not one that has begun before. A copy goes on in the
+    middle of it."""
     monkeypatch.setattr(model_loaders, "BLOCK", 1000)
     stored = np.random.default_rng(0).integers(1, n_vocab, 10_000).astype(dtype)
-    stored[[5000, 9400, 9700, 9900]] = 0  # the document that is cut at 9,500 ends at 9,700
+    stored[[5000, 8000, 9400, 9700, 9900]] = 0  # documents that are cut end at 8,000, at 9,700
     parts = [stored] if name == "IDS.BIN" else np.split(stored, 4)
     files = {name.format(i): part for i, part in enumerate(parts)}
     folder = put(tmp_path / "my-pythia-preshuffled", {**files, "README.md": "ids"})
@@ -3033,6 +3055,11 @@ def test_files_of_ids(tmp_path, stream, monkeypatch, name, have, held, n_vocab, 
         assert s.train(0, s.n_train).flatten().tolist() == stored[:train].tolist()
         assert s.validation().flatten().tolist() == stored[held : held + 160].tolist()
         s.close()
+    stored_ids = s.folder / "train.bin"
+    stored_ids.write_bytes(b"\xff" * stored_ids.stat().st_size)  # by no program of ours
+    if n_vocab != 1 << 16:  # in which all numbers are ids
+        fails(["train.bin is damaged: remove it"], make().train, 0, 1)
+    shutil.rmtree(s.folder)
     long = make(train=10_000)
     fails([f"has {have:,} training tokens, of 10,000 needed"], long.train, long.n_train - 1, 1)
     short = make(train=10_000, short_ok=True)
@@ -3155,6 +3182,9 @@ def test_a_licence_is_not_the_data_that_are_not_read(tmp_path, other):
     fails([other, "is not read"], model_loaders.source_files, str(tmp_path))
     held_out.rename(put(tmp_path, {"book.txt": "text" * 9}) / "LICENSE.txt")
     assert len(model_loaders.source_files(str(tmp_path))) == 2  # less is not read than is
+    path = tmp_path / other
+    path.rename(path.with_name("train." + path.name))  # but it is what training is on
+    fails(["is not read"], model_loaders.source_files, str(tmp_path))
 
 
 @pytest.mark.parametrize("taken, left", SPLITS)
@@ -3794,6 +3824,7 @@ def test_text_and_ids_from_the_hub(tmp_path):
     sets = {"allenai/c4": c4, "o/cut": {"train.jsonl.gz": data}, "o/other": {"a.parquet": b"PAR1"}}
     sets["o/gated"] = {"a.jsonl.gz": data, "_gated.py": b"x", "README.md": b"# x"}
     stored = np.random.default_rng(0).integers(1, 50_000, (3, 100_000)).astype("<u2")
+    stored[2, 50] = 0
     bins = {f"document-{i:05d}-of-00002.bin": part.tobytes() for i, part in enumerate(stored)}
     sets["EleutherAI/pile-standard-pythia-preshuffled"] = bins
     refused = {"o/gated": "HF_TOKEN", "o/other": "no text", "o/none": "", "o/cut": ""}
@@ -3816,9 +3847,9 @@ def test_text_and_ids_from_the_hub(tmp_path):
         of_pythia = [f'ids("pythia", {n}, 640, 50_277)' for n in (6400, 32_000, 640_000)]
         opened, small = answers('ids("o/gated", 6400)', of_pythia[0], **env | {"HF_TOKEN": GOOD})
         assert bytes(opened[0]) == joined(texts(), False)[:6400]
-        assert [hub.sent[name] for name in bins] == [12_800, 0, 1280]  # not a byte more
+        assert [hub.sent[name] for name in bins] == [12_800, 0, 200_000 + 1280]
         more, short, other = answers(*of_pythia[1:], 'ids("pythia", 6400)', **env)
-    assert small == [stored[0, :6400].tolist(), stored[2, :640].tolist()]
+    assert small == [stored[0, :6400].tolist(), stored[2, 51:691].tolist()]
     assert more == [stored[0, :32_000].tolist(), small[1]]
     assert "has 200,000 training tokens, of 640,000 needed" in short
     assert "give uint16 ids of this tokenizer, under 256" in other
