@@ -872,8 +872,8 @@ class SparseRows:
 
 
 def largest(pre, k: int):
-    """The k largest of each row of pre [N, F], and their columns [N, k]; of many columns in half
-    of topk's time: they lie in the k groups of 8 columns whose maxima are the largest."""
+    """The k largest of each row of pre [N, F], and their columns [N, k]; of many columns in half to
+    two thirds of topk's time: they lie in the k groups of 8 columns whose maxima are largest."""
     n = pre.shape[1]
     if n % 8 or n < 16 * k:
         return pre.topk(k, sorted=False)
