@@ -749,9 +749,10 @@ class Tokenizer:
             odd = letters - GPT2_BYTES.keys()
             nfc = partial(unicodedata.normalize, "NFC")
             split, self._normalize = GPT2_SPLIT, nfc if spec.get("normalizer") else str
-        missing = UTF8_BYTES - units.keys()
-        if odd or missing:
-            raise ValueError(f"merges of {odd!r:.60}, or no token for a byte, {missing!r:.60}")
+        if odd:
+            raise ValueError(f"merges of {odd!r:.60}, which stand for no byte")
+        if not units.keys() >= UTF8_BYTES:
+            raise ValueError("the vocabulary has no token for some byte")
         units |= {to_bytes(token): [vocab[token]] for token in made}
         ranks = {unit: rank for rank, unit in enumerate(units)}
         self._bpe = tiktoken.Encoding("", pat_str=split, mergeable_ranks=ranks, special_tokens={})

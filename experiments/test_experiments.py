@@ -1297,17 +1297,18 @@ def test_every_kind_of_sae_has_a_page_with_and_without_before(page_run):
     assert {latent["why"] for latent in data["latents"]} == {"sample"}
 
 
-def test_a_page_has_the_report_s_figures_if_they_are_of_its_text(page_run):
+def test_a_page_has_the_report_s_figures_if_they_are_of_its_sequences(page_run):
     tokenizer = model_loaders.load_tokenizer("tiny")
     source = str(page_run.with_name("text.jsonl")), tokenizer, 64, 64, 3000
     stream = model_loaders.TokenStream(*source, short_ok=True)
     stream.close()
     report = {"gap": 0.25, "fvu": 0.125, "results": {"MSE": {"gap": 0.5, "fvu": 0.125}}}
-    for key in (stream.key, "0" * 16):
-        text = json.dumps({**report, "identity": {"data": key}})
+    for key, context in (stream.key, 64), ("0" * 16, 64), (stream.key, 32):
+        text = json.dumps({**report, "identity": {"data": key}, "context": context})
         (page_run / "report.json").write_text(text)
         facts = page_of(page_run)[1]["facts"]
-        assert ("CE gap 0.5000 before the fine-tune, 0.2500" in facts) == (key == stream.key)
+        same = (key, context) == (stream.key, 64)
+        assert ("CE gap 0.5000 before the fine-tune, 0.2500" in facts) == same
 
 
 def test_tokens_that_share_a_character_are_one_piece():
