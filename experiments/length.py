@@ -214,7 +214,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     lrs = sorted({row["lr"] for row in rows})
     for lr in lrs:
         colour = plt.cm.viridis(lrs.index(lr) / max(1, len(lrs)))
@@ -228,6 +228,8 @@ def draw(rows: list[dict], path: Path) -> None:
         means = [average(rows, name) for rows in control.values()]
         axis.plot([*control], means, ".:", color="black", label="control")
         axis.set_xscale("log")
+        axis.set_xticks([*control], [f"{n / 1000:.3g}k" for n in control])
+        axis.minorticks_off()
         axis.set_xlabel("tokens of fine-tune")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of the CE gap closed")
@@ -236,8 +238,8 @@ def draw(rows: list[dict], path: Path) -> None:
     before = average(rows, "fvu_before")
     axes[1].axhline(before, color="grey", linewidth=0.8)
     axes[1].set_ylim(0.8 * before, max(1.4 * before, 1.05 * max(row["fvu"] for row in rows)))
-    axes[0].legend(frameon=False, title="first rate", loc="best")
-    figure.tight_layout()
+    drawn = axes[0].get_legend_handles_labels()
+    figure.legend(*drawn, frameon=False, title="first rate", loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
