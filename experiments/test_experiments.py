@@ -2065,9 +2065,6 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
     averaged = length.shared([*both, *second])  # a mean of one is not set beside that of two
     assert {row["lr"] for row in averaged} == {3e-3} and len(averaged) == 2 * len(second)
     assert len(length.shared([*both, *other])) == 2 * len(both)
-    draw_to = tmp_path / "hopeless.png"
-    length.draw([{**row, "closed": -0.5, "fvu": 5.0} for row in both], draw_to)
-    assert draw_to.exists()
     with monkeypatch.context() as patch:
         patch.setattr(length, "mean", lambda rows: {"gap": 0.0})
         with pytest.raises(model_loaders.UserError, match="a gap of 0.0000: there is none"):
@@ -2083,6 +2080,22 @@ def test_a_cell_of_length_is_the_run_of_saeft_and_is_not_trained_twice(
         rows_of("1e-3")
     with pytest.raises(model_loaders.UserError, match="--rates are numbers"):
         rows_of("nan")
+
+
+def test_a_picture_shows_every_curve(tmp_path, monkeypatch):
+    """Those of a hopeless rate, too."""
+    pyplot, shown = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", shown.append)
+    cells = [(n, lr, m) for n in (1000, 2000) for lr in (1e-3, 0.3) for m in ("kl", "mse")]
+    rows = [{"tokens": n, "lr": lr, "method": m, "fvu_before": 0.2} for n, lr, m in cells]
+    rows = [{**row, "closed": 0.1 - 2 * row["lr"], "fvu": 0.2 + 9 * row["lr"]} for row in rows]
+    length.draw(rows, tmp_path / "length.png")
+    (figure,) = shown
+    assert (tmp_path / "length.png").exists() and len(figure.axes) == 2
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        heights = [y for line in axis.lines for y in line.get_ydata()]
+        assert low <= min(heights) and max(heights) <= high and len(heights) >= 6
 
 
 def test_the_table_of_what_is_repaired_agrees_with_the_evaluation(page_run, capsys):
