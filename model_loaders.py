@@ -1382,8 +1382,9 @@ class RunFolder:
             differs = f"--{name.replace('_', '-')} was {was.get(name)}, is {settings[name]}"
             refuse(was.get(name) != settings[name], f"--resume: {differs}")
         for part, key in identity.items():
-            changed = saved.get("identity", {}).get(part) != key
-            refuse(changed, f"--resume: {part} {settings[part]} is not what it was: --overwrite")
+            then = saved.get("identity", {}).get(part)
+            other = f"{part} {settings[part]} is not what it was, {then}"
+            refuse(then != key, f"--resume: {other}: give that one, or --overwrite")
         refuse(saved["world"] != n_processes, f"--resume: it was {saved['world']} processes")
         if self.rank == 0:
             with user_errors(f"cannot write {self.metrics}"), open(self.metrics, "ab") as file:

@@ -3359,7 +3359,7 @@ def test_a_run_goes_on_with_the_same_settings_model_and_data_alone(tmp_path):
     folder.log(["2"])  # after it
     saved = folder.load_state("cpu")
     for part in identity:
-        words = [f"{part} {settings[part]} is not what it was"]
+        words = [f"{part} {settings[part]} is not what it was, {identity[part]}: "]
         fails(words, folder.go_on, saved, settings, identity | {part: "x"}, 1)
     may = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
     for name in settings.keys() - may:
