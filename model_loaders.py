@@ -1222,10 +1222,10 @@ class TokenStream:
         """Validation: the last file, or of one its last 20th, without the document cut there.
         Training: all before. `passed` counts ids."""
         sizes = [size // self.dtype.itemsize for _, (size, *_) in files]
-        at, end = 0, sum(sizes[:-1]) or sizes[0] * 19 // 20
+        before = sum(sizes[:-1])  # ids of all files but the last
+        at, end = 0, before or sizes[0] * 19 // 20
         if side == VAL:
             at, end = end, sum(sizes)
-            before = sum(sizes[:-1])  # ids of other files
             ends = self._ids_at(files[-1], at - before, BLOCK) == self.tokenizer.eos_id
             at += ends.argmax() + 1 if ends.any() else 0
         at += self.passed[side]
@@ -1272,6 +1272,8 @@ MARK = ".saeft"  # the file that says that a folder is a run's; its process hold
 WRITTEN = ["cfg.json", "sae_weights.safetensors", "adapter.safetensors", "config.json"]
 WRITTEN += ["metrics.jsonl", "report.json", "features.html", "checkpoint", "checkpoint*.pt"]
 WRITTEN += [".*.part"]
+# Settings on which no figure of a run depends.
+MAY_DIFFER = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
 
 
 def run_path(settings: dict) -> Path:
@@ -1376,9 +1378,8 @@ class RunFolder:
     def go_on(self, saved: dict, settings: dict, identity: dict, n_processes: int):
         """Instead of `begin`: with the run of a checkpoint, metrics.jsonl as long as it was.
         UserError if it has other settings, or another identity of "model", "data" or "start"."""
-        may_differ = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_every"}
         was = saved["config"]
-        for name in sorted(settings.keys() - may_differ - identity.keys()):
+        for name in sorted(settings.keys() - MAY_DIFFER - identity.keys()):
             differs = f"--{name.replace('_', '-')} was {was.get(name)}, is {settings[name]}"
             refuse(was.get(name) != settings[name], f"--resume: {differs}")
         for part, key in identity.items():

@@ -1431,26 +1431,31 @@ class Run:
             self.folder.take(self.config.resume, self.config.overwrite)
             closing.callback(self.folder.leave)
             self.prepare(closing)
-            self.begin()
+            self.resume()
             self.train()
             for i in range(len(self.config.k)):
                 self.report(i)
             self.folder.finish()
 
     def prepare(self, closing: contextlib.ExitStack):
-        """Loads the model, and starts the stream of tokens."""
-        config, lm = self.config, self.lm
+        """Starts the stream of tokens, and loads the model."""
+        config = self.config
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         what = f"the SAE of {config.start}" if config.start else f"{config.sae} SAE"
         block = f"block {config.layer} of {config.model}"
         say(f"saeft: {what}, {config.d_sae:,} latents, {block}, on {self.device}")
         mse_tokens = 0 if config.start else config.tokens - config.kl_tokens
         say(f"{mse_tokens:,} tokens of MSE, {config.kl_tokens:,} of {', '.join(config.method)}")
+        self.open_stream(closing)
+        progress("loading the model")
+        self.lm.load(config.model, self.device, getattr(torch, config.dtype))
+
+    def open_stream(self, closing: contextlib.ExitStack):
+        """Starts the stream of tokens; finds the identity of all that the run depends on."""
+        config, lm = self.config, self.lm
         tokenizer = lm.load_tokenizer(config.model, config.bos)
         if config.data is None:
             config.data = model_loaders.OWN_DATA.get(tokenizer.vocabulary, "c4")
-        progress("loading the model")
-        lm.load(config.model, self.device, getattr(torch, config.dtype))
         lm.n_skip = int(tokenizer.bos_id is not None)
         source = config.data, tokenizer, config.context, config.tokens, config.eval_tokens
         sae = model_loaders.sae_cfg(config.start) if config.start else None
@@ -1463,16 +1468,15 @@ class Run:
         self.n = self.stream.n_train  # sequences, the first n_mse of them for phase one
         self.n_mse = self.n - config.kl_tokens // config.context
 
-    def begin(self):
-        """A new run; on --resume that of the last checkpoint. UserError if it is another."""
-        config, settings = self.config, asdict(self.config)
+    def resume(self):
+        """On --resume, the run of the last checkpoint. UserError if it is another."""
+        config = self.config
         saved = self.folder.load_state(self.device) if config.resume else None
         if saved is not None:
             with user_errors("--resume: the checkpoint is of another version: --overwrite"):
-                self.folder.go_on(saved, settings, self.identity, world_size())
+                self.folder.go_on(saved, asdict(config), self.identity, world_size())
                 self.done, self.interrupted = Done(**saved["done"]), saved["phase"]
-            return
-        if config.resume:
+        elif config.resume:
             say(f"note: no checkpoint in {self.folder.path} to resume from, a new run begins")
 
     def train(self):
@@ -1635,7 +1639,7 @@ class Run:
         self.folder.log(lines)
 
     def checkpoint(self, phase: Phase | None = None):
-        """Saves all that `begin` needs, of several processes each its own."""
+        """Saves all that `resume` needs, of several processes each its own."""
         state = {"config": asdict(self.config), "identity": self.identity, "world": world_size()}
         state.update(done=vars(self.done), phase=phase.state_dict() if phase else {})
         self.folder.save_state(state, f"{len(self.done.results)}-{phase.step if phase else 0}")

@@ -8,6 +8,7 @@ two; at the middle one also the control and every baseline; and a ReLU SAE. Each
 OUT: a comparison that was interrupted goes on where it stopped. The rows go to OUT/compare.json.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -18,58 +19,32 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baselines
 
 import saeft
-from model_loaders import (
-    OWN_DATA,
-    Parser,
-    TokenStream,
-    expanded,
-    flags_of,
-    model_key,
-    read_json,
-    refuse,
-    sae_key,
-    say,
-    write_text,
-)
+from model_loaders import MAY_DIFFER, Parser, expanded, flags_of, read_json, refuse, say, write_text
 
 END = "end to end"
-
-
-MAY_DIFFER = {"out", "name", "resume", "overwrite", "checkpoint_minutes", "log_every"}
 
 
 def run(out: Path, name: str, flags: list[str]) -> dict:
     """A run's report; of one that is finished, as it is, if its settings are these, and its model,
     data and --start what they were."""
-    done = out / name / "report.json"
+    done, line = out / name / "report.json", [*flags, "--out", str(out), "--name", name]
     given = vars(flags_of(baselines.Settings).parse_args(flags))
     refuse(given.keys() & {"resume", "overwrite"}, "--resume, --overwrite: what is done is kept")
     if not done.exists():
-        line = [*flags, "--out", str(out), "--name", name, "--resume"]
-        status = saeft.main(line, baselines.Settings)
+        status = saeft.main([*line, "--resume"], baselines.Settings)
         if status:
             sys.exit(status)
-    report, config = read_json(done), saeft.parse(flags, baselines.Settings)
-    now = identity_now(config)
-    settings = {**asdict(config), "k": config.k[0]}
+        return read_json(done)
+    report, this = read_json(done), saeft.Run(saeft.parse(line, baselines.Settings))
+    with contextlib.ExitStack() as closing:
+        this.open_stream(closing)
+    settings, now = {**asdict(this.config), "k": this.config.k[0]}, this.identity
     same = sorted((settings.keys() & report.keys()) - MAY_DIFFER)
     other = {key: report[key] for key in same if report[key] != settings[key]}
     refuse(other, f"{done.parent} was made with {other}: give another --out")
     changed = [part for part in now if report["identity"].get(part) != now[part]]
     refuse(changed, f"{' and '.join(changed)} of {done.parent} changed since: give another --out")
     return report
-
-
-def identity_now(config: saeft.Config) -> dict:
-    """What a run of these settings would depend on, as `Run.prepare` finds it; it also fills in
-    layer and data where they are not given."""
-    lm = saeft.check(config)
-    tokenizer = lm.load_tokenizer(config.model, config.bos)
-    config.data = config.data or OWN_DATA.get(tokenizer.vocabulary, "c4")
-    stream = TokenStream(config.data, tokenizer, config.context, 0, 0, n_rows=len(lm.W_U))
-    stream.close()
-    now = {"model": model_key(config.model), "data": stream.key}
-    return {**now, "start": sae_key(config.start)} if config.start else now
 
 
 def rows_of(report: dict, methods: dict, base: dict | None = None) -> list[dict]:

@@ -22,7 +22,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
-from compare import identity_now
 from compare import run as finished
 
 import saeft
@@ -116,8 +115,12 @@ def fine_tunes(run: saeft.Run, todo: dict[int, list[float]], rows: list[dict], o
     SAE of the run's --start, and the control at the same rates; saves them in folders of `out`."""
     config = run.config
     with contextlib.ExitStack() as closing:
-        run.prepare(closing)
+        (run.prepare if todo else run.open_stream)(closing)
         now = {part: run.identity[part] for part in ("model", "data")}
+        mixed = any(row[part] != key for row in rows for part, key in now.items())
+        refuse(mixed, f"{out} has rows of another model or other data: give another --out")
+        if not todo:
+            return
         (sae,) = run.first_saes()
         parts = held_out(run)
         (before,) = evaluate(run, [saeft.Trainee(sae, run.lm)], parts)
@@ -286,14 +289,12 @@ def main() -> None:
     for start, key in keys.items():
         longest = str(max(args.lengths))
         config = saeft.parse([*flags, "--start", start, "--kl-tokens", longest])
-        step, todo, now = step_of(config, args.lengths), {}, identity_now(config)
-        mixed = any(row[part] != now[part] for row in rows for part in ("model", "data"))
-        refuse(mixed, f"{table} has rows of another model or other data: give another --out")
+        step, todo = step_of(config, args.lengths), {}
         for n in sorted({n // step * step for n in args.lengths}):
             cells = {(row["key"], row["tokens"], row["lr"]) for row in rows}
             todo[n] = [lr for lr in dict.fromkeys(args.rates) if (key, n, lr) not in cells]
         todo = {n: rates for n, rates in todo.items() if rates}
-        for _ in fine_tunes(saeft.Run(config), todo, rows, args.out) if todo else ():
+        for _ in fine_tunes(saeft.Run(config), todo, rows, args.out):
             write_text(table, json.dumps(kept, indent=1))
     rows = shared([row for row in rows if row["key"] in keys.values()])
     refuse(not rows, f"{table} has no length and rate that all of these SAEs were trained at")
