@@ -183,7 +183,7 @@ def hub_errors(repo: str, filename: str = "such file"):
             message = f"no access to {repo} ({status}): check the name; accept its licence at "
             message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
-            advice = "give a folder, pythia-160m, tiny or owner/name@revision on the Hub"
+            advice = "give a folder, a short name, or owner/name@revision on the Hub"
             advice += " (models: safetensors files only; SAEs: as experiments/convert.py writes)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
@@ -1277,9 +1277,8 @@ MAY_DIFFER = {"resume", "overwrite", "out", "name", "checkpoint_minutes", "log_e
 
 
 def run_path(settings: dict) -> Path:
-    """The folder of a run under --out. UserError where it lies elsewhere, or around the SAE that
-    the run starts from."""
-    name, start, model = settings["name"], settings["start"], settings["model"]
+    """The folder of a run under --out. UserError where it lies elsewhere."""
+    name, model = settings["name"], settings["model"]
     if name is None:
         folder = expanded(model)
         called = folder.resolve().name if folder.is_dir() else model.split("/", 1)[-1]
@@ -1289,8 +1288,6 @@ def run_path(settings: dict) -> Path:
     refuse(Path(name).name != name or name == "..", f"--name {name} is no plain folder name")
     path = expanded(settings["out"]) / name
     refuse((path.parent / MARK).exists(), f"--out {path.parent} is a run's own folder")
-    inside = expanded(start or os.sep).resolve().is_relative_to(path.resolve())
-    refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
     return path
 
 
@@ -1305,11 +1302,14 @@ class RunFolder:
         odd = [part for part in parts if not re.fullmatch(r"[\w-]+", part) or parts.count(part) > 1]
         refuse(odd, f"--method: {odd} cannot be a method's name, nor its folder's")
 
-    def take(self, resume: bool, overwrite: bool):
-        """Make it, for this process alone. UserError where something else is in it."""
+    def take(self, resume: bool, overwrite: bool, start: str | None = None):
+        """Make it, for this process alone. UserError where something else is in it, or the SAE that
+        the run starts from."""
         if self.rank > 0:
             return
         path = self.path
+        inside = expanded(start or os.sep).resolve().is_relative_to(path.resolve())
+        refuse(inside, f"--start {start} lies in this run's own folder: give a --name")
         with user_errors(f"cannot write {path}: choose another --out or --name"):
             path.mkdir(parents=True, exist_ok=True)
             foreign = not (path / MARK).exists() and any(path.iterdir())

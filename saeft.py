@@ -1428,7 +1428,7 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, self.on_signal) or signal.SIG_DFL
                 closing.callback(signal.signal, number, before)
-            self.folder.take(self.config.resume, self.config.overwrite)
+            self.folder.take(self.config.resume, self.config.overwrite, self.config.start)
             closing.callback(self.folder.leave)
             self.prepare(closing)
             self.resume()
@@ -1483,6 +1483,8 @@ class Run:
         """Phase one, then each method from its SAEs."""
         config, lm, done = self.config, self.lm, self.done
         saes = self.first_saes()
+        for method in config.method if config.kl_tokens else []:  # what cannot be is told now
+            METHODS[method](lm, copy.deepcopy(saes[0]), config)
         if not done.results and not self.interrupted:  # an earlier run's files are there till now
             self.folder.begin(asdict(config))
         if "MSE" not in done.results:

@@ -170,6 +170,7 @@ def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
     line = "--layer 5 --method lora-lm-after --name x"
     assert command(line, tmp_path, baselines.Settings) == 2
     assert "nothing to train" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()  # before phase one
 
 
 def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
