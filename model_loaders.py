@@ -349,7 +349,7 @@ SAE_SETTINGS = {
     "activation_fn": ["relu"],
     "activation_fn_str": ["relu"],  # before SAELens 6
     "activation_fn_kwargs": [{}, None],
-    "center_writing_weights": [False, None],  # or it was trained on x less its mean
+    "center_writing_weights": [False, None],  # or, beside LayerNorm, it reads x less its mean
 }
 
 
@@ -500,7 +500,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     merged({**cfg, "metadata": cfg["saeft"]})  # of K, too
     says = _dict(cfg, "model_from_pretrained_kwargs") | cfg
     for key, accepted in SAE_SETTINGS.items():
-        advice = f"cannot be read as it is: python experiments/convert.py {source} FOLDER"
+        advice = f"is not read as it is; if it can be, by experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
         refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
     path = fetch(source, "sae_weights.safetensors")
@@ -533,7 +533,7 @@ def read_hook(name: str, layer: int | None = None) -> tuple[int, str]:
     (3, "resid_post"), and so is blocks.4.hook_resid_pre; blocks.3.hook_mlp_out is (3, "mlp_out").
     UserError for the embedding, what is not understood, and where `layer` is another block."""
     found = re.fullmatch(r"blocks\.([0-9]+)\.(?:hook_)?(\w[\w.]*)", str(name))
-    known = "no hook of SAELens (experiments/convert.py knows those of other libraries)"
+    known = "no hook of SAELens; of others' experiments/convert.py knows a block's output"
     refuse(not found, f"it reads {name!r:.80}, which is {known}")
     block, place = int(found[1]), {"out": "resid_post", "in": "resid_pre"}.get(found[2], found[2])
     refuse(layer not in (None, block), f"it says both {name!r:.80} and layer {layer!r:.60}")
@@ -564,9 +564,10 @@ def sae_settings(cfg: dict) -> dict:
         value = told[name] = cfg.get(key)
         fits = type(value) in kinds and (kinds != [int] or value > 0)
         refuse(value is not None and not fits, f"the SAE's cfg.json has {key} = {value!r:.60}")
-    positions = cfg.get("seqpos_slice") or [None]
-    if any(positions):
-        say_once(f"note: the SAE was trained on positions {positions!r:.60}; here all count")
+    for key in ("seqpos_slice", "exclude_special_tokens"):
+        if cfg.get(key) and cfg[key] != [None]:
+            here = "here all tokens but <bos> and sinks count"
+            say_once(f"note: the SAE was trained with {key} = {cfg[key]!r:.60}; {here}")
     told["bos"] = {True: "yes", False: "no"}.get(told["bos"])
     hook = cfg.get("hook_name") or cfg.get("hook_point")  # the second before SAELens 3
     if hook is not None:

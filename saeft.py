@@ -84,7 +84,7 @@ class Config:
     start: str | None = flag(None, "fine-tune this SAE: a folder, or owner/name:path on the Hub")
     # The SAE
     sae: str = flag("topk", "kind of SAE", choices=KINDS)
-    k: list[int] = flag([80], "active latents K; for several, an SAE each", 1, nargs="+")
+    k: list[int] = flag([80], "active latents K; for several, an SAE each", 0, nargs="+")
     d_sae: int = flag(2**14, "number of latents F", 1, 2**31)
     # Tokens
     tokens: int = flag(500_000_000, "training tokens in all", 1)
@@ -269,7 +269,7 @@ class SAE(nn.Module):
             given = {k: v for k, v in sae.state_dict().items() if k in kind.numbers}
             sae.load_state_dict({**given, **tensors})
         off = (sae.W_dec.norm(dim=-1) - 1).abs().max()
-        sae.unit_norm = kind.unit_norm and bool(off < 1e-3)
+        sae.unit_norm = kind.unit_norm and bool(off < 4e-3)  # as bfloat16 stores it
         return sae.eval()
 
 
@@ -1379,7 +1379,8 @@ def check(config: Config) -> LanguageModel:
     saved_as = model_loaders.read_hook(model_loaders.hook_name(layer, config.place))
     refuse(saved_as != (layer, config.place), f"--place {config.place}: SAEs call it {saved_as}")
     if "k" in KINDS[config.sae].numbers:
-        refuse(max(k) > config.d_sae, f"--k {max(k)} is above d_sae = {config.d_sae}")
+        few = min(k) < 1 and not config.start  # a published SAE may have no K
+        refuse(few or max(k) > config.d_sae, f"--k {k} is not from 1 to d_sae = {config.d_sae}")
     else:
         refuse(len(k) > 1, f"--k {k}: {config.sae} SAEs have no K to differ by")
         config.k = [0]
@@ -1533,6 +1534,8 @@ class Run:
         sae.dead = ()
         if not self.config.end_to_end:  # which has no L0 to keep
             sae.l0_target = self.done.results["MSE"][i]["l0"]
+            advice = "it is of another model, layer or scale, or --l1 is too high"
+            refuse(not sae.l0_target, f"no latent of the SAE fires: {advice}")
         torch.manual_seed(self.config.seed * 1009 + i)  # what a method draws is its own
         return METHODS[method](self.lm, sae, self.config)
 
@@ -1684,7 +1687,7 @@ def told_by_sae(source: str, given: dict) -> dict:
     """The settings that an SAE tells. UserError where `given` ones contradict it, or lack some."""
     tensors, cfg = model_loaders.read_sae(source)
     kind, own = kind_of(cfg, source), cfg["saeft"]
-    told = {**model_loaders.sae_settings(cfg), "sae": kind.kind}
+    told = {"k": [0], **model_loaders.sae_settings(cfg), "sae": kind.kind}
     if own.get("kind", kind.kind) != kind.kind or own.keys() - {"kind", *kind.numbers}:
         known = f"is of a fork's kind, {own.get('kind')!r:.60}; without it {kind.kind} trains"
         model_loaders.say_once(f"note: {source} {known}")

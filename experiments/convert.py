@@ -122,7 +122,7 @@ def saelens(tensors: dict, source: Source) -> dict:
         same = cfg.get(key) in (None, "none") or cfg[key] == cfg["hook_name"]
         refuse(not same, f"its {key} is {cfg.get(key)!r:.60}")
     centred = (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights")
-    refuse(centred, "center_writing_weights: it reads x less its mean, and returns that")
+    refuse(centred, "center_writing_weights: beside LayerNorm it reads x less its mean")
     if "log_threshold" in tensors:  # of older checkpoints
         refuse("threshold" in tensors, "it has a threshold and a log_threshold")
         tensors["threshold"] = tensors.pop("log_threshold").exp()

@@ -110,6 +110,7 @@ def train_sparsify(run: saeft.Run, folder: Path) -> None:
     sae = SparseCoderConfig(num_latents=c.d_sae, k=c.k[0])
     settings = {"batch_size": max(1, c.batch // c.context), "save_dir": str(folder.parent)}
     settings.update(log_to_wandb=False, run_name=folder.name, layers=[c.layer])
+    settings["init_seeds"] = [c.seed]
     settings["exclude_tokens"] = [int(tokens[0, 0])] if run.lm.n_skip else []
     Trainer(TrainConfig(sae, **settings), data, model).fit()
 
@@ -228,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=model_loaders.expanded, default=Path("runs/others"))
     args, flags = parser.parse_known_args(argv)
     run = saeft.Run(saeft.parse([*flags, "--tokens", args.tokens, "--out", str(args.out)]))
+    own = run.config.sae != "topk" or len(run.config.k) > 1
+    refuse(own, "each library trains a kind of its own, at one K: no --sae, one --k")
     path = args.out / "others.json"
     with contextlib.ExitStack() as closing:
         run.prepare(closing)

@@ -2193,6 +2193,9 @@ def test_an_sae_of_another_library_goes_through_the_table(tmp_path, monkeypatch,
     (row,) = json.loads((tmp_path / "others.json").read_text())["rows"]
     with pytest.raises(model_loaders.UserError, match="others.json was made with {'tokens': '6k'"):
         others.main([*flags, "--tokens", "7k"])
+    for odd in ("--sae relu", "--k 4 8"):
+        with pytest.raises(model_loaders.UserError, match="each library trains a kind of its own"):
+            others.main([*flags, *odd.split()])
     for when in ("before", "after"):
         for name in ("ce", "gap", "fvu", "l0"):
             assert row[when][name] == pytest.approx(row[f"{when}_own"][name], rel=1e-5), name

@@ -127,7 +127,10 @@ def test_jumprelu_and_its_gradients(tmp_path):
     KINDS["jumprelu"] = fork.JumpReLU
     torch.testing.assert_close(saeft.SAE.load(tmp_path / "converted")(imported_x)[0], x_hat)
     line = f"--start {tmp_path / 'converted'} --out {tmp_path} --name from-converted"
-    assert saeft.main(f"{line} --kl-tokens 4k --eval-tokens 4k --kl-batch 4".split()) == 0
+    line += " --kl-tokens 4k --eval-tokens 4k --kl-batch 4"
+    assert saeft.main(line.split()) == 0
+    assert json.loads((tmp_path / "from-converted" / "report.json").read_text())["k"] == 0
+    assert saeft.main(f"{line} --overwrite --k 3".split()) == 2  # it keeps its L0
     if lens := pytest.importorskip("sae_lens", reason="SAELens is not installed"):
         theirs = lens.SAE.load_from_disk(tmp_path / "run")(imported_x)
         torch.testing.assert_close(theirs, x_hat, rtol=1e-4, atol=1e-4)
