@@ -181,7 +181,7 @@ def hub_errors(repo: str, filename: str = "such file"):
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):  # also where there is no such repository
             message = f"no access to {repo} ({status}): check the name; accept its licence at "
-            message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN"
+            message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN (no old one)"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
             advice = "give a folder, a short name, or owner/name@revision on the Hub"
             advice += " (models: safetensors files only; SAEs: as experiments/convert.py writes)"
@@ -508,7 +508,8 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     D, F = cfg.get("d_in"), cfg.get("d_sae")
     shapes = {"W_enc": [D, F], "b_enc": [F], "W_dec": [F, D], "b_dec": [D]}
     found = {name: list(tensors[name].shape) for name in shapes.keys() & tensors.keys()}
-    refuse(found != shapes, f"{path} holds {found!r:.300}, its cfg.json means {shapes!r:.300}")
+    fits = {"b_enc": [F], **found} == shapes  # a fork's kind may have none
+    refuse(not fits, f"{path} holds {found!r:.300}, its cfg.json means {shapes!r:.300}")
     for name, tensor in tensors.items():
         numbers = tensor.is_floating_point() or name not in shapes
         sound = numbers and tensor.isfinite().all()
@@ -892,11 +893,13 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     words = {name: {*re.split(r"[\W_]+", name.lower())} for name in shown}
     train = [name for name in names if "train" in words[name]]
     taken = train or [name for name in names if not words[name] & HELD_OUT] or names
-    other = [n for n in shown if OTHER.search(n) and not TEXT.search(n)]
-    other = [n for n in other if not (train and words[n] & HELD_OUT)]
+    other = [n for n in shown if n not in names and not (train and words[n] & HELD_OUT)]
+    other.sort(key=lambda n: (not OTHER.search(n), -found[n][1][0]))  # the first is told
     unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
-    lost = unread > read or not train and any("train" in words[name] for name in other)
-    refuse(lost, f"{data!r} has {other[:1]}, which is not read, and less that is")
+    lost = (
+        unread > read or not train and any("train" in words[n] and OTHER.search(n) for n in other)
+    )
+    refuse(lost, f"{data!r} has {other[:1]}, which is not read, and less that is: name the text")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")
         say_once(f"{data}: reading {len(taken)} of {len(shown)} files: {some}")

@@ -98,9 +98,9 @@ class Config:
     method: list[str] = flag(["kl"], "fine-tunes of the MSE SAE", nargs="+", choices=METHODS)
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
     kl_lr: float | None = flag(None, "first rate of the fine-tune (default: finetune_lr)", 0)
-    warmup: int = flag(1000, "steps of linear warm-up in phase one", 0)
+    warmup: int = flag(1000, "steps of linear warm-up in phase one, at most a tenth of all", 0)
     l1: float | None = flag(None, "lambda of ReLU SAEs, on x / scale (0.1; --start: its own)", 0)
-    dead_after: int = flag(10_000_000, "tokens without firing after which a latent is dead", 0)
+    dead_after: int = flag(10_000_000, "tokens without firing that make a latent dead to AuxK", 0)
     seed: int = flag(0, "of all that is random but the order of the text", 0, 4 * 10**9)
     # Running
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes cuda where there is one")
@@ -539,7 +539,8 @@ class Trainee:
 
     `insert` maps x [N, D] and keep [N] to x_hat [N, D] and f [N, F]: the SAE itself, or an SAE with
     an adapter. Parameters of `trained` that require a gradient train. `divergence` is a function
-    of log p, log q [n, V] and next tokens [n]; None: the MSE alone, later blocks do not run."""
+    of log p, log q [n, V] and next tokens [n], its mean above 0; None: the MSE alone, later blocks
+    do not run."""
 
     sae: SAE
     lm: LanguageModel | None = None
@@ -654,7 +655,8 @@ def variance_of(x, weight):
 
 def update(t: Trainee, lr: float):
     """The step after `backward`: mean over GPUs, no gradient along the decoder's directions, norm
-    clipped to 1, Adam, unit norm again. A gradient that is not finite changes no parameter."""
+    clipped to 1, Adam, unit norm again. Returns the norm: where it is not finite, no parameter
+    has changed."""
     unit_norm = t.trained is t.sae and t.sae.unit_norm and t.sae.W_dec.requires_grad
     for p in t.parameters:
         refuse(p.grad is None, f"what trains has a parameter {[*p.shape]} without a gradient")
@@ -675,6 +677,7 @@ def update(t: Trainee, lr: float):
     t.optimizer.zero_grad()
     if unit_norm:
         F.normalize(W_dec, dim=-1, out=W_dec)
+    return norm
 
 
 # ---- Phase one: MSE on shuffled activations ----------------------------------------------------
@@ -690,7 +693,8 @@ def train_mse(phase: Phase, config: Config, after_step: Callable):
 
 
 def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) -> dict:
-    """A step on x [N, D]: mean_n ||x - x_hat||^2 and the kind's penalty. Returns loss, FVU, L0."""
+    """A step on x [N, D]: mean_n ||x - x_hat||^2 and the kind's penalty. Returns loss, FVU, L0 and
+    the norm of the gradient."""
     x, n = single(x), len(x) * world_size()
     weight = x.new_full((len(x),), 1 / len(x))
     with config.autocast(x.device):
@@ -699,7 +703,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     error = (x - x_hat).pow(2).sum(-1).mean()
     loss = error + penalty
     loss.backward()
-    update(t, lr)
+    norm = update(t, lr)
 
     fired = sum_over_ranks(counts(f))  # [F]
     l0 = fired.sum() / n
@@ -708,7 +712,7 @@ def mse_step(t: Trainee, x, lr: float, step: int, steps: int, config: Config) ->
     if step % 20 == 0:  # not at every step, since `nonzero` waits for the device
         t.sae.dead = (t.sae.idle > config.dead_after).nonzero()[:, 0]
     fvu = error.detach() / variance_of(x, weight)
-    return {"loss": loss.detach(), "fvu": fvu, "l0": l0}
+    return {"loss": loss.detach(), "fvu": fvu, "l0": l0, "grad_norm": norm}
 
 
 # ---- Phase two: KL+MSE on whole sequences ------------------------------------------------------
@@ -754,7 +758,7 @@ def finetune(phase: Phase, lm, stream: TokenStream, config: Config, after_step: 
         sum(losses).backward()  # each loss reaches its own SAE alone
 
         for t, (_, _, f, _), row in zip(phase.trainees, passes, figures):
-            update(t, t.rate(step, phase.steps, config))
+            row["grad_norm"] = update(t, t.rate(step, phase.steps, config))
             if t.sae.training:
                 t.sae.after_step(f, row["l0"], step)
         phase.step = step + 1
@@ -1638,8 +1642,10 @@ class Run:
         lines = []
         for k, row in zip(config.k, figures):
             row = {name: mean_over_ranks(value).item() for name, value in row.items()}
-            finite = math.isfinite(row["loss"])
-            refuse(not finite, f"a loss of {name} at step {step} is not finite: lower its rate")
+            finite = math.isfinite(row["loss"] + row["grad_norm"])
+            what, advice = f"{name}, step {step}", "lower its rate, or mend a fork's loss"
+            refuse(not finite, f"{what}: loss or gradient is not finite: {advice}")
+            refuse(row.get("beta", 0) < 0, f"{what}: a divergence is below 0 on average")
             lines.append(json.dumps({**line, "k": k, **row}))
         self.folder.log(lines)
 
@@ -1669,12 +1675,13 @@ def parse(argv: list[str] | None = None, settings: type = Config) -> Config:
     shape = (*lm.W_U.shape, len(lm.blocks))
     preset = vars(parser.parse_args(f"{lm.preset} {PRESETS.get(shape, '')}".split()))
     config = settings(**{**preset, **told, **given})
-    of_phase_one = {"lr", "warmup", "batch", "buffer", "dead_after"} if config.start else set()
-    unused = given.keys() & ({"k", "l1"} - {*KINDS[config.sae].numbers} | of_phase_one)
+    unused = {"k", "l1"} - {*KINDS[config.sae].numbers}
+    if config.start or config.end_to_end:  # there is no phase one
+        unused |= {"batch", "buffer", "dead_after"} | ({"lr", "warmup"} if config.start else set())
+    unused &= given.keys()
     if unused:
         flags = ", --".join(sorted(unused)).replace("_", "-")
-        what = f"{config.sae} SAE of --start" if config.start else f"new {config.sae} SAE"
-        say(f"note: a {what} has no use of --{flags}")
+        say(f"note: a {config.sae} SAE trained so has no use of --{flags}")
     if config.start:
         refuse("tokens" in given, "--tokens: with --start it is --kl-tokens alone that counts")
         config.tokens = max(1, config.kl_tokens)

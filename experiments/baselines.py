@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import saeft
-from model_loaders import expanded, flag, read_safetensors, write_safetensors
+from model_loaders import expanded, flag, read_safetensors, refuse, write_safetensors
 from saeft import PLACES, SAE, LanguageModel, Trainee, activate, single
 
 
@@ -69,6 +69,8 @@ class LoRASAE(nn.Module):
     def __init__(self, sae: SAE, rank: int):
         super().__init__()
         d_sae, d_model = sae.W_enc.shape
+        other = type(sae).encode is not SAE.encode
+        refuse(other, f"--method lora-sae: a {sae.kind} SAE encodes in a way of its own")
         self.sae = sae.requires_grad_(False)
         self.encoder = LoRA(d_model, d_sae, rank, 32)
         self.decoder = LoRA(d_sae, d_model, rank, 32)

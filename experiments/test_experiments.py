@@ -173,6 +173,12 @@ def test_a_method_that_trains_nothing_is_refused(tmp_path, capsys):
     assert not (tmp_path / "x").exists()  # before phase one
 
 
+def test_lora_of_an_sae_that_encodes_in_its_own_way_is_refused(monkeypatch):
+    monkeypatch.setattr(saeft.TopK, "encode", lambda self, x, keep=None: x @ self.W_enc.T)
+    with pytest.raises(model_loaders.UserError, match="a topk SAE encodes in a way of its own"):
+        baselines.LoRASAE(saeft.TopK(8, 16, k=2), 2)
+
+
 def test_a_frozen_sae_is_in_the_mode_of_evaluation(tmp_path):
     """Also after --resume, where the SAEs of phase one are new."""
     argv = f"--k 4 --sae batchtopk --method lora-lm --rank 2 --out {tmp_path}".split()

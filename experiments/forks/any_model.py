@@ -5,7 +5,7 @@
 
 The library's own forward pass runs, with its own masks and positions. Up to block L nothing is
 changed, and it is left there. From block L + 1 on it starts with what block L is to have put out.
-A model that looks ahead, or whose blocks need more of each other than one tensor, is refused.
+A model that looks ahead, or in which some block needs more of others than one tensor, is refused.
 Its own tokenizer serves, too. Families that saeft has itself stay saeft's, which are faster.
 """
 
@@ -85,26 +85,27 @@ class AnyModel(saeft.LanguageModel):
 
     def use(self, model):
         self.model = model
-        self.max_context = getattr(model.config, "max_position_embeddings", 2**20)
-        n_layers = model.config.num_hidden_layers
+        c, n_layers = model.config, model.config.num_hidden_layers
+        self.max_context = getattr(c, "max_position_embeddings", getattr(c, "max_seq_len", 2**20))
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
         refuse(len(lists) != 1, f"{len(lists)} lists of {n_layers} blocks in it")
         # In a dict, so that nothing is a submodule twice; the final norm may be anywhere.
         self.parts = {1: model.get_output_embeddings(), 2: lists[0], 3: None}
 
     def load(self, name: str, device, dtype):
-        with model_loaders.user_errors(f"cannot run {name} in two parts"):
+        with model_loaders.user_errors(f"cannot run {name} in parts"):
             options = {**named(name), "dtype": dtype, "output_loading_info": True}
             model, report = AutoModelForCausalLM.from_pretrained(**options)
             refuse(report["missing_keys"], f"{name} lacks {sorted(report['missing_keys'])[:3]}")
             self.use(model.to(device).eval().requires_grad_(False))
-            tokens = torch.tensor([[1, 2, 3, last] for last in range(4, 16)], device=device)
-            resid = self.prefix(tokens, 0)
-            whole, parts = self(tokens), self.unembed(self.suffix(resid, 0))
+            tokens = resid = torch.tensor([[1, 2, 3, n] for n in range(4, 16)], device=device)
+            for layer in range(len(self.blocks)):
+                resid = self.prefix(resid, layer, layer)
+            whole, parts = self(tokens), self.unembed(resid)
             off = max((whole - parts).abs().max(), (whole - whole[:1])[:, :-1].abs().max())
             limit = max(1e-4, 4 * torch.finfo(dtype).eps) * whole.abs().max()
             fits = resid.shape[-1] == self.W_U.shape[1] and off <= limit  # False for nan
-            refuse(not fits, f"{name}: no decoder that runs in two parts")
+            refuse(not fits, f"{name}: no decoder that runs in parts")
         return self
 
     def forward(self, tokens):
