@@ -896,9 +896,8 @@ def source_files(data: str) -> list[tuple[str, tuple]]:
     other = [n for n in shown if n not in names and not (train and words[n] & HELD_OUT)]
     other.sort(key=lambda n: (not OTHER.search(n), -found[n][1][0]))  # the first is told
     unread, read = (sum(found[name][1][0] for name in some) for some in (other, taken))
-    lost = (
-        unread > read or not train and any("train" in words[n] and OTHER.search(n) for n in other)
-    )
+    of_train = any("train" in words[n] and OTHER.search(n) for n in other)
+    lost = unread > read or of_train and not train
     refuse(lost, f"{data!r} has {other[:1]}, which is not read, and less that is: name the text")
     if len(shown) > 1:
         some = ", ".join(taken[:3]) + (", ..." if len(taken) > 3 else "")

@@ -1,6 +1,6 @@
 """Train a sparse autoencoder (SAE) by MSE, then close part of its cross-entropy gap by KL+MSE.
 
-    python saeft.py                                     # embedded model: 2 minutes, no network
+    python saeft.py                                     # embedded model, its preset: 2 minutes
     python saeft.py --model pythia-160m --k 80          # the paper's sizes: 475M + 25M tokens
     python saeft.py --start owner/name:folder           # fine-tune an SAE in SAELens's layout
     torchrun --nproc-per-node 8 -- saeft.py --k 40 80   # two SAEs on one activation stream, 8 GPUs
@@ -93,7 +93,7 @@ class Config:
     batch: int = flag(2048, "activations in a step of phase one, for each GPU", 2)
     kl_batch: int = flag(8, "sequences in a step of the fine-tune, for each GPU", 1)
     buffer: int = flag(250, "sequences whose activations are mixed, for each GPU", 1)
-    sink_norm: float = flag(4.0, "leave out tokens above this many median norms; 0: none", 0)
+    sink_norm: float = flag(4.0, "leave out tokens above so many median norms; 0: keep all", 0)
     # Optimisation
     method: list[str] = flag(["kl"], "fine-tunes of the MSE SAE", nargs="+", choices=METHODS)
     lr: float | None = flag(None, "peak rate of phase one (default: 2e-4 / sqrt(F / 2^14))", 0)
@@ -226,8 +226,8 @@ class SAE(nn.Module):
             self.b_dec.copy_(x.mean(0))
 
     def penalty(self, x, x_hat, f, weight, done: float):
-        """What is added to mean_n ||x - x_hat||^2: AuxK. weight [N]: of each token in means; done:
-        share of the phase's steps."""
+        """What is added to mean_n ||x - x_hat||^2 (over D in phase two): AuxK. f: as of `encode`,
+        so f.to_dense(); weight [N]: of each token in means; done: share of the phase's steps."""
         return auxk_loss(self, x, x - x_hat) / 32 if len(self.dead) else 0.0
 
     def after_step(self, f, l0, step: int):
@@ -326,7 +326,7 @@ class BatchTopK(JumpReLU, kind="batchtopk", architecture="jumprelu"):
     @torch.no_grad()
     def after_step(self, f, l0, step):
         """The threshold is a running mean, of weight 1/50, of the least activation kept. (That of
-        the publication, 1/1000, lags behind in short runs.)"""
+        dictionary_learning, 1/1000, lags behind in short runs.)"""
         values = F.pad(f.values, (0, 1)) if isinstance(f, SparseRows) else f  # of which one may be
         least = mean_over_ranks(values.masked_fill(values <= 0, torch.inf).amin())
         least = torch.where(least.isfinite(), least, self.threshold).to(self.threshold.dtype)
@@ -641,14 +641,14 @@ def lr_factor(step: int, steps: int, warmup: int, decay: float) -> float:
 
 
 def finetune_lr(sae: SAE, steps: int) -> float:
-    """The first rate of a fine-tune: 0.36 / sqrt(F D), as experiments/length.py found it; above
-    740 steps less by their root, and so for Pythia-160M and 25M tokens the published 5e-5."""
+    """The first rate of a fine-tune: 0.36 / sqrt(F D), near the best of 50k tokens by
+    experiments/length.py; above 740 steps less by their root, and so for Pythia-160M and 25M tokens
+    (on one GPU) the published 5e-5."""
     return 0.36 / math.sqrt(sae.W_enc.numel()) * min(1.0, math.sqrt(740 / steps))
 
 
 def variance_of(x, weight):
     """sum_n weight_n ||x_n - mean||^2 of x [N, D] in a mean process, around the mean of all."""
-    x = single(x)
     mean = mean_over_ranks(weight @ x)
     return mean_over_ranks(weight @ (x - mean).pow(2).sum(-1))
 
@@ -984,8 +984,7 @@ def read_settings(config: dict, known: dict) -> SimpleNamespace:
 def rope_tables(resid, dim: int, base: float, factor: float):
     """cos and sin [T, dim] of rotary positions (RoFormer, arXiv 2104.09864), divided by factor, on
     `dim` dimensions of a head, half-split; for resid [B, T, D], in its dtype."""
-    even = torch.arange(0, dim, 2, device=resid.device)
-    inv_freq = 1 / base ** (even / dim)
+    inv_freq = 1 / base ** (torch.arange(0, dim, 2, device=resid.device) / dim)
     positions = torch.arange(resid.shape[1], device=resid.device).float() / factor
     angles = torch.outer(positions, inv_freq).repeat(1, 2)
     return angles.cos().to(resid.dtype), angles.sin().to(resid.dtype)
@@ -1125,8 +1124,7 @@ class PythiaAttention(nn.Module):
         # The weight's rows go head by head, the q, k and v of a head side by side.
         qkv = self.query_key_value(x).unflatten(-1, (self.n_heads, -1))
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=-1)  # each [B, H, T, head_dim]
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dense(out.transpose(1, 2).flatten(2))
 
@@ -1210,8 +1208,7 @@ class GemmaAttention(nn.Module):
         q = self.q_norm(self.heads(self.q_proj(x)))  # [B, H, T, head_dim]
         k = self.k_norm(self.heads(self.k_proj(x)))  # [B, n_kv, T, head_dim]
         v = self.heads(self.v_proj(x))
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         # Each key-value head serves a group of query heads: [B, n_kv, group, T, head_dim].
         q, k, v = q.unflatten(1, (self.n_kv, -1)), k.unsqueeze(2), v.unsqueeze(2)
         scores = single(soft_cap(q @ k.mT * self.score_scale, self.score_cap))
@@ -1346,8 +1343,7 @@ def mean_over_ranks(x):
 
 def own_sequences(stream: TokenStream, start: int, count: int, device):
     """This process's `count` sequences [count, T] of those from `start` on, dealt out in turn."""
-    sequences = stream.train(start, count * world_size())
-    return sequences[rank() :: world_size()].to(device)
+    return stream.train(start, count * world_size())[rank() :: world_size()].to(device)
 
 
 def join_processes(name: str) -> torch.device:
@@ -1524,8 +1520,7 @@ class Run:
             sae.load_state_dict(saved)
             vars(sae).update(own)
         if done.limit is None:
-            n = self.n_mse or self.n
-            x, done.limit = first_activations(self.lm, self.stream, n, config)
+            x, done.limit = first_activations(self.lm, self.stream, self.n_mse or self.n, config)
             scale = x.pow(2).sum(-1).mean().sqrt()
             done.scale = torch.ones_like(scale) if config.start else scale
             for sae in saes:
@@ -1594,8 +1589,7 @@ class Run:
         """Writes report.json and prints the closing table of SAE i."""
         config, folder, done = self.config, self.sae_folders[i], self.done
         results = {name: rows[i] for name, rows in done.results.items()}
-        before = results["MSE"]
-        final = results.get(config.method[0], {**before, "gap_closed": None})
+        final = results.get(config.method[0], {**results["MSE"], "gap_closed": None})
         out = {**asdict(config), "k": config.k[i], **done.model_figures, **final}
         out.update(seconds=done.seconds, identity=self.identity, results=results)
         if rank() == 0:

@@ -2056,9 +2056,9 @@ def test_whole_run_on_cuda(cuda, tmp_path, kind, family, dtype):
     """It comes to what one on the CPU does, and --start goes on from its SAE."""
     reference(family, vocab_size=2048).save_pretrained(tmp_path / "lm")
     shutil.copy(model_loaders.TINY / "tokenizer.json", tmp_path / "lm")
-    sizes = f"--k 4 --data tiny --context 32 --kl-tokens 2k --eval-tokens 500 --dtype {dtype}"
+    sizes = f"--data tiny --context 32 --kl-tokens 2k --eval-tokens 500 --dtype {dtype}"
     sizes += " --batch 256 --kl-batch 4 --buffer 32 --log-every 2 --lr 1e-3 --dead-after 512"
-    new = f"--model {tmp_path / 'lm'} --sae {kind} --d-sae 64 --tokens 6k --method kl mse"
+    new = f"--model {tmp_path / 'lm'} --sae {kind} --k 4 --d-sae 64 --tokens 6k --method kl mse"
     start, results = f"--device cuda --start {tmp_path / 'cuda' / 'before'}", []
     for name, line in {"cuda": new + " --device cuda", "cpu": new, "again": start}.items():
         line = f"{line} {sizes} --out {tmp_path} --name {name}"
