@@ -183,7 +183,7 @@ def hub_errors(repo: str, filename: str = "such file"):
             message = f"no access to {repo} ({status}): check the name; accept its licence at "
             message += f"https://huggingface.co/{repo.partition('@')[0]}, set HF_TOKEN (no old one)"
         elif status == 404 or isinstance(error, (FileNotFoundError, hub.HFValidationError)):
-            advice = "give a folder, a short name, or owner/name@revision on the Hub"
+            advice = "give a folder, a short name such as tiny or owner/name@revision on the Hub"
             advice += " (models: safetensors files only; SAEs: as experiments/convert.py writes)"
             message = f"{repo!r} has no {filename.removesuffix('.index.json')}: {advice}"
         else:
@@ -500,7 +500,7 @@ def read_sae(source) -> tuple[dict[str, torch.Tensor], dict]:
     merged({**cfg, "metadata": cfg["saeft"]})  # of K, too
     says = _dict(cfg, "model_from_pretrained_kwargs") | cfg
     for key, accepted in SAE_SETTINGS.items():
-        advice = f"is not read as it is; if it can be, by experiments/convert.py {source} FOLDER"
+        advice = f"is not read as it is; maybe by python experiments/convert.py {source} FOLDER"
         value = says.get(key, accepted[0])
         refuse(value not in accepted, f"{source}: {key} {value!r:.60} {advice}")
     path = fetch(source, "sae_weights.safetensors")

@@ -584,7 +584,7 @@ def test_overwrite_replaces_a_run_and_keeps_what_a_run_did_not_write(tmp_path, r
 def test_what_was_finished_is_kept_when_a_later_phase_fails(tmp_path, monkeypatch, refused):
     line = "--method kl mse --name"
     assert command(f"{line} whole", tmp_path) == 0
-    refused("--name x --kl-lr 1e18", "loss of kl")
+    refused("--name x --kl-lr 1e18", "kl, step")
     before = weights_of(tmp_path / "whole" / "before")
     assert weights_of(tmp_path / "x" / "before") == before
     assert not (tmp_path / "x" / "cfg.json").exists()  # no SAE that was not finished
