@@ -1484,10 +1484,10 @@ class Run:
         """Phase one, then each method from its SAEs."""
         config, lm, done = self.config, self.lm, self.done
         saes = self.first_saes()
-        for method in config.method if config.kl_tokens else []:  # what cannot be is told now
-            METHODS[method](lm, copy.deepcopy(saes[0]), config)
-        if not done.results and not self.interrupted:  # an earlier run's files are there till now
-            self.folder.begin(asdict(config))
+        if not done.results and not self.interrupted:
+            for method in config.method if config.kl_tokens else []:  # what cannot be is told now
+                METHODS[method](lm, copy.deepcopy(saes[0]), config)
+            self.folder.begin(asdict(config))  # an earlier run's files are there till now
         if "MSE" not in done.results:
             n_tokens = 0 if config.start else self.n_mse * (config.context - lm.n_skip)
             steps = n_tokens // (config.batch * world_size())
